@@ -1,0 +1,383 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and a progress display."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a success rate (Wilson 1927), (0, 1) for n = 0.
+
+    With p = successes / n: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). z = 1.96 gives 95 %.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must lie in 0..n, got {successes} of n = {n}")
+    if n == 0:
+        return 0.0, 1.0
+    rate, square = successes / n, z * z / n
+    middle = (rate + square / 2) / (1 + square)
+    half = z * math.sqrt(rate * (1 - rate) / n + square / (4 * n)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl (no file: none); a half-written last line is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row and "stage" in row:
+                rows.append(row)
+    return rows
+
+
+class Logger:
+    """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, and shows it.
+
+    `resume_step=n` continues a run from its checkpoint of step n: later rows are dropped (those of the warm start,
+    which has its own step counter, stay), so that the file ends up as if the run had never stopped.
+    `display` is "plain" (a line a row), "none", or "auto": a live panel in a terminal, else plain.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        resume_step: int | None = None,
+        display: str = "auto",
+        total_steps: int | None = None,
+    ):
+        if display not in ("auto", "plain", "none"):
+            raise ValueError(f'display must be "auto", "plain" or "none", got {display!r}')
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "metrics.jsonl"
+        history = _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _TensorBoard(self.run_dir / "tensorboard", resume_step)
+        self._times: defaultdict[str, float] = defaultdict(float)
+        self._display = _make_display(display, self.run_dir.name, total_steps, history)
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+        """Record one row; the times collected by `stage(...)` since the last one go with it.
+
+        Values are numbers or 0-d tensors; what is not finite is stored as null.
+        """
+        times = {f"time/{name}": seconds for name, seconds in self._times.items()}
+        self._times.clear()
+        row = {"step": step, "stage": stage, **{k: _number(k, v) for k, v in {**times, **metrics}.items()}}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self._tensorboard.add(row)
+        self._display.show(row)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block; its seconds are added to `time/<name>` of the next row."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._times[name] += time.perf_counter() - start
+
+    def message(self, text: str) -> None:
+        """Say something once, above the progress display."""
+        self._display.message(text)
+
+    def close(self) -> None:
+        self._display.close()
+        self._tensorboard.close()
+        self._file.close()
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _number(key: str, value: Any) -> int | float | None:
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or isinstance(value, int):
+        return value
+    if not isinstance(value, float):
+        raise TypeError(f"metric {key!r} must be a number, got {type(value).__name__}")
+    return value if math.isfinite(value) else None
+
+
+def _truncate(path: Path, resume_step: int | None) -> list[dict[str, Any]]:
+    """Drop the half-written last line, and on resume the rows after `resume_step`; return what stays."""
+    rows = read_metrics(path)
+    if resume_step is not None:
+        rows = [row for row in rows if row["stage"] == "warm_start" or row["step"] <= resume_step]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.exists() and path.read_bytes() != text.encode():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    return rows
+
+
+class _TensorBoard:
+    """Event files, if the tensorboard package is there. The warm start counts its own steps, so it is a run of its own."""
+
+    def __init__(self, folder: Path, resume_step: int | None):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._new = None
+        else:
+            purge = None if resume_step is None else resume_step + 1
+            self._new = lambda stage: (
+                SummaryWriter(str(folder / stage)) if stage else SummaryWriter(str(folder), purge_step=purge)
+            )
+        self._writers: dict[str, Any] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if self._new is None:
+            return
+        run = "warm_start" if row["stage"] == "warm_start" else ""
+        if run not in self._writers:
+            self._writers[run] = self._new(run)
+        for key, value in row.items():
+            if key not in ("step", "stage") and value is not None:
+                self._writers[run].add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+# The displays.
+
+
+def _make_display(kind: str, name: str, total_steps: int | None, history: list[dict[str, Any]]):
+    if kind == "none":
+        return _Silent()
+    console = Console()
+    if kind == "auto" and console.is_terminal and not console.is_dumb_terminal:
+        return _Panel(console, name, total_steps, history)
+    return _Plain(total_steps)
+
+
+class _Silent:
+    def show(self, row: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Plain(_Silent):
+    """One line a row, for logs and pipes."""
+
+    def __init__(self, total_steps: int | None):
+        self._total = total_steps
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        total = f"/{self._total}" if self._total and row["stage"] == "train" else ""
+        fields = "  ".join(f"{label} {value}" for label, value in _line(row))
+        self.message(f"{row['stage'].replace('_', ' '):<10} {row['step']:>4}{total}  {fields}")
+
+    def message(self, text: str) -> None:
+        print(text, file=sys.stdout, flush=True)
+
+
+def _line(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The labelled values of one plain line: those of the row's stage that are there."""
+    if row["stage"] == "eval":
+        interval = f"{percent(row.get('eval/success'))} [{percent(row.get('eval/low'))}, {percent(row.get('eval/high'))}]"
+        fields = [("success", interval), *_fields(row, _EVAL)]
+        return fields
+    return _fields(row, _WARM_START if row["stage"] == "warm_start" else _TRAIN)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def seconds(value: float | None) -> str:
+    """12.3s, 4m05s, 1h23m."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f}s"
+    if value < 3600:
+        return f"{int(value // 60)}m{int(value % 60):02d}s"
+    return f"{int(value // 3600)}h{int(value % 3600 // 60):02d}m"
+
+
+_WARM_START = [
+    ("loss/imitation", "loss", decimal),
+    ("warm_start/accuracy", "accuracy", percent),
+    ("time/total", "time", seconds),
+]
+_TRAIN = [
+    ("rollout/success", "success", percent),
+    ("rollout/segment_length", "segment", decimal),
+    ("rollout/switch_rate", "switch", percent),
+    ("rollout/valid_rate", "valid", percent),
+    ("loss/policy", "policy", decimal),
+    ("loss/value", "value", decimal),
+    ("loss/kl", "kl", decimal),
+    ("time/total", "time", seconds),
+]
+_EVAL = [
+    ("eval/episodes", "episodes", str),
+    ("eval/turns", "turns", decimal),
+    ("eval/valid_rate", "valid", percent),
+    ("time/eval", "time", seconds),
+]
+
+
+def _fields(row: Mapping[str, Any], wanted: list) -> list[tuple[str, str]]:
+    return [(label, form(row[key])) for key, label, form in wanted if key in row]
+
+
+class _Panel(_Silent):
+    """A live panel: where the run stands, how it does, where the time goes."""
+
+    def __init__(self, console: Console, name: str, total_steps: int | None, history: list[dict[str, Any]]):
+        self._name, self._total = name, total_steps
+        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in history:
+            self._rows[row["stage"]].append(row)
+        self._stage = history[-1]["stage"] if history else ""
+        self._live = Live(self, console=console, refresh_per_second=2, transient=False)
+        self._live.start()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        self._rows[row["stage"]].append(dict(row))
+        self._stage = row["stage"]
+        self._live.refresh()
+
+    def message(self, text: str) -> None:
+        self._live.console.print(Text(text))
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def __rich__(self) -> Panel:
+        train, evals, warm = self._rows["train"], self._rows["eval"], self._rows["warm_start"]
+        parts = [self._header(train)]
+        if train:
+            parts += [
+                Text(),
+                self._success(train, evals),
+                Text(),
+                _numbers(train[-1]),
+                Text(),
+                _times(train[-1]),
+            ]
+        elif warm:
+            parts += [Text(), _joined(_fields(warm[-1], _WARM_START))]
+            if evals:
+                parts += [Text(), self._success(train, evals)]
+        return Panel(
+            Group(*parts), title=f"[bold]{self._name}[/]", title_align="left", border_style="bright_black",
+            padding=(0, 2), width=min(78, self._live.console.width),
+        )  # fmt: skip
+
+    def _header(self, train: list[dict[str, Any]]) -> Table:
+        step = train[-1]["step"] if train else 0
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column()
+        grid.add_column(ratio=1)
+        grid.add_column(justify="right")
+        if not train:
+            warm = self._rows["warm_start"]
+            grid.add_row(Text(f"warm start {warm[-1]['step']}" if warm else "starting", style="bold"), "", "")
+            return grid
+        recent = [row["time/total"] for row in train[-5:] if row.get("time/total") is not None]
+        left = (
+            f"eta {seconds(sum(recent) / len(recent) * (self._total - step))}"
+            if recent and self._total and step < self._total
+            else ""
+        )
+        bar = ProgressBar(total=self._total, completed=step, complete_style="green", finished_style="green")
+        total = f" / {self._total}" if self._total else ""
+        grid.add_row(
+            Text(f"update {step}{total}", style="bold"), bar if self._total else "", Text(left, style="dim")
+        )
+        return grid
+
+    def _success(self, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Table:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", width=8)
+        grid.add_column(justify="right", width=6, style="bold green")
+        grid.add_column()
+        grid.add_column(style="dim")
+        for name, rows, key in (("train", train, "rollout/success"), ("eval", evals, "eval/success")):
+            values = [row.get(key) for row in rows]
+            if values:
+                last = rows[-1]
+                note = (
+                    f"{percent(last.get('eval/low'))} – {percent(last.get('eval/high'))}"
+                    if name == "eval"
+                    else ""
+                )
+                grid.add_row(name, percent(values[-1]), Text(sparkline(values, 32), style="green"), note)
+        return grid
+
+
+def _numbers(row: Mapping[str, Any]) -> Table:
+    columns = [
+        [("rollout/segment_length", "segment", decimal), ("rollout/switch_rate", "switch", percent),
+         ("rollout/valid_rate", "valid", percent), ("rollout/turns", "turns", decimal)],
+        [("loss/policy", "policy loss", decimal), ("loss/value", "value loss", decimal),
+         ("loss/kl", "kl", decimal), ("loss/entropy", "entropy", decimal)],
+        [("loss/clip_fraction", "clipped", percent), ("optim/grad_norm", "grad norm", decimal),
+         ("optim/skipped_steps", "skipped", str), ("episodes", "episodes", str)],
+    ]  # fmt: skip
+    grid = Table.grid(padding=(0, 2))
+    for _ in columns:
+        grid.add_column(style="dim", min_width=9)
+        grid.add_column(justify="right", min_width=8)
+    for cells in zip(*columns, strict=True):
+        grid.add_row(
+            *(text for key, label, form in cells for text in (label, form(row[key]) if key in row else "–"))
+        )
+    return grid
+
+
+def _times(row: Mapping[str, Any]) -> Text:
+    stages = [
+        (key[5:], seconds(value))
+        for key, value in row.items()
+        if key.startswith("time/") and key != "time/total"
+    ]
+    return _joined([*stages, ("total", seconds(row.get("time/total")))])
+
+
+def _joined(fields: list[tuple[str, str]]) -> Text:
+    text = Text()
+    for label, value in fields:
+        text.append(f"{label} ", style="dim").append(value).append("   ")
+    return text
+
+
+def sparkline(values: list[float | None], width: int) -> str:
+    """The last `width` values, each in 0..1, as block characters; a dot where there is none."""
+    return "".join("·" if v is None else "▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * v)))] for v in values[-width:])
