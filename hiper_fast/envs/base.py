@@ -1,0 +1,32 @@
+"""What every environment is: text in, text out, in Gymnasium's five-tuple."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+Info = dict[str, Any]
+
+WON_REWARD = 10.0  # on the winning step; every other step pays 0
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A text environment. It never truncates: a turn limit belongs to the rollout.
+
+    `info` holds `won: bool`, `task: str` (the sentence after "Your task is to: "), `task_type: str` and
+    `admissible_commands: list[str]`, the caller's own copy.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
+        """Begin an episode; returns (observation, info)."""
+
+    def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
+        """Act; returns (observation, reward, terminated, truncated, info)."""
+
+
+def check_options(options: dict[str, Any] | None, known: set[str]) -> dict[str, Any]:
+    """`options` as a dict; ValueError naming the first one that is not in `known`."""
+    for option in options or {}:
+        if option not in known:
+            raise ValueError(f"unknown reset option {option!r}; known: {', '.join(sorted(known)) or 'none'}")
+    return options or {}

@@ -1,0 +1,238 @@
+"""Just enough PDDL to play ALFWorld: read a problem file, and compile its goal to a test over ground facts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+Fact = tuple[str, ...]  # (predicate, argument, ...), lower-case
+Formula = tuple[str, object]  # ("atom", fact) | ("not", formula) | ("and" | "or", list of formulas)
+
+MAX_DEPTH = 50  # of a goal; official goals nest seven deep
+MAX_GROUND = 200_000  # bindings tried while grounding one goal; official goals need a few hundred
+
+_COMMENT = re.compile(r";[^\n]*")
+_SECTION = re.compile(r"\(\s*:([a-z-]+)")
+_FACT = re.compile(r"\(([^()]+)\)")
+_TOKEN = re.compile(r"[()]|[^\s()]+")
+
+
+class GameError(ValueError):
+    """A game file that cannot be played; the message names the file and what is wrong with it."""
+
+
+class Problem(NamedTuple):
+    domain: str
+    types: dict[str, str]  # object -> its type
+    facts: list[Fact]  # the initial state
+    goal: list  # nested lists of tokens
+
+
+def read_problem(text: str) -> Problem:
+    """Parse a PDDL problem. Names come out lower-case, as the planner sees them. Raises GameError."""
+    text = text.lower()
+    if ";" in text:
+        text = _COMMENT.sub("", text)
+    if text.count("(") != text.count(")"):
+        raise GameError("its pddl_problem has unbalanced parentheses (is it truncated?)")
+    parts = _SECTION.split(text)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for name in ("domain", "objects", "init", "goal"):
+        if name not in sections:
+            raise GameError(f"its pddl_problem has no (:{name} …) section")
+    return Problem(
+        domain=sections["domain"].replace(")", "").strip(),
+        types=_read_objects(sections["objects"]),
+        facts=_read_facts(sections["init"]),
+        goal=read_expression("(" + sections["goal"].split("(", 1)[-1]),
+    )
+
+
+def _read_objects(section: str) -> dict[str, str]:
+    types, names = {}, []
+    tokens = iter(section.replace(")", " ").split())
+    for token in tokens:
+        if token == "-":
+            types.update(dict.fromkeys(names, next(tokens, "object")))
+            names = []
+        else:
+            names.append(token)
+    return types | dict.fromkeys(names, "object")
+
+
+def _read_facts(section: str) -> list[Fact]:
+    if "=" in section:  # costs and distances: (= (total-cost) 0)
+        section = re.sub(r"\(\s*=\s*\([^()]*\)[^()]*\)", "", section)
+    facts = [tuple(fact.split()) for fact in _FACT.findall(section)]
+    if section.count("(") != len(facts) or () in facts:
+        raise GameError("its (:init …) section holds something that is not a plain fact")
+    return facts
+
+
+def read_expression(text: str) -> list:
+    """The first parenthesised expression of `text` as nested lists."""
+    stack: list[list] = [[]]
+    for token in _TOKEN.findall(text):
+        if token == "(":
+            stack.append([])
+            if len(stack) > MAX_DEPTH:
+                raise GameError(f"its goal nests more than {MAX_DEPTH} deep")
+        elif token == ")":
+            closed = stack.pop()
+            stack[-1].append(closed)
+            if len(stack) == 1:
+                return closed
+        else:
+            stack[-1].append(token)
+    raise GameError("its goal is not a parenthesised expression")
+
+
+def parameters(tokens: list[str]) -> dict[str, str]:
+    """`?o1 ?o2 - object ?r - receptacle` -> {variable: type}."""
+    if not _is_atom(tokens):
+        raise GameError(f"its goal has quantified variables that cannot be read: {str(tokens)[:80]}")
+    return _read_objects(" ".join(tokens))
+
+
+def _is_atom(expression: object) -> bool:
+    return (
+        isinstance(expression, list)
+        and expression != []
+        and all(isinstance(term, str) for term in expression)
+    )
+
+
+def holds(formula: Formula, facts: Collection[Fact]) -> bool:
+    """Whether a ground formula is true where exactly `facts` are."""
+    operator, rest = formula
+    if operator == "atom":
+        return rest in facts
+    if operator == "and":
+        return all(holds(part, facts) for part in rest)
+    if operator == "or":
+        return any(holds(part, facts) for part in rest)
+    return not holds(rest, facts)
+
+
+def atoms(formula: Formula) -> Iterator[Fact]:
+    """Every fact a ground formula depends on."""
+    operator, rest = formula
+    if operator == "atom":
+        yield rest
+    elif operator == "not":
+        yield from atoms(rest)
+    else:
+        for part in rest:
+            yield from atoms(part)
+
+
+TRUE: Formula = ("and", [])
+FALSE: Formula = ("or", [])
+
+
+class Grounder:
+    """Compiles a goal expression to a formula over fluent facts, deciding everything static on the way."""
+
+    def __init__(self, problem: Problem, is_fluent: Callable[[str], bool]):
+        self.is_fluent = is_fluent
+        self.types = problem.types
+        self.static: dict[str, set[Fact]] = {}
+        for fact in problem.facts:
+            if not is_fluent(fact[0]):
+                self.static.setdefault(fact[0], set()).add(fact)
+        self.matches: dict[Fact, list[Fact]] = {}
+        self.tried = 0
+
+    def ground(self, expression: list, binding: dict[str, str]) -> Formula:
+        operator, *rest = expression if isinstance(expression, list) and expression else [None]
+        if operator in ("and", "or"):
+            return _simplified(operator, [self.ground(part, binding) for part in rest])
+        if operator == "not" and len(rest) == 1:
+            return _negated(self.ground(rest[0], binding))
+        if operator == "imply" and len(rest) == 2:
+            return self.ground(["or", ["not", rest[0]], rest[1]], binding)
+        if operator == "exists" and len(rest) == 2:
+            return self._ground_exists(*rest, binding)
+        if operator == "forall" and len(rest) == 2:
+            return _negated(self._ground_exists(rest[0], ["not", rest[1]], binding))
+        if isinstance(operator, str) and all(isinstance(term, str) for term in rest):
+            return self._ground_atom((operator, *(self._value(term, binding) for term in rest)))
+        raise GameError(f"its goal has a part that cannot be read: {str(expression)[:80]}")
+
+    def _value(self, term: str, binding: dict[str, str]) -> str:
+        if term.startswith("?") and term not in binding:
+            raise GameError(f"its goal uses the variable {term} without a quantifier")
+        return binding.get(term, term)
+
+    def _ground_atom(self, fact: Fact) -> Formula:
+        if fact[0] == "=":
+            return TRUE if len(set(fact[1:])) == 1 else FALSE
+        if self.is_fluent(fact[0]):
+            return ("atom", fact)
+        return TRUE if fact in self.static.get(fact[0], ()) else FALSE
+
+    def _ground_exists(self, declared: list, body: list, binding: dict[str, str]) -> Formula:
+        variables = parameters(declared)
+        binding = {variable: value for variable, value in binding.items() if variable not in variables}
+        conjuncts = self._flattened(body, variables, binding)
+        bindings = [binding]
+        for part in filter(_is_atom, conjuncts):
+            if part[0] in self.static:
+                bindings = [wider for narrow in bindings for wider in self._join(part, narrow)]
+        for variable, type_ in variables.items():
+            bindings = [wider for narrow in bindings for wider in self._enumerate(variable, type_, narrow)]
+        return _simplified("or", [self.ground(["and", *conjuncts], bound) for bound in bindings])
+
+    def _flattened(self, body: list, variables: dict[str, str], binding: dict[str, str]) -> list:
+        """The conjuncts of `body`, those of nested `exists` included: one join instead of nested loops."""
+        if body[:1] == ["and"]:
+            return [part for inner in body[1:] for part in self._flattened(inner, variables, binding)]
+        if body[:1] == ["exists"] and len(body) == 3:
+            inner = parameters(body[1])
+            if not inner.keys() & (variables.keys() | binding.keys()):
+                variables |= inner
+                return self._flattened(body[2], variables, binding)
+        return [body]
+
+    def _join(self, part: list[str], binding: dict[str, str]) -> Iterator[dict[str, str]]:
+        """`binding` extended by each static fact that `part` can stand for."""
+        pattern = tuple(binding.get(term, term) for term in part)
+        if pattern not in self.matches:
+            self.matches[pattern] = [
+                fact
+                for fact in self.static[pattern[0]]
+                if len(fact) == len(pattern)
+                and all(term == value or term[0] == "?" for term, value in zip(pattern, fact, strict=True))
+            ]
+        for fact in self.matches[pattern]:
+            self._count()
+            wider = dict(binding)
+            wider.update((term, value) for term, value in zip(pattern, fact, strict=True) if term[0] == "?")
+            yield wider
+
+    def _enumerate(self, variable: str, type_: str, binding: dict[str, str]) -> Iterator[dict[str, str]]:
+        if variable in binding:
+            yield binding
+            return
+        for name, its_type in self.types.items():
+            if its_type == type_:
+                self._count()
+                yield binding | {variable: name}
+
+    def _count(self) -> None:
+        self.tried += 1
+        if self.tried > MAX_GROUND:
+            raise GameError(f"its goal has more than {MAX_GROUND} possible bindings")
+
+
+def _simplified(operator: str, parts: list[Formula]) -> Formula:
+    neutral, decisive = (TRUE, FALSE) if operator == "and" else (FALSE, TRUE)
+    if decisive in parts:
+        return decisive
+    parts = [part for part in parts if part != neutral]
+    return parts[0] if len(parts) == 1 else (operator, parts)
+
+
+def _negated(formula: Formula) -> Formula:
+    return FALSE if formula == TRUE else TRUE if formula == FALSE else ("not", formula)
