@@ -95,7 +95,7 @@ def load(
     critic: nn.Module | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
 ) -> dict[str, Any]:
-    """Restore `policy`, `critic`, `optimizers` and the random states in place; return `state` with its "step".
+    """Restore `policy`, `critic`, `optimizers` and the random states in place; return `state` with "step".
 
     Everything is read and checked before the first weight changes, so a CheckpointError (missing, corrupt or
     foreign file, wrong shape) leaves all of them as they were.

@@ -52,8 +52,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class Logger:
     """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, and shows it.
 
-    `resume_step=n` continues a run from its checkpoint of step n: later rows are dropped (those of the warm start,
-    which has its own step counter, stay), so that the file ends up as if the run had never stopped.
+    `resume_step=n` continues a run from its checkpoint of step n: later rows are dropped (the warm start's,
+    which counts its own steps, stay), so that the file ends up as if the run had never stopped.
     `display` is "plain" (a line a row), "none", or "auto": a live panel in a terminal, else plain.
     """
 
@@ -137,7 +137,7 @@ def _truncate(path: Path, resume_step: int | None) -> list[dict[str, Any]]:
 
 
 class _TensorBoard:
-    """Event files, if the tensorboard package is there. The warm start counts its own steps, so it is a run of its own."""
+    """Event files, if tensorboard is installed. The warm start counts its own steps: a run of its own."""
 
     def __init__(self, folder: Path, resume_step: int | None):
         try:
@@ -204,9 +204,8 @@ class _Plain(_Silent):
 def _line(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The labelled values of one plain line: those of the row's stage that are there."""
     if row["stage"] == "eval":
-        interval = f"{percent(row.get('eval/success'))} [{percent(row.get('eval/low'))}, {percent(row.get('eval/high'))}]"
-        fields = [("success", interval), *_fields(row, _EVAL)]
-        return fields
+        rate, low, high = (percent(row.get(f"eval/{name}")) for name in ("success", "low", "high"))
+        return [("success", f"{rate} [{low}, {high}]"), *_fields(row, _EVAL)]
     return _fields(row, _WARM_START if row["stage"] == "warm_start" else _TRAIN)
 
 
@@ -325,7 +324,7 @@ class _Panel(_Silent):
 
     def _success(self, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Table:
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", width=8)
+        grid.add_column(style="dim")
         grid.add_column(justify="right", width=6, style="bold green")
         grid.add_column()
         grid.add_column(style="dim")
@@ -338,7 +337,9 @@ class _Panel(_Silent):
                     if name == "eval"
                     else ""
                 )
-                grid.add_row(name, percent(values[-1]), Text(sparkline(values, 32), style="green"), note)
+                grid.add_row(
+                    f"{name} success", percent(values[-1]), Text(sparkline(values, 32), style="green"), note
+                )
         return grid
 
 

@@ -17,11 +17,11 @@ from hiper_fast.metrics import Logger, read_metrics, sparkline, wilson
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    # R: binom.confint(x, n, methods = "wilson"), z = 1.959964
-    [(81, 263, 0.2552746, 0.3662194), (15, 148, 0.0624266, 0.1604640), (0, 20, 0.0, 0.1611252), (29, 29, 0.8830300, 1.0)],
-)  # fmt: skip
+    # Newcombe (1998), Two-sided confidence intervals for the single proportion, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (29, 29, 0.8830, 1.0)],
+)
 def test_wilson_against_published_values(successes, n, low, high):
-    assert wilson(successes, n, z=1.959964) == pytest.approx((low, high), abs=2e-5)
+    assert wilson(successes, n, z=1.959964) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_edges():
@@ -86,11 +86,6 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
     with (resumed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "stage": "tra')
     with Logger(resumed, resume_step=4, display="none") as logger:
-        assert json.loads(lines(resumed)[-1]) == {
-            "step": 4,
-            "stage": "eval",
-            **json.loads(lines(resumed)[-1]),
-        }
         assert len(lines(resumed)) == 3 + 4 + 2
         train(logger, range(5, 8))
     assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -143,7 +138,8 @@ def test_tensorboard_events_are_purged_on_resume(tmp_path):
 
 
 FULL = {
-    "rollout/success": 0.5, "rollout/segment_length": 3.25, "rollout/switch_rate": 0.3, "rollout/valid_rate": 0.98,
+    "rollout/success": 0.5, "rollout/segment_length": 3.25, "rollout/switch_rate": 0.3,
+    "rollout/valid_rate": 0.98,
     "loss/policy": -0.01, "loss/value": 0.2, "loss/kl": math.nan, "time/rollout": 1.5, "time/total": 75.0,
 }  # fmt: skip
 
@@ -173,18 +169,8 @@ def test_live_panel_shows_everything(tmp_path, monkeypatch):
             logger.log(step, "train", FULL)
         logger.message("[saved] step-000003")
     text = output.getvalue()
-    for expected in (
-        "update 3 / 40",
-        "eta",
-        "segment",
-        "switch",
-        "valid",
-        "policy loss",
-        "kl",
-        "rollout",
-        "▅",
-        "[saved]",
-    ):
+    labels = ["eta", "segment", "switch", "valid", "policy loss", "kl", "rollout", "total"]
+    for expected in ["update 3 / 40", *labels, "▅", "[saved]"]:
         assert expected in text
 
 
