@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BEST = "best.json"
+_NAME = re.compile(r"step-\d{6,}")
 
 
 class CheckpointError(RuntimeError):
@@ -132,6 +133,14 @@ def best(folder: str | Path) -> Path | None:
     """The checkpoint marked best, or None."""
     step = _best_step(Path(folder))
     return None if step is None else _path(Path(folder), step)
+
+
+def step_of(path: str | Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    name = Path(path).name
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{path} is no checkpoint: its name must be like step-000010")
+    return int(name.removeprefix("step-"))
 
 
 def mark_best(folder: str | Path, step: int) -> None:

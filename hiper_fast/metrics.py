@@ -52,6 +52,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class Logger:
     """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, and shows it.
 
+    `resume_step=None` starts a new run: rows the folder may hold are dropped.
     `resume_step=n` continues a run from its checkpoint of step n: later rows are dropped (the warm start's,
     which counts its own steps, stay), so that the file ends up as if the run had never stopped.
     `display` is "plain" (a line a row), "none", or "auto": a live panel in a terminal, else plain.
@@ -124,10 +125,9 @@ def _number(key: str, value: Any) -> int | float | None:
 
 
 def _truncate(path: Path, resume_step: int | None) -> list[dict[str, Any]]:
-    """Drop the half-written last line, and on resume the rows after `resume_step`; return what stays."""
-    rows = read_metrics(path)
-    if resume_step is not None:
-        rows = [row for row in rows if row["stage"] == "warm_start" or row["step"] <= resume_step]
+    """Drop the half-written last line and the rows after `resume_step` (None: all); return what stays."""
+    rows = [] if resume_step is None else read_metrics(path)
+    rows = [row for row in rows if row["stage"] == "warm_start" or row["step"] <= resume_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_bytes() != text.encode():
         temporary = path.with_name(f".{path.name}.tmp")
@@ -145,9 +145,9 @@ class _TensorBoard:
         except ImportError:
             self._new = None
         else:
-            purge = None if resume_step is None else resume_step + 1
-            self._new = lambda stage: (
-                SummaryWriter(str(folder / stage)) if stage else SummaryWriter(str(folder), purge_step=purge)
+            purge = 0 if resume_step is None else resume_step + 1
+            self._new = lambda run: SummaryWriter(
+                str(folder / run), purge_step=None if run and purge else purge
             )
         self._writers: dict[str, Any] = {}
 

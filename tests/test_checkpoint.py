@@ -190,6 +190,12 @@ def test_resume_finds_a_best_checkpoint_that_is_alone(tmp_path):
     assert checkpoint.latest(tmp_path) == checkpoint.best(tmp_path) == tmp_path / "step-000006"
 
 
+def test_step_of():
+    assert checkpoint.step_of("runs/a/checkpoints/step-001234") == 1234
+    with pytest.raises(CheckpointError, match="step-000010"):
+        checkpoint.step_of("runs/a/checkpoints/best")
+
+
 def test_mark_best_refuses_a_step_that_was_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="step 9"):
         checkpoint.mark_best(tmp_path, 9)

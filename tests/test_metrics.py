@@ -91,14 +91,12 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
     assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_appending_without_resume_drops_only_the_half_line(tmp_path):
-    with Logger(tmp_path, display="none") as logger:
-        train(logger, range(1, 3))
-    before = (tmp_path / "metrics.jsonl").read_text()
-    (tmp_path / "metrics.jsonl").write_text(before + '{"step": 3')
-    with Logger(tmp_path, display="none") as logger:
-        logger.log(9, "eval", {})
-    assert (tmp_path / "metrics.jsonl").read_text() == before + '{"step": 9, "stage": "eval"}\n'
+def test_a_new_run_in_an_old_folder_starts_afresh(tmp_path):
+    for _ in range(2):
+        with Logger(tmp_path, display="none") as logger:
+            logger.log(50, "warm_start", {})
+            train(logger, range(1, 3))
+    assert len(lines(tmp_path)) == 4
 
 
 def test_read_metrics_of_nothing(tmp_path):
