@@ -39,7 +39,10 @@ class CMakeBuild(build_ext):
         try:
             super().run()
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"hiper_fast: the C++ kernels were not built ({error}); the torch reference will be used", file=sys.stderr)
+            print(
+                f"hiper_fast: the C++ kernels were not built ({error}); the torch reference will be used",
+                file=sys.stderr,
+            )
             # Nothing was built, so there is nothing for the later steps to copy or register.
             self.extensions = []
 

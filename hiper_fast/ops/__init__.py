@@ -1,0 +1,65 @@
+"""The fused ops, one file each; `reference` is their readable specification."""
+
+from __future__ import annotations
+
+import torch
+
+from hiper_fast.ops import _library, reference
+from hiper_fast.ops.find_roles import TokenPieces, find_roles
+from hiper_fast.ops.gae import gae
+from hiper_fast.ops.hae import HAE, hae
+from hiper_fast.ops.linear_logprobs import linear_logprobs
+from hiper_fast.ops.linear_ppo import linear_ppo
+from hiper_fast.ops.normalize import normalize
+from hiper_fast.ops.ppo_loss import ppo_loss
+from hiper_fast.ops.scatter_advantages import scatter_advantages
+from hiper_fast.ops.value_loss import value_loss
+
+__all__ = [
+    "HAE",
+    "Implementation",
+    "TokenPieces",
+    "find_roles",
+    "gae",
+    "hae",
+    "implementations",
+    "linear_logprobs",
+    "linear_ppo",
+    "normalize",
+    "ppo_loss",
+    "reference",
+    "scatter_advantages",
+    "value_loss",
+]
+
+
+class Implementation(str):
+    """One of reference, cpp, triton; `why` tells the reason where it is the slow one, else it is empty."""
+
+    why: str
+
+    def __new__(cls, name: str, why: str = "") -> Implementation:
+        self = super().__new__(cls, name)
+        self.why = why
+        return self
+
+
+def implementations() -> dict[str, dict[str, Implementation]]:
+    """What each op would run on each device here: op -> {"cpu": …, "cuda": …}; "cuda" only where there is a GPU."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    scans = ("hae", "gae", "normalize", "find_roles", "scatter_advantages")
+    losses = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
+    return {
+        op: {device: _implementation(op in scans, op, device) for device in devices}
+        for op in (*scans, *losses)
+    }
+
+
+def _implementation(compiled: bool, op: str, device: str) -> Implementation:
+    if not compiled or (op == "normalize" and device == "cuda"):
+        return Implementation("reference", "torch operations; there is no fused kernel for it yet")
+    if _library.extension is None:
+        return Implementation("reference", _library.why_no_extension)
+    return Implementation(
+        "cpp", "copied to the host and back; there is no GPU kernel for it yet" * (device == "cuda")
+    )

@@ -1,0 +1,190 @@
+"""Which level trains each response token, read straight from token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hiper_fast.ops import _library, reference
+from hiper_fast.ops._library import address, check_cu, check_vector
+
+# The kernel copies pieces 16 bytes at a time, so the last one needs room behind it.
+_SPARE = 16
+
+
+class TokenPieces:
+    """The bytes of every token of a tokenizer, built once: `pieces[id]` is what the token adds to the text.
+
+    Special tokens (end, padding, chat markers) have no bytes; added tokens that are not special have their text.
+
+    Args:
+        tokenizer: a transformers tokenizer backed by the tokenizers library, or a `tokenizers.Tokenizer`. Decoders of
+            byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece-style BPE and unigram (▁, <0x0A>), WordPiece and plain
+            words are understood. Where the decoder joins or trims words by their neighbours, each word keeps its own
+            leading space.
+        size: the number of rows of the model's embedding where that is more than the tokenizer has; the ids that
+            fill it up have no bytes.
+
+    Raises:
+        ValueError: if a token's bytes cannot be known from the tokenizer.
+    """
+
+    def __init__(self, tokenizer, size: int | None = None):
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "to_str"):
+            raise ValueError(
+                f"tokenizer: {type(tokenizer).__name__} is not backed by the tokenizers library; load a fast tokenizer"
+            )
+        specification = json.loads(backend.to_str())
+        piece_of = _piece_decoder(specification.get("decoder"))
+        found = {id: piece_of(token) for token, id in backend.get_vocab(with_added_tokens=True).items()}
+        for added in specification["added_tokens"]:
+            found[added["id"]] = b"" if added["special"] else added["content"].encode()
+        for id in getattr(tokenizer, "all_special_ids", ()):
+            found[id] = b""
+        length = max(found, default=-1) + 1
+        self._fill([found.get(id, b"") for id in range(max(length, size or 0))])
+
+    @classmethod
+    def from_bytes(cls, pieces: Sequence[bytes]) -> TokenPieces:
+        """From each id's bytes, in order of ids."""
+        self = cls.__new__(cls)
+        self._fill(list(pieces))
+        return self
+
+    def _fill(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+        self.bytes = torch.frombuffer(bytearray(b"".join(pieces) + bytes(_SPARE)), dtype=torch.uint8)
+        lengths = torch.tensor([0, *map(len, pieces)])
+        self.offsets = lengths.cumsum(0).to(torch.int32)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, id: int) -> bytes:
+        return self._pieces[id]
+
+
+def _piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
+    """Token -> bytes, by the steps of a tokenizers decoder (as serialised) that act on each token alone."""
+    if decoder is None:
+        return lambda token: f" {token}".encode()  # tokenizers joins by spaces
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    known = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "WordPiece", "BPEDecoder", "Fuse", "Strip"}
+    for step in steps:
+        regex = step["type"] == "Replace" and "String" not in step["pattern"]
+        if step["type"] not in known or regex:
+            kind = "Replace with a regular expression" if regex else step["type"]
+            raise ValueError(f"tokenizer: the bytes of a token are not known for its decoder ({kind})")
+    byte_of = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
+
+    def decode(token: str) -> bytes:
+        for step in steps:
+            match step["type"]:
+                case "ByteLevel":
+                    if all(c in byte_of for c in token):
+                        return bytes(byte_of[c] for c in token)
+                case "ByteFallback":
+                    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                        try:
+                            return bytes([int(token[3:5], 16)])
+                        except ValueError:
+                            pass
+                case "Metaspace":
+                    token = token.replace(step["replacement"], " ")
+                case "Replace":
+                    token = token.replace(step["pattern"]["String"], step["content"])
+                case "WordPiece":
+                    prefix = step["prefix"]
+                    token = token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+                case "BPEDecoder":
+                    token = token.replace(step["suffix"], " ")
+                case _:  # what follows acts on the whole text: it trims a leading space at most
+                    break
+        return token.encode()
+
+    return decode
+
+
+def _byte_level_alphabet() -> list[str]:
+    """GPT-2's map: byte -> the printable character that stands for it."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _cpu(token_ids: Tensor, cu_tokens: Tensor, piece_bytes: Tensor, piece_offsets: Tensor):
+    tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
+    if _library.extension is None:
+        _library.check_prefix_sum("cu_tokens", cu_tokens, tokens)
+        data, offsets = piece_bytes.numpy().tobytes(), piece_offsets.tolist()
+        pieces = {}
+        for id in token_ids.unique().tolist():
+            if not 0 <= id < len(offsets) - 1:
+                raise ValueError(f"token_ids: {id} is not in the vocabulary of {len(offsets) - 1} pieces")
+            pieces[id] = data[offsets[id] : offsets[id + 1]]
+        return reference.find_roles(token_ids, cu_tokens, pieces)
+    token_ids, cu_tokens = token_ids.contiguous(), cu_tokens.contiguous()
+    roles = torch.zeros(tokens, dtype=torch.uint8)
+    switch, valid = torch.empty(turns, dtype=torch.bool), torch.empty(turns, dtype=torch.bool)
+    value_index = torch.empty(turns, 3, dtype=torch.int32)
+    _library.kernel("find_roles", token_ids.dtype)(
+        address(token_ids), address(cu_tokens), address(piece_bytes), address(piece_offsets),
+        tokens, turns, piece_offsets.shape[0] - 1,
+        address(roles), address(switch), address(value_index), address(valid),
+    )  # fmt: skip
+    return roles, switch, value_index, valid
+
+
+def _fake(token_ids, cu_tokens, piece_bytes, piece_offsets):
+    tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
+    return (
+        token_ids.new_empty(tokens, dtype=torch.uint8),
+        token_ids.new_empty(turns, dtype=torch.bool),
+        token_ids.new_empty((turns, 3), dtype=torch.int32),
+        token_ids.new_empty(turns, dtype=torch.bool),
+    )
+
+
+_op = _library.define(
+    "find_roles(Tensor token_ids, Tensor cu_tokens, Tensor piece_bytes, Tensor piece_offsets) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_cpu,
+    fake=_fake,
+)
+
+
+def find_roles(
+    token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The role of every response token, and what the parser of `hiper_fast.response` says of every response.
+
+    A token has a block's role if at least one of its bytes lies in the block, tags included, so that one token can
+    have several. All tokens of a response without an action block have the action role.
+
+    Args:
+        token_ids: int32 or int64 [tokens], the responses without their prompts.
+        cu_tokens: int32 [turns + 1], exclusive prefix sum of each response's tokens.
+        pieces: the tokenizer's bytes.
+
+    Returns:
+        roles: uint8 [tokens], bits 1 action, 2 subgoal, 4 switch.
+        switch: bool [turns], the response opens a segment.
+        value_index: int32 [turns, 3], columns low, high, switch: the position, within the response, of the token
+            before which that value is read. With index i of a response that starts at position s of its sequence,
+            the value comes from the hidden state at s + i - 1. High and switch: 0. Low: the first token that starts
+            at or after the end of `</subgoal>`; where there is no such block or no token after it, the same for
+            `</switch>`; else 0.
+        valid: bool [turns].
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or values do not fit.
+    """
+    check_vector("token_ids", token_ids, None, (torch.int64, torch.int32), None)
+    check_cu("cu_tokens", cu_tokens, token_ids.device)
+    if not isinstance(pieces, TokenPieces):
+        raise ValueError(f"pieces must be ops.TokenPieces(tokenizer), got {type(pieces).__name__}")
+    return _op(token_ids, cu_tokens, pieces.bytes, pieces.offsets)
