@@ -14,8 +14,8 @@ def make(name: str, **config: Any) -> Environment:
     """Build an environment whose `reset(seed=…)` draws the episode.
 
     - `make("household", size="small", task_types=None)`: generated games.
-    - `make("alfworld", split="train", engine="native")`: the official games under $ALFWORLD_DATA; `engine="textworld"`
-      plays them through the TextWorld package.
+    - `make("alfworld", split="train", engine="native")`: the official games under $ALFWORLD_DATA;
+      `engine="textworld"` plays them through the TextWorld package.
 
     Raises ValueError for an unknown name and for options the environment does not take.
     """

@@ -1,8 +1,8 @@
 """ALFWorld, played from the official `game.tw-pddl` files, letter for letter as TextWorld plays them.
 
-`Game` is a file parsed once, immutable and shared by any number of environments. `AlfWorld` plays one: its state is the
-set of PDDL facts that can change, each command adds and deletes facts exactly as its PDDL effect says, and texts follow
-the game's grammar. docs/alfworld.md lists the quirks that are kept.
+`Game` is a file parsed once, immutable and shared by any number of environments. `AlfWorld` plays one: its
+state is the set of PDDL facts that can change, each command adds and deletes facts exactly as its PDDL effect
+says, and texts follow the game's grammar. docs/alfworld.md lists the quirks that are kept.
 """
 
 from __future__ import annotations
@@ -137,21 +137,8 @@ class Game:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Game:
-        """Parse a `game.tw-pddl` file, or the one in a folder. Raises GameError (a ValueError) on a bad file."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "game.tw-pddl"
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise GameError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            raise GameError(f"cannot read game {path}: {error.strerror}") from error
-        except GameError as error:
-            raise GameError(f"cannot play {path}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise GameError(f"cannot play {path}: it is not valid JSON ({error}); is it truncated?") from None
-        return cls.from_dict(data, name=str(path))
+        """Parse a `game.tw-pddl` file, or the one in a folder. Raises GameError (a ValueError)."""
+        return cls.from_dict(read_game(path), name=str(path))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str = "game") -> Game:
@@ -160,6 +147,23 @@ class Game:
             return _build(data, name)
         except GameError as error:
             raise GameError(f"cannot play {name}: {error}") from None
+
+
+def read_game(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a game file, or of the one in a folder. Raises GameError if it cannot be read."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "game.tw-pddl"
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise GameError(f"cannot play {path}: it is larger than {MAX_FILE_BYTES >> 20} MiB")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise GameError(f"cannot read {path}: {error.strerror}") from error
+    except GameError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise GameError(f"cannot play {path}: it is not valid JSON ({error}); is it truncated?") from None
 
 
 def games(split: str) -> list[Path]:
@@ -185,13 +189,13 @@ class AlfWorld:
     """
 
     def __init__(self, game: Game | Mapping[str, Any] | str | os.PathLike):
-        self.game = _as_game(game)
+        self.game = as_game(game)
         self._begin()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         options = check_options(options, {"game"})
         if "game" in options:
-            self.game = _as_game(options["game"])
+            self.game = as_game(options["game"])
         self._begin()
         text = f"{_WELCOME}\n\n{self._surroundings(self.game.location)}\n\nYour task is to: {self.game.task}"
         return text, self._info()
@@ -378,11 +382,11 @@ class AlfWorld:
         if not receptacles:
             seen = _listing(f"a {receptacle}" for receptacle in overview)
             return f"You are in the middle of a room. Looking quickly around you, you see {seen}."
+        facts, location = self._facts, self.game.location
         beside = [
-            pair
-            for pair in self._left
-            if self.game.location[pair[1]] == self._here
-            and ("objectatlocation", pair[0], self._here) in self._facts
+            (thing, receptacle)
+            for thing, receptacle in self._left
+            if location[receptacle] == self._here and ("objectatlocation", thing, self._here) in facts
         ]
         beside.sort(key=lambda pair: self.game.rank[pair[0]])
         seen = _listing(f"a {thing}" for thing, _ in beside)
@@ -422,7 +426,8 @@ def _listing(items: Iterable[str]) -> str:
     return f"{', '.join(others)}, and {last}" if others else last
 
 
-def _as_game(game: Game | Mapping[str, Any] | str | os.PathLike) -> Game:
+def as_game(game: Game | Mapping[str, Any] | str | os.PathLike) -> Game:
+    """A parsed game from whatever names one."""
     if isinstance(game, Game):
         return game
     if isinstance(game, Mapping):
@@ -433,9 +438,9 @@ def _as_game(game: Game | Mapping[str, Any] | str | os.PathLike) -> Game:
 
 
 class AlfWorldSplit:
-    """The official games of one split: `reset(seed=s)` draws one by the seed, `reset()` the next one at random.
+    """The official games of one split: `reset(seed=s)` draws one by the seed, `reset()` the next at random.
 
-    `options={"game": path, dict or Game}` plays that game instead. engine: "native" (this module) or "textworld".
+    `options={"game": …}` plays that game instead. engine: "native" (this module) or "textworld".
     """
 
     def __init__(self, split: str = "train", engine: str = "native"):
@@ -535,26 +540,31 @@ def _read_content(data: Mapping[str, Any]) -> tuple[str, Problem, tuple[str, ...
     return task[1], problem, tuple(walkthrough)
 
 
-def _with_text_names(problem: Problem) -> tuple[Problem, dict[str, int]]:
-    """The problem with names as in the text for ids, and each name's place in the order of ids.
-
-    A name is the id's type and a number; of one type, the first id gets the highest number.
-    """
-    ids = sorted({argument for fact in problem.facts for argument in fact[1:]})
-    for id_ in ids:
-        if id_ not in problem.types:
-            raise GameError(f"its problem uses {id_!r} without declaring it under :objects")
-    kinds = {id_: id_.split("_bar_", 1)[0] + "basin" * ("basin" in id_) for id_ in ids if "_bar_" in id_}
+def text_names(ids: Iterable[str]) -> dict[str, str]:
+    """id -> name in the text: a kind and a number; of one kind, the first id in order gets the highest."""
+    mangled = sorted(id_ for id_ in ids if "_bar_" in id_)
+    kinds = {id_: id_.split("_bar_", 1)[0] + "basin" * ("basin" in id_) for id_ in mangled}
     left = Counter(kinds.values())
-    names = {id_: id_ for id_ in problem.types}
+    names = {}
     for id_, kind in kinds.items():
         names[id_] = f"{kind} {left[kind]}"
         left[kind] -= 1
+    return names
+
+
+def _with_text_names(problem: Problem) -> tuple[Problem, dict[str, int]]:
+    """The problem with names as in the text in place of ids, and each name's rank in the order of ids."""
+    ids = sorted({argument for fact in problem.facts for argument in fact[1:]})
+    if not problem.types.keys() >= set(ids):
+        undeclared = min(set(ids) - problem.types.keys())
+        raise GameError(f"its problem uses {undeclared!r} without declaring it under :objects")
+    names = text_names(ids)
+    in_text = dict(zip(problem.types, problem.types, strict=True)) | names
     problem = problem._replace(
-        types={names[id_]: type_ for id_, type_ in problem.types.items()},
-        facts=[(fact[0], *[names[argument] for argument in fact[1:]]) for fact in problem.facts],
+        types={in_text[id_]: type_ for id_, type_ in problem.types.items()},
+        facts=[(fact[0], *map(in_text.__getitem__, fact[1:])) for fact in problem.facts],
     )
-    return problem, {names[id_]: rank for rank, id_ in enumerate(ids)}
+    return problem, {in_text[id_]: rank for rank, id_ in enumerate(ids)}
 
 
 def _grouped(pairs: Iterable[tuple[str, str]], rank: dict[str, int]) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Just enough PDDL to play ALFWorld: read a problem file, and compile its goal to a test over ground facts."""
+"""Just enough PDDL to play ALFWorld: read a problem, and compile its goal to a test over ground facts."""
 
 from __future__ import annotations
 
@@ -137,11 +137,12 @@ class Grounder:
     def __init__(self, problem: Problem, is_fluent: Callable[[str], bool]):
         self.is_fluent = is_fluent
         self.types = problem.types
-        self.static: dict[str, set[Fact]] = {}
+        self.facts = set(problem.facts)
+        self.static: dict[str, list[Fact]] = {}  # predicate -> its facts
         for fact in problem.facts:
             if not is_fluent(fact[0]):
-                self.static.setdefault(fact[0], set()).add(fact)
-        self.matches: dict[Fact, list[Fact]] = {}
+                self.static.setdefault(fact[0], []).append(fact)
+        self.matches: dict[tuple, list[Fact]] = {}
         self.tried = 0
 
     def ground(self, expression: list, binding: dict[str, str]) -> Formula:
@@ -170,7 +171,7 @@ class Grounder:
             return TRUE if len(set(fact[1:])) == 1 else FALSE
         if self.is_fluent(fact[0]):
             return ("atom", fact)
-        return TRUE if fact in self.static.get(fact[0], ()) else FALSE
+        return TRUE if fact in self.facts else FALSE
 
     def _ground_exists(self, declared: list, body: list, binding: dict[str, str]) -> Formula:
         variables = parameters(declared)
@@ -198,18 +199,23 @@ class Grounder:
     def _join(self, part: list[str], binding: dict[str, str]) -> Iterator[dict[str, str]]:
         """`binding` extended by each static fact that `part` can stand for."""
         pattern = tuple(binding.get(term, term) for term in part)
-        if pattern not in self.matches:
-            self.matches[pattern] = [
+        for fact in self._matching(pattern):
+            self._count()
+            yield binding | {term: value for term, value in zip(pattern, fact, strict=True) if term[0] == "?"}
+
+    def _matching(self, pattern: Fact) -> list[Fact]:
+        """The static facts that agree with the constants of `pattern`."""
+        fixed = [place for place, term in enumerate(pattern) if term[0] != "?"]
+        if len(fixed) == len(pattern):
+            return [pattern] if pattern in self.facts else []
+        key = tuple((place, pattern[place]) for place in fixed)
+        if key not in self.matches:
+            self.matches[key] = [
                 fact
                 for fact in self.static[pattern[0]]
-                if len(fact) == len(pattern)
-                and all(term == value or term[0] == "?" for term, value in zip(pattern, fact, strict=True))
+                if len(fact) == len(pattern) and all(fact[place] == value for place, value in key[1:])
             ]
-        for fact in self.matches[pattern]:
-            self._count()
-            wider = dict(binding)
-            wider.update((term, value) for term, value in zip(pattern, fact, strict=True) if term[0] == "?")
-            yield wider
+        return self.matches[key]
 
     def _enumerate(self, variable: str, type_: str, binding: dict[str, str]) -> Iterator[dict[str, str]]:
         if variable in binding:
