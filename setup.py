@@ -1,7 +1,7 @@
 """Builds hiper_fast._C by driving CMake; CMakeLists.txt is the one list of sources and flags.
 
-The package works without the extension, on the slower torch reference. So a missing compiler does not fail the
-installation: the reason is printed here, and told once more when hiper_fast.ops is imported.
+The package works without the extension, on the slower torch reference. So a missing compiler does not
+fail the installation: the reason is printed here, and a warning comes when hiper_fast.ops is imported.
 """
 
 import shutil
@@ -17,7 +17,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        # The target's own folder: the source tree in an editable install, the wheel's staging folder otherwise.
+        # The target's own folder: the source tree in an editable install, else the wheel's staging folder.
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

@@ -18,16 +18,17 @@ void hae(Address rewards, Address values_low, Address values_high, Address value
          Address terminated, Address cu_turns, Address bootstrap_low, Address bootstrap_high, int64_t turns,
          int64_t trajectories, double gamma, double lambda_turn, double lambda_segment, Address out,
          Address boundary) {
-  hiper_fast::hae<T>(at<T>(rewards), at<T>(values_low), at<T>(values_high), at<T>(values_switch), at<bool>(switches),
-                     at<bool>(terminated), at<int32_t>(cu_turns), at<T>(bootstrap_low), at<T>(bootstrap_high), turns,
-                     trajectories, gamma, lambda_turn, lambda_segment, at<T>(out), at<bool>(boundary));
+  hiper_fast::hae<T>(at<T>(rewards), at<T>(values_low), at<T>(values_high), at<T>(values_switch),
+                     at<bool>(switches), at<bool>(terminated), at<int32_t>(cu_turns), at<T>(bootstrap_low),
+                     at<T>(bootstrap_high), turns, trajectories, gamma, lambda_turn, lambda_segment,
+                     at<T>(out), at<bool>(boundary));
 }
 
 template <class T>
-void gae(Address rewards, Address values, Address terminated, Address cu_turns, Address bootstrap, int64_t turns,
-         int64_t trajectories, double gamma, double lambda, Address out) {
-  hiper_fast::gae<T>(at<T>(rewards), at<T>(values), at<bool>(terminated), at<int32_t>(cu_turns), at<T>(bootstrap),
-                     turns, trajectories, gamma, lambda, at<T>(out));
+void gae(Address rewards, Address values, Address terminated, Address cu_turns, Address bootstrap,
+         int64_t turns, int64_t trajectories, double gamma, double lambda, Address out) {
+  hiper_fast::gae<T>(at<T>(rewards), at<T>(values), at<bool>(terminated), at<int32_t>(cu_turns),
+                     at<T>(bootstrap), turns, trajectories, gamma, lambda, at<T>(out));
 }
 
 template <class T>
@@ -36,21 +37,22 @@ void normalize(Address values, Address mask, int64_t turns, double eps, Address 
 }
 
 template <class Id>
-void find_roles(Address token_ids, Address cu_tokens, Address piece_bytes, Address piece_offsets, int64_t tokens,
-                int64_t turns, int64_t vocabulary, Address roles, Address switches, Address value_index,
-                Address valid) {
+void find_roles(Address token_ids, Address cu_tokens, Address piece_bytes, Address piece_offsets,
+                Address piece_flags, int64_t tokens, int64_t turns, int64_t vocabulary, Address roles,
+                Address switches, Address value_index, Address valid) {
   hiper_fast::find_roles<Id>(at<Id>(token_ids), at<int32_t>(cu_tokens), at<uint8_t>(piece_bytes),
-                             at<int32_t>(piece_offsets), tokens, turns, vocabulary, at<uint8_t>(roles),
-                             at<bool>(switches), at<int32_t>(value_index), at<bool>(valid));
+                             at<int32_t>(piece_offsets), at<uint8_t>(piece_flags), tokens, turns, vocabulary,
+                             at<uint8_t>(roles), at<bool>(switches), at<int32_t>(value_index),
+                             at<bool>(valid));
 }
 
 template <class T>
-void scatter_advantages(Address advantages_low, Address advantages_high, Address advantages_switch, Address boundary,
-                        Address roles, Address cu_tokens, int64_t tokens, int64_t turns, Address advantages,
-                        Address loss_mask) {
+void scatter_advantages(Address advantages_low, Address advantages_high, Address advantages_switch,
+                        Address boundary, Address roles, Address cu_tokens, int64_t tokens, int64_t turns,
+                        Address advantages, Address loss_mask) {
   hiper_fast::scatter_advantages<T>(at<T>(advantages_low), at<T>(advantages_high), at<T>(advantages_switch),
-                                    at<bool>(boundary), at<uint8_t>(roles), at<int32_t>(cu_tokens), tokens, turns,
-                                    at<T>(advantages), at<bool>(loss_mask));
+                                    at<bool>(boundary), at<uint8_t>(roles), at<int32_t>(cu_tokens), tokens,
+                                    turns, at<T>(advantages), at<bool>(loss_mask));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Generalised advantage estimation, one pass backwards over each trajectory; and the normalisation of advantages.
+// Generalised advantage estimation, one pass backwards over each trajectory; and the normalisation of
+// advantages.
 #include <cmath>
 
 #include "ops.h"
@@ -6,8 +7,8 @@
 namespace hiper_fast {
 
 template <class T>
-void gae(const T* rewards, const T* values, const bool* terminated, const int32_t* cu_turns, const T* bootstrap,
-         int64_t turns, int64_t trajectories, double gamma, double lambda, T* out) {
+void gae(const T* rewards, const T* values, const bool* terminated, const int32_t* cu_turns,
+         const T* bootstrap, int64_t turns, int64_t trajectories, double gamma, double lambda, T* out) {
   check_prefix_sum("cu_turns", cu_turns, trajectories, turns);
   T* advantages = out;
   T* returns = out + turns;
@@ -39,10 +40,10 @@ void normalize(const T* values, const bool* mask, int64_t turns, double eps, T* 
   for (int64_t t = 0; t < turns; ++t) out[t] = mask[t] ? T((values[t] - mean) * scale) : T(0);
 }
 
-template void gae(const float*, const float*, const bool*, const int32_t*, const float*, int64_t, int64_t, double,
-                  double, float*);
-template void gae(const double*, const double*, const bool*, const int32_t*, const double*, int64_t, int64_t, double,
-                  double, double*);
+template void gae(const float*, const float*, const bool*, const int32_t*, const float*, int64_t, int64_t,
+                  double, double, float*);
+template void gae(const double*, const double*, const bool*, const int32_t*, const double*, int64_t, int64_t,
+                  double, double, double*);
 template void normalize(const float*, const bool*, int64_t, double, float*);
 template void normalize(const double*, const bool*, int64_t, double, double*);
 

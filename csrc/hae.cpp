@@ -4,10 +4,10 @@
 namespace hiper_fast {
 
 template <class T>
-void hae(const T* rewards, const T* values_low, const T* values_high, const T* values_switch, const bool* switches,
-         const bool* terminated, const int32_t* cu_turns, const T* bootstrap_low, const T* bootstrap_high,
-         int64_t turns, int64_t trajectories, double gamma, double lambda_turn, double lambda_segment, T* out,
-         bool* boundary) {
+void hae(const T* rewards, const T* values_low, const T* values_high, const T* values_switch,
+         const bool* switches, const bool* terminated, const int32_t* cu_turns, const T* bootstrap_low,
+         const T* bootstrap_high, int64_t turns, int64_t trajectories, double gamma, double lambda_turn,
+         double lambda_segment, T* out, bool* boundary) {
   check_prefix_sum("cu_turns", cu_turns, trajectories, turns);
   T* advantages_low = out;
   T* returns_low = out + turns;
@@ -18,7 +18,8 @@ void hae(const T* rewards, const T* values_low, const T* values_high, const T* v
 
   for (int64_t n = 0; n < trajectories; ++n) {
     const int64_t begin = cu_turns[n], end = cu_turns[n + 1];
-    // What follows the turn at hand: the low level's value and advantage, and the discounted return of the segment.
+    // What follows the turn at hand: the low level's value and advantage, and the discounted return of the
+    // segment.
     double next_value = terminated[n] || !bootstrap_low ? 0.0 : double(bootstrap_low[n]);
     double next_advantage = 0.0;
     double next_return = terminated[n] || !bootstrap_high ? 0.0 : double(bootstrap_high[n]);
@@ -26,7 +27,8 @@ void hae(const T* rewards, const T* values_low, const T* values_high, const T* v
     double discount = 1.0;  // gamma^d of the segment so far
 
     for (int64_t t = end - 1; t >= begin; --t) {
-      const double advantage = rewards[t] + gamma * next_value - values_low[t] + gamma * lambda_turn * next_advantage;
+      const double advantage =
+          rewards[t] + gamma * next_value - values_low[t] + gamma * lambda_turn * next_advantage;
       advantages_low[t] = T(advantage);
       returns_low[t] = T(advantage + values_low[t]);
 
@@ -54,10 +56,11 @@ void hae(const T* rewards, const T* values_low, const T* values_high, const T* v
   }
 }
 
-template void hae(const float*, const float*, const float*, const float*, const bool*, const bool*, const int32_t*,
-                  const float*, const float*, int64_t, int64_t, double, double, double, float*, bool*);
+template void hae(const float*, const float*, const float*, const float*, const bool*, const bool*,
+                  const int32_t*, const float*, const float*, int64_t, int64_t, double, double, double,
+                  float*, bool*);
 template void hae(const double*, const double*, const double*, const double*, const bool*, const bool*,
-                  const int32_t*, const double*, const double*, int64_t, int64_t, double, double, double, double*,
-                  bool*);
+                  const int32_t*, const double*, const double*, int64_t, int64_t, double, double, double,
+                  double*, bool*);
 
 }  // namespace hiper_fast

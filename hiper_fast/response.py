@@ -2,8 +2,8 @@
 
     <switch>KEEP or SWITCH</switch><subgoal>…</subgoal><action>…</action>
 
-A block is the first opening tag and the first closing tag after it; without both it is absent. Everything works on
-UTF-8 bytes, so broken characters never raise: they read as U+FFFD. `ops.find_roles` applies the same rules to token ids.
+A block is the first opening tag and the first closing tag after it; without both it is absent. All works on
+UTF-8 bytes, so broken characters never raise: they read as U+FFFD. `ops.find_roles` does the same on tokens.
 """
 
 from __future__ import annotations

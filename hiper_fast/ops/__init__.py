@@ -45,7 +45,7 @@ class Implementation(str):
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
-    """What each op would run on each device here: op -> {"cpu": …, "cuda": …}; "cuda" only where there is a GPU."""
+    """What would run here: op -> {"cpu": …, "cuda": …}, with "cuda" only where there is a GPU."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     scans = ("hae", "gae", "normalize", "find_roles", "scatter_advantages")
     losses = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")

@@ -1,4 +1,4 @@
-"""What all ops share: the compiled extension, the torch.library namespace `hiper_fast`, and the argument checks."""
+"""What all ops share: the compiled extension, the namespace torch.ops.hiper_fast, the argument checks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _through_host(op: Callable) -> Callable:
 
 
 def check_vector(name: str, tensor: Tensor, length: int | None, dtypes, device: torch.device | None) -> None:
-    """One dimension, `length` elements (None: any), one of `dtypes`, on `device` (None: any); else ValueError."""
+    """One dimension, `length` elements (None: any), one of `dtypes`, on `device` (None: any)."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     shape = tensor.shape
@@ -77,7 +77,7 @@ def check_vector(name: str, tensor: Tensor, length: int | None, dtypes, device: 
 
 
 def check_cu(name: str, cu: Tensor, device: torch.device | None) -> int:
-    """int32, one dimension, at least one element; returns the number of segments. Its values: `check_prefix_sum`."""
+    """int32, one dimension, at least one element; returns the number of segments. Not its values."""
     check_vector(name, cu, None, (torch.int32,), device)
     if cu.shape[0] == 0:
         raise ValueError(f"{name} must have at least one element, the leading 0")
@@ -85,7 +85,7 @@ def check_cu(name: str, cu: Tensor, device: torch.device | None) -> int:
 
 
 def check_prefix_sum(name: str, cu: Tensor, total: int) -> None:
-    """`cu` begins with 0, never falls and ends with `total`; else ValueError. The C++ kernels check the same."""
+    """`cu` begins with 0, never falls and ends with `total`. The C++ kernels check the same."""
     values = cu.tolist()
     if values[0] != 0:
         raise ValueError(f"{name} must begin with 0, got {values[0]}")

@@ -11,22 +11,22 @@ from torch import Tensor
 from hiper_fast.ops import _library, reference
 from hiper_fast.ops._library import address, check_cu, check_vector
 
-# The kernel copies pieces 16 bytes at a time, so the last one needs room behind it.
-_SPARE = 16
+# What the kernel must know of a piece before it looks into its bytes.
+_HAS_ANGLE, _HAS_HIGH_BYTE, _EMPTY = 1, 2, 4
 
 
 class TokenPieces:
     """The bytes of every token of a tokenizer, built once: `pieces[id]` is what the token adds to the text.
 
-    Special tokens (end, padding, chat markers) have no bytes; added tokens that are not special have their text.
+    Special tokens (end, padding, chat markers) have no bytes; other added tokens have their text.
 
     Args:
-        tokenizer: a transformers tokenizer backed by the tokenizers library, or a `tokenizers.Tokenizer`. Decoders of
-            byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece-style BPE and unigram (▁, <0x0A>), WordPiece and plain
-            words are understood. Where the decoder joins or trims words by their neighbours, each word keeps its own
-            leading space.
-        size: the number of rows of the model's embedding where that is more than the tokenizer has; the ids that
-            fill it up have no bytes.
+        tokenizer: a transformers tokenizer backed by the tokenizers library, or a `tokenizers.Tokenizer`.
+            Decoders of byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece-style BPE and unigram (▁,
+            <0x0A>), WordPiece and plain words are understood. Where the decoder joins or trims words by their
+            neighbours, each word keeps its own leading space.
+        size: the number of rows of the model's embedding where that is more than the tokenizer has; the ids
+            that fill it up have no bytes.
 
     Raises:
         ValueError: if a token's bytes cannot be known from the tokenizer.
@@ -36,7 +36,7 @@ class TokenPieces:
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "to_str"):
             raise ValueError(
-                f"tokenizer: {type(tokenizer).__name__} is not backed by the tokenizers library; load a fast tokenizer"
+                f"tokenizer: {type(tokenizer).__name__} has no tokenizers backend; load a fast tokenizer"
             )
         specification = json.loads(backend.to_str())
         piece_of = _piece_decoder(specification.get("decoder"))
@@ -57,9 +57,13 @@ class TokenPieces:
 
     def _fill(self, pieces: list[bytes]) -> None:
         self._pieces = pieces
-        self.bytes = torch.frombuffer(bytearray(b"".join(pieces) + bytes(_SPARE)), dtype=torch.uint8)
-        lengths = torch.tensor([0, *map(len, pieces)])
-        self.offsets = lengths.cumsum(0).to(torch.int32)
+        self.bytes = torch.tensor(list(b"".join(pieces)), dtype=torch.uint8)
+        self.offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0).to(torch.int32)
+        flags = [
+            _HAS_ANGLE * (b"<" in piece) | _HAS_HIGH_BYTE * (not piece.isascii()) | _EMPTY * (not piece)
+            for piece in pieces
+        ]
+        self.flags = torch.tensor(flags, dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -116,7 +120,7 @@ def _byte_level_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _cpu(token_ids: Tensor, cu_tokens: Tensor, piece_bytes: Tensor, piece_offsets: Tensor):
+def _cpu(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
     tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
     if _library.extension is None:
         _library.check_prefix_sum("cu_tokens", cu_tokens, tokens)
@@ -132,14 +136,14 @@ def _cpu(token_ids: Tensor, cu_tokens: Tensor, piece_bytes: Tensor, piece_offset
     switch, valid = torch.empty(turns, dtype=torch.bool), torch.empty(turns, dtype=torch.bool)
     value_index = torch.empty(turns, 3, dtype=torch.int32)
     _library.kernel("find_roles", token_ids.dtype)(
-        address(token_ids), address(cu_tokens), address(piece_bytes), address(piece_offsets),
+        *map(address, (token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags)),
         tokens, turns, piece_offsets.shape[0] - 1,
         address(roles), address(switch), address(value_index), address(valid),
     )  # fmt: skip
     return roles, switch, value_index, valid
 
 
-def _fake(token_ids, cu_tokens, piece_bytes, piece_offsets):
+def _fake(token_ids, cu_tokens, *_):
     tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
     return (
         token_ids.new_empty(tokens, dtype=torch.uint8),
@@ -150,8 +154,8 @@ def _fake(token_ids, cu_tokens, piece_bytes, piece_offsets):
 
 
 _op = _library.define(
-    "find_roles(Tensor token_ids, Tensor cu_tokens, Tensor piece_bytes, Tensor piece_offsets) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "find_roles(Tensor token_ids, Tensor cu_tokens, Tensor piece_bytes, Tensor piece_offsets, "
+    "Tensor piece_flags) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
 )
@@ -162,8 +166,8 @@ def find_roles(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The role of every response token, and what the parser of `hiper_fast.response` says of every response.
 
-    A token has a block's role if at least one of its bytes lies in the block, tags included, so that one token can
-    have several. All tokens of a response without an action block have the action role.
+    A token has a block's role if at least one of its bytes lies in the block, tags included, so that one
+    token can have several. All tokens of a response without an action block have the action role.
 
     Args:
         token_ids: int32 or int64 [tokens], the responses without their prompts.
@@ -173,11 +177,11 @@ def find_roles(
     Returns:
         roles: uint8 [tokens], bits 1 action, 2 subgoal, 4 switch.
         switch: bool [turns], the response opens a segment.
-        value_index: int32 [turns, 3], columns low, high, switch: the position, within the response, of the token
-            before which that value is read. With index i of a response that starts at position s of its sequence,
-            the value comes from the hidden state at s + i - 1. High and switch: 0. Low: the first token that starts
-            at or after the end of `</subgoal>`; where there is no such block or no token after it, the same for
-            `</switch>`; else 0.
+        value_index: int32 [turns, 3], columns low, high, switch: the position, within the response, of the
+            token before which that value is read. With index i of a response that starts at position s of its
+            sequence, the value comes from the hidden state at s + i - 1. High and switch: 0. Low: the first
+            token that starts at or after the end of `</subgoal>`; where there is no such block or no token
+            after it, the same for `</switch>`; else 0.
         valid: bool [turns].
 
     Raises:
@@ -187,4 +191,4 @@ def find_roles(
     check_cu("cu_tokens", cu_tokens, token_ids.device)
     if not isinstance(pieces, TokenPieces):
         raise ValueError(f"pieces must be ops.TokenPieces(tokenizer), got {type(pieces).__name__}")
-    return _op(token_ids, cu_tokens, pieces.bytes, pieces.offsets)
+    return _op(token_ids, cu_tokens, pieces.bytes, pieces.offsets, pieces.flags)

@@ -1,4 +1,4 @@
-"""Hierarchical advantage estimation (HiPER, arXiv 2602.16165): credit on two time scales and for the switch."""
+"""Hierarchical advantage estimation (HiPER, arXiv 2602.16165): credit on two time scales."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hiper_fast.ops.reference import HAE
 
 
 def _cpu(
-    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high,
-    gamma, lambda_turn, lambda_segment,
+    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
+    bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,
 ):  # fmt: skip
     turns = rewards.shape[0]
     if _library.extension is None:
@@ -26,7 +26,8 @@ def _cpu(
     tensors = [
         contiguous(t)
         for t in (
-            rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high
+            rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
+            bootstrap_low, bootstrap_high,
         )
     ]  # fmt: skip
     levels = rewards.new_empty(6, turns)
@@ -69,14 +70,16 @@ def hae(
 ) -> HAE:
     """Hierarchical advantages and returns of packed trajectories.
 
-    A segment begins at a trajectory's first turn and at every turn with `switch`. With b_k, e_k, d_k the first turn,
-    last turn and length of segment k:
+    A segment begins at a trajectory's first turn and at every turn with `switch`. With b_k, e_k, d_k the
+    first turn, last turn and length of segment k:
 
-        low     delta_t = r_t + gamma v' - V_low(t),   v' = V_low(t+1), or V_high(t+1) at a segment's last turn
+        low     delta_t = r_t + gamma v' - V_low(t),
+                v' = V_low(t+1), or V_high(t+1) at a segment's last turn
                 A_low(t) = delta_t + gamma lambda_turn A_low(t+1), inside the segment only
         high    delta_k = sum_j gamma^j r_{b_k+j} + gamma^{d_k} V_high(b_{k+1}) - V_high(b_k)
                 A_high(b_k) = delta_k + gamma^{d_k} lambda_segment A_high(b_{k+1})
-        switch  G_t = r_t + gamma G_{t+1}, past a segment's end V_high(b_{k+1});   A_switch(t) = G_t - V_switch(t)
+        switch  G_t = r_t + gamma G_{t+1}, past a segment's end V_high(b_{k+1})
+                A_switch(t) = G_t - V_switch(t)
 
     Past a trajectory's last turn stands 0 if it terminated, else its bootstrap value.
 
@@ -116,7 +119,7 @@ def hae(
     if bootstrap_high is not None:
         check_vector("bootstrap_high", bootstrap_high, trajectories, dtype, device)
     levels, boundary = _op(
-        rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high,
-        gamma, lambda_turn, lambda_segment,
+        rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
+        bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,
     )  # fmt: skip
     return HAE(*levels.unbind(0), boundary)

@@ -13,7 +13,7 @@ _CHUNK = {"cpu": 2**24, "cuda": 2**27}
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Forward keeps the log of the normaliser and the entropy of each row; backward makes the logits again."""
+    """Forward keeps the log of the normaliser and the entropy of each row; backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, temperature, want_entropy):

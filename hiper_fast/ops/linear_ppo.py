@@ -30,7 +30,8 @@ def linear_ppo(
 
     Args:
         hidden: [n, h] and weight: [v, h], targets: int64 [n], temperature, bias: as in `linear_logprobs`.
-        old_logprobs, advantages, ref_logprobs: [n] float32 (float64 for float64 inputs), and the rest, as in `ppo_loss`.
+        old_logprobs, advantages, ref_logprobs: [n] float32, or float64 for float64 inputs.
+        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator: as in `ppo_loss`.
 
     Returns:
         loss: 0-d, differentiable in hidden, weight and bias; the weight's gradient is summed in float32.

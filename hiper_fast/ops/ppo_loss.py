@@ -33,8 +33,8 @@ def ppo_loss(
         logprobs, old_logprobs, advantages: [tokens] float32 or float64.
         loss_mask: bool [tokens]; off it, values are ignored, NaN included.
         ref_logprobs, entropy: [tokens] or None, which leaves the term out.
-        denominator: None divides by the number of masked tokens. Microbatches of one step share a denominator, so
-            that their losses (and metrics) add up.
+        denominator: None divides by the number of masked tokens. Microbatches of one step share a
+            denominator, so that their losses (and metrics) add up.
 
     Returns:
         loss: 0-d, differentiable in logprobs and entropy.

@@ -1,7 +1,7 @@
 """Every op in plain torch, to be read: this is the specification, and what runs where no kernel was built.
 
-Written apart from the kernels and checked against them; it takes its time and its memory. Arguments are as in the
-public functions of the same names, and are not validated here. Scans are computed in double precision.
+Written apart from the kernels and checked against them; it takes its time and its memory. Arguments are as in
+the public functions of the same names, and are not validated here. Scans are computed in double precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ACTION, SUBGOAL, SWITCH = 1, 2, 4  # the bits of a role
 
 
 class HAE(NamedTuple):
-    """Advantages and returns of the three levels, each [turns]; the high level is 0 off the boundary turns."""
+    """Advantages and returns of the three levels, each [turns]; the high level is 0 off boundaries."""
 
     advantages_low: Tensor
     returns_low: Tensor

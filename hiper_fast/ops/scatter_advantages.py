@@ -33,8 +33,8 @@ def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, c
 
 
 _op = _library.define(
-    "scatter_advantages(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, Tensor boundary, "
-    "Tensor roles, Tensor cu_tokens) -> (Tensor, Tensor)",
+    "scatter_advantages(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
+    "Tensor boundary, Tensor roles, Tensor cu_tokens) -> (Tensor, Tensor)",
     cpu=_cpu,
     fake=_fake,
 )
@@ -42,8 +42,8 @@ _op = _library.define(
 
 @torch.no_grad()
 def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's advantage: A_low for the action role, A_high for the subgoal role on boundary turns, A_switch for
-    the switch role, added where a token has several.
+    """Each token's advantage: A_low for the action role, A_high for the subgoal role on boundary turns,
+    A_switch for the switch role, added where a token has several.
 
     Args:
         hae: the result of `ops.hae`; its advantages may have been replaced by normalised ones.

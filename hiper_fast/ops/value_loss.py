@@ -17,7 +17,7 @@ def value_loss(
     clip: float = 0.5,
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over the mask of max((v - ret)^2, (clip(v, old - clip, old + clip) - ret)^2), divided by `denominator`.
+    """Sum over the mask of max((v - ret)^2, (clip(v, old ± clip) - ret)^2), divided by `denominator`.
 
     Args:
         values, old_values, returns: [turns] float32 or float64.
