@@ -496,5 +496,7 @@ def vocabulary() -> list[str]:
     spoken = re.findall(r'(?:"rhs":|(?:template|feedback) ::) "((?:[^"\\]|\\.)*)"', _GRAMMAR)
     spoken = re.sub(r"\[.*?\]|\{.*?\}|#.*?#|<.*?>|\\n", " ", " ".join(spoken))
     sentences = re.sub(r"\{.\}", " ", " ".join(sum(TASK_SENTENCES.values(), ())))
-    words = re.findall(r"[A-Za-z']+", f"{spoken} {sentences} find second take clean heat cool use put in")
+    words = re.findall(
+        r"[A-Za-z']+", f"{spoken} {sentences} Nothing happens find second take clean heat cool use put in"
+    )
     return sorted(names | set(words))
