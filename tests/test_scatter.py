@@ -1,0 +1,58 @@
+"""scatter_advantages: turns to tokens by role."""
+
+import pytest
+import torch
+
+from hiper_fast import ops
+
+
+def random_case(lengths, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    turns, tokens = len(lengths), sum(lengths)
+    hae = ops.HAE(*torch.randn(6, turns, dtype=dtype, generator=g), torch.rand(turns, generator=g) < 0.5)
+    roles = torch.randint(0, 8, (tokens,), dtype=torch.uint8, generator=g)
+    return hae, roles, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [1], [5, 0, 12], [40] * 10], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_reference(lengths, dtype):
+    case = random_case(lengths, dtype)
+    (advantages, loss_mask), expected = ops.scatter_advantages(*case), ops.reference.scatter_advantages(*case)
+    torch.testing.assert_close(advantages, expected[0])
+    assert torch.equal(loss_mask, expected[1])
+
+
+def test_by_hand():
+    one = torch.tensor
+    hae = ops.HAE(one([1.0, 2.0]), None, one([10.0, 20.0]), None, one([100.0, 200.0]), None, one([True, False]))
+    roles = one([0, 1, 2, 4, 6, 7, 2, 6], dtype=torch.uint8)
+    advantages, loss_mask = ops.scatter_advantages(hae, roles, one([0, 6, 8], dtype=torch.int32))
+    # The subgoal role counts on the boundary turn only: in turn 1 a subgoal token carries no loss.
+    assert advantages.tolist() == [0, 1, 10, 100, 110, 111, 0, 200]
+    assert loss_mask.tolist() == [False, True, True, True, True, True, False, True]
+
+
+def test_opcheck_and_strides():
+    hae, roles, cu_tokens = random_case([3, 4])
+    arguments = (hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary, roles, cu_tokens)
+    torch.library.opcheck(torch.ops.hiper_fast.scatter_advantages.default, arguments)
+    strided = torch.stack([roles, roles], 1)[:, 0]
+    assert torch.equal(
+        ops.scatter_advantages(hae, strided, cu_tokens)[0], ops.scatter_advantages(hae, roles, cu_tokens)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("roles", {"roles": torch.zeros(7, dtype=torch.int64)}),
+        ("cu_tokens", {"cu_tokens": torch.tensor([0, 3, 6], dtype=torch.int32)}),
+        ("cu_tokens", {"cu_tokens": torch.tensor([0, 8, 7], dtype=torch.int32)}),
+        ("hae.advantages_low", {"cu_tokens": torch.tensor([0, 7], dtype=torch.int32)}),
+    ],
+)
+def test_bad_arguments_are_named(name, change):
+    hae, roles, cu_tokens = random_case([3, 4])
+    with pytest.raises(ValueError, match=name):
+        ops.scatter_advantages(**({"hae": hae, "roles": roles, "cu_tokens": cu_tokens} | change))
