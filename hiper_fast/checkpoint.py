@@ -351,9 +351,7 @@ def _path(folder: Path, step: int) -> Path:
 
 def _steps(folder: Path) -> list[int]:
     _recover(folder)
-    return sorted(
-        int(path.name[5:]) for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)
-    )
+    return sorted(step_of(path) for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def _best_step(folder: Path) -> int | None:
