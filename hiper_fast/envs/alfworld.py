@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import WON_REWARD, Environment, Info, check_options
-from .pddl import Fact, Formula, GameError, Grounder, Problem, atoms, holds, read_problem
+from .pddl import Fact, Formula, GameError, Grounder, Problem, atoms, holds, read_problem, renamed
 
 __all__ = ["TASK_TYPES", "AlfWorld", "AlfWorldSplit", "Game", "GameError", "Goal", "games"]
 
@@ -138,6 +138,7 @@ class Game:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Game:
         """Parse a `game.tw-pddl` file, or the one in a folder. Raises GameError (a ValueError)."""
+        path = game_file(path)
         return cls.from_dict(read_game(path), name=str(path))
 
     @classmethod
@@ -149,11 +150,14 @@ class Game:
             raise GameError(f"cannot play {name}: {error}") from None
 
 
-def read_game(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a game file, or of the one in a folder. Raises GameError if it cannot be read."""
+def game_file(path: str | os.PathLike) -> Path:
+    """The game file that a path names: itself, or the `game.tw-pddl` in it if it is a folder."""
     path = Path(path)
-    if path.is_dir():
-        path = path / "game.tw-pddl"
+    return path / "game.tw-pddl" if path.is_dir() else path
+
+
+def read_game(path: Path) -> dict[str, Any]:
+    """The content of a game file. Raises GameError if it cannot be read."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise GameError(f"cannot play {path}: it is larger than {MAX_FILE_BYTES >> 20} MiB")
@@ -563,6 +567,7 @@ def _with_text_names(problem: Problem) -> tuple[Problem, dict[str, int]]:
     problem = problem._replace(
         types={in_text[id_]: type_ for id_, type_ in problem.types.items()},
         facts=[(fact[0], *map(in_text.__getitem__, fact[1:])) for fact in problem.facts],
+        goal=renamed(problem.goal, names),
     )
     return problem, {in_text[id_]: rank for rank, id_ in enumerate(ids)}
 

@@ -45,7 +45,7 @@ def read_problem(text: str) -> Problem:
         domain=sections["domain"].replace(")", "").strip(),
         types=_read_objects(sections["objects"]),
         facts=_read_facts(sections["init"]),
-        goal=read_expression("(" + sections["goal"].split("(", 1)[-1]),
+        goal=read_expression(sections["goal"]),
     )
 
 
@@ -71,13 +71,15 @@ def _read_facts(section: str) -> list[Fact]:
 
 
 def read_expression(text: str) -> list:
-    """The first parenthesised expression of `text` as nested lists."""
+    """The parenthesised expression that `text` begins with, as nested lists."""
     stack: list[list] = [[]]
     for token in _TOKEN.findall(text):
         if token == "(":
             stack.append([])
             if len(stack) > MAX_DEPTH:
                 raise GameError(f"its goal nests more than {MAX_DEPTH} deep")
+        elif len(stack) == 1:
+            break
         elif token == ")":
             closed = stack.pop()
             stack[-1].append(closed)
@@ -86,6 +88,13 @@ def read_expression(text: str) -> list:
         else:
             stack[-1].append(token)
     raise GameError("its goal is not a parenthesised expression")
+
+
+def renamed(expression: list | str, names: dict[str, str]) -> list | str:
+    """The expression with `names` in place of their keys."""
+    if isinstance(expression, str):
+        return names.get(expression, expression)
+    return [renamed(part, names) for part in expression]
 
 
 def parameters(tokens: list[str]) -> dict[str, str]:

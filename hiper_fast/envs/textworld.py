@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .alfworld import Game, read_game, text_names
+from .alfworld import Game, game_file, read_game, text_names
 from .base import WON_REWARD, Info, check_options
 
 
@@ -45,7 +45,13 @@ class TextWorld:
         return state.feedback, reward, self._won, False, self._info(state)
 
     def _load(self, game: Mapping[str, Any] | str | os.PathLike) -> None:
-        content, name = (game, "game") if isinstance(game, Mapping) else (read_game(game), str(game))
+        if isinstance(game, Mapping):
+            content, name = game, "game"
+        elif isinstance(game, str | os.PathLike):
+            path = game_file(game)
+            content, name = read_game(path), str(path)
+        else:
+            raise TypeError(f"engine 'textworld' plays a game file or dict, not {type(game).__name__}")
         self.game = Game.from_dict(content, name)
         with _kept_arguments():
             self._engine.load(dict(content))
