@@ -58,10 +58,7 @@ _STATE_OF_TASK = {
     "pick_cool_then_place_in_recep": "cool",
 }
 _LAMP = "DeskLamp"
-_KNIVES = {
-    "ButterKnife",
-    "Knife",
-}  # the domain names their types and the appliances', so every problem declares them
+_KNIVES = {"ButterKnife", "Knife"}
 _SHARED_PLACE = 0.25  # how often a receptacle stands at the place of the previous one of its type
 
 _DATA = files("hiper_fast.envs") / "household_data"
@@ -381,7 +378,7 @@ def _solve(rng: random.Random, plan: _Plan, scene: _Scene) -> tuple[list[str], l
 
 
 def _problem_text(name: str, plan: _Plan, scene: _Scene) -> str:
-    """The PDDL problem, with only the types and canContain pairs that can matter in this room."""
+    """The PDDL problem, with the types and canContain pairs of this room and the types the domain names."""
     kinds = sorted({thing.kind for thing in scene.things} | _KNIVES)
     appliances = {change.appliance for change in _CHANGES.values()}
     ends = sorted({receptacle.kind for receptacle in scene.receptacles} | appliances)

@@ -1,0 +1,381 @@
+"""The one configuration: typed dataclasses, YAML files, dotted command-line overrides; unknown keys are refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A bad option, value or configuration file; the message names it and how to mend it."""
+
+
+def option(default, help: str):
+    """A dataclass field with its default and the line that `--help` prints."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(slots=True)
+class EnvConfig:
+    name: str = option(
+        "auto", "household, alfworld, or auto: alfworld if $ALFWORLD_DATA is set, else household"
+    )
+    engine: str = option("native", "native, or textworld: the same games through the real TextWorld")
+    size: str = option("small", "household games: small, medium or large rooms")
+    task_types: list[str] | None = option(None, "household games: only these task types (default: all six)")
+    split: str = option("train", "alfworld games: the split to train on")
+    eval_split: str = option("valid_seen", "alfworld games: the split to evaluate on")
+    max_turns: int = option(20, "turns after which an episode is truncated")
+
+
+@dataclass(slots=True)
+class AgentConfig:
+    style: str = option("auto", "prompt style: reference, compact, or auto: compact for the tiny model")
+    history: int = option(
+        8, "past turns shown in the prompt (compact: actions only; the paper's 2 show observations too)"
+    )
+    max_prompt_tokens: int = option(384, "longer prompts drop history, then the observation's tail")
+    max_response_tokens: int = option(28, "tokens sampled at most in a turn")
+    temperature: float = option(1.0, "sampling temperature in training")
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    path: str = option("tiny", "tiny (built here, from scratch), or any causal LM: a folder or a hub id")
+    critic: str = option(
+        "separate", "separate: a model of its own (paper); shared: three heads on the policy's trunk"
+    )
+    device: str = option("auto", "cpu, cuda, or auto")
+    dtype: str = option("float32", "float32 or bfloat16")
+    local_files_only: bool = option(
+        True, "never reach for the network: a hub id must already be in the local cache"
+    )
+
+
+@dataclass(slots=True)
+class RewardConfig:
+    success: float = option(1.0, "reward of the winning turn (reference: 10)")
+    invalid: float = option(-0.1, "added on a turn whose response does not keep the format")
+    keep: float = option(0.0, "KEEP penalty (reference, ALFWorld: -0.3)")
+    keep_mode: str = option(
+        "normalized", "normalized: divided by the episode's turns; fixed: on each KEEP turn"
+    )
+    consistency: float = option(
+        0.0, "added on a KEEP turn whose subgoal differs from the last one (reference: -0.3)"
+    )
+
+
+@dataclass(slots=True)
+class AdvantageConfig:
+    estimator: str = option(
+        "hae", "hae: three levels (HiPER); gae: one flat level over turns, for comparison"
+    )
+    gamma: float = option(0.98, "discount per turn (reference: 1)")
+    lambda_turn: float = option(1.0, "lambda within a segment")
+    lambda_segment: float = option(0.95, "lambda over segments")
+    normalize: bool = option(True, "normalise each level over the turns that carry it")
+    bootstrap: bool = option(True, "bootstrap truncated episodes from the state after them")
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    updates: int = option(40, "policy updates; 0 stops after the warm start")
+    episodes: int = option(128, "episodes per update")
+    minibatches: int = option(2, "optimiser steps per update, over turns drawn without repetition")
+    critic_updates: int = option(2, "first updates that train the critic alone")
+    microbatch_tokens: int = option(8192, "tokens, padding included, in one forward pass")
+    lr: float = option(2e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    critic_lr: float = option(5e-4, "critic learning rate (reference: 1e-5)")
+    weight_decay: float = option(0.01, "AdamW weight decay")
+    grad_clip: float = option(1.0, "largest gradient norm")
+    clip_low: float = option(0.2, "PPO clip below 1")
+    clip_high: float = option(0.2, "PPO clip above 1")
+    dual_clip: float = option(3.0, "PPO dual clip for negative advantages")
+    kl_coef: float = option(0.01, "KL to the reference policy; 0 keeps no reference model")
+    entropy_coef: float = option(0.001, "entropy bonus")
+    value_clip: float = option(0.5, "value clip")
+    value_coef: list[float] = option([1.0, 1.0, 1.0], "weights of the low, high and switch value losses")
+    max_skipped: int = option(5, "non-finite losses in a row after which the run saves and stops")
+
+
+@dataclass(slots=True)
+class WarmStartConfig:
+    enabled: str = option(
+        "auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model"
+    )
+    demonstrations: str = option(
+        "search", "search: an expert that looks for things; walkthrough: the game's own solution"
+    )
+    episodes: int = option(1536, "scripted episodes")
+    epochs: int = option(2, "passes over them")
+    noise: float = option(0.1, "share of turns on which the expert is pushed off its way")
+    batch_turns: int = option(128, "turns per optimiser step")
+    lr: float = option(3e-3, "peak learning rate; warms up, then falls to a tenth")
+
+
+@dataclass(slots=True)
+class EvalConfig:
+    every: int = option(10, "updates between evaluations (the first and last state are always evaluated)")
+    episodes: int = option(256, "games of the fixed panel; alfworld: at most the whole split, each game once")
+    temperature: float = option(0.4, "sampling temperature in evaluation")
+
+
+@dataclass(slots=True)
+class RunConfig:
+    name: str = option("auto", "folder under runs/; auto: made of the environment and the seed")
+    folder: str = option("runs", "where runs are kept")
+    seed: int = option(0, "seed of games, initial weights and sampling")
+    resume: bool = option(False, "continue from the run's latest checkpoint, exactly")
+    save_every: int = option(10, "updates between checkpoints")
+    keep: int = option(2, "checkpoints kept, beside the best")
+    display: str = option("auto", "auto, plain (a line per update) or none")
+    threads: int = option(0, "CPU threads; 0: one per core")
+
+
+@dataclass(slots=True)
+class Config:
+    env: EnvConfig = field(default_factory=EnvConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SHORT = {
+    "env": "env.name",
+    "model": "model.path",
+    "seed": "run.seed",
+    "updates": "train.updates",
+    "name": "run.name",
+    "resume": "run.resume",
+}
+CHOICES = {
+    "env.name": ("auto", "household", "alfworld"),
+    "env.engine": ("native", "textworld"),
+    "env.size": ("small", "medium", "large"),
+    "agent.style": ("auto", "reference", "compact"),
+    "model.critic": ("separate", "shared"),
+    "model.dtype": ("float32", "bfloat16"),
+    "reward.keep_mode": ("normalized", "fixed"),
+    "advantage.estimator": ("hae", "gae"),
+    "warm_start.enabled": ("auto", "yes", "no"),
+    "warm_start.demonstrations": ("search", "walkthrough"),
+    "run.display": ("auto", "plain", "none"),
+}
+POSITIVE = (
+    "env.max_turns agent.max_prompt_tokens agent.max_response_tokens agent.temperature train.episodes train.minibatches "
+    "train.microbatch_tokens train.max_skipped warm_start.episodes warm_start.epochs warm_start.batch_turns eval.every "
+    "eval.episodes run.save_every run.keep"
+).split()
+NON_NEGATIVE = (
+    "agent.history train.updates train.critic_updates train.lr train.critic_lr train.weight_decay train.grad_clip train.kl_coef "
+    "train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
+).split()
+UNIT_INTERVAL = "advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()
+
+
+def options() -> dict[str, tuple[typing.Any, str]]:
+    """Every dotted option -> (its type, its help line), in the order of the dataclasses."""
+    table = {}
+    for section in dataclasses.fields(Config):
+        cls = section.default_factory
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            table[f"{section.name}.{f.name}"] = (hints[f.name], f.metadata["help"])
+    return table
+
+
+def convert(name: str, value: typing.Any, kind: typing.Any) -> typing.Any:
+    """`value` (YAML-like) as the option's type, or a ConfigError that names the option."""
+    if isinstance(kind, types.UnionType):
+        if value is None or value in ("none", "null"):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is list:
+        items = [v for v in value.split(",") if v] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ConfigError(f"{name}: expected a list (a,b,c), got {value!r}")
+        return [convert(name, item, typing.get_args(kind)[0]) for item in items]
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "1"):
+            return True
+        if str(value).lower() in ("false", "no", "0"):
+            return False
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+            if number == float(value):
+                return number
+        except (TypeError, ValueError):
+            pass
+    elif kind is str and isinstance(value, bool):
+        return "yes" if value else "no"
+    elif kind is str and isinstance(value, (str, int, float)):
+        return str(value)
+    raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+
+
+def set_option(config: Config, name: str, value: typing.Any, source: str) -> None:
+    """Sets one dotted option; `source` (a file, or "command line") is named when there is no such option."""
+    table = options()
+    name = SHORT.get(name, name)
+    if name not in table:
+        near = difflib.get_close_matches(name, [*table, *SHORT], n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help for all options"
+        raise ConfigError(f"{source}: unknown option {name!r}; {hint}")
+    section, key = name.split(".")
+    setattr(getattr(config, section), key, convert(name, value, table[name][0]))
+
+
+def read_file(config: Config, path: str | Path) -> None:
+    """Lays a YAML file of sections (`env: {size: medium}`) over `config`."""
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise ConfigError(f"--config {path}: expected sections such as 'train:' with options below them")
+    for section, entries in content.items():
+        for key, value in entries.items():
+            set_option(config, f"{section}.{key}", value, f"--config {path}")
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError on the first value out of its range."""
+    flat = flatten(config)
+    for name, choices in CHOICES.items():
+        if flat[name] not in choices:
+            raise ConfigError(f"{name}: {flat[name]!r} is none of {', '.join(choices)}")
+    for name in POSITIVE:
+        if not flat[name] > 0:
+            raise ConfigError(f"{name}: must be above 0, got {flat[name]}")
+    for name in NON_NEGATIVE:
+        if not flat[name] >= 0:
+            raise ConfigError(f"{name}: must not be negative, got {flat[name]}")
+    for name in UNIT_INTERVAL:
+        if not 0 <= flat[name] <= 1:
+            raise ConfigError(f"{name}: must lie in [0, 1], got {flat[name]}")
+    if len(config.train.value_coef) != 3:
+        raise ConfigError(
+            f"train.value_coef: expected three numbers (low, high, switch), got {config.train.value_coef}"
+        )
+
+
+def flatten(config: Config) -> dict[str, typing.Any]:
+    """Dotted option -> value."""
+    return {f"{s}.{k}": v for s, entries in dataclasses.asdict(config).items() for k, v in entries.items()}
+
+
+def write_file(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
+    """Command line -> Config: defaults, then `--config FILE`, then `--section.option VALUE` in order.
+
+    Errors end the program with one line that names the option (exit status 2); `--help` lists every option.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m hiper_fast.{program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of options; the command line goes over it"
+    )
+    defaults = flatten(Config())
+    short = {long: s for s, long in SHORT.items()}
+    for name, (_, text) in options().items():
+        names = [f"--{n}" for n in (short.get(name), name) if n]
+        shown = f"{text} [{'none' if defaults[name] is None else defaults[name]}]".replace("%", "%%")
+        bare = {"nargs": "?", "const": True} if isinstance(defaults[name], bool) else {}
+        parser.add_argument(
+            *names,
+            dest=name,
+            metavar=name.split(".")[1].upper(),
+            help=shown,
+            default=argparse.SUPPRESS,
+            **bare,
+        )
+    arguments, unknown = parser.parse_known_args(argv)
+    given = {name: value for name, value in vars(arguments).items() if name != "config"}
+    try:
+        if unknown:
+            set_option(Config(), unknown[0].lstrip("-").split("=")[0], None, "command line")
+            raise ConfigError(
+                f"command line: unexpected argument {unknown[0]!r}; options are --section.option VALUE"
+            )
+        config = resolve([arguments.config] if arguments.config else [], given)
+        if config.run.resume:
+            config = resolve([run_folder(config) / "config.yaml"], given)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return config
+
+
+def resolve(files: list[str | Path], given: dict[str, typing.Any]) -> Config:
+    """Defaults, then `files`, then the options `given` on the command line; checked."""
+    config = Config()
+    for file in files:
+        read_file(config, file)
+    for name, value in given.items():
+        set_option(config, name, value, "command line")
+    check(config)
+    return config
+
+
+def environment(config: Config) -> str:
+    """`env.name` with auto resolved."""
+    if config.env.name != "auto":
+        return config.env.name
+    return "alfworld" if os.environ.get("ALFWORLD_DATA") else "household"
+
+
+def prompt_style(config: Config) -> str:
+    """`agent.style` with auto resolved."""
+    if config.agent.style != "auto":
+        return config.agent.style
+    return "compact" if config.model.path == "tiny" else "reference"
+
+
+def run_folder(config: Config) -> Path:
+    """The run's folder: a new one, or with `run.resume` the existing one that is meant.
+
+    An automatic name is <environment>-seed<seed>, numbered when taken; resuming takes the newest of these.
+    """
+    root, name = Path(config.run.folder), config.run.name
+    stem = f"{environment(config)}-seed{config.run.seed}"
+    names = [name] if name != "auto" else [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
+    taken = [root / n for n in names if (root / n / "config.yaml").exists()]
+    if config.run.resume:
+        if not taken:
+            raise ConfigError(
+                f"--resume: there is no run {root / names[0]}; leave --resume out to start it, or give --name"
+            )
+        return taken[-1]
+    free = next((root / n for n in names if not (root / n).exists()), None)
+    if free is None:
+        raise ConfigError(
+            f"--name: the run {root / name} exists; continue it with --resume, or choose another name"
+        )
+    return free

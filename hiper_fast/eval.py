@@ -1,0 +1,103 @@
+"""Success on a fixed panel of unseen games, a row per task type.
+
+python -m hiper_fast.eval --checkpoint runs/household-seed0/checkpoints/step-000040
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from hiper_fast import config as configuration
+from hiper_fast.config import Config, ConfigError
+from hiper_fast.games import Games
+from hiper_fast.metrics import wilson
+from hiper_fast.policy import Agent, load
+from hiper_fast.prompt import Prompter
+from hiper_fast.rollout import Play, rollout, sampled
+from hiper_fast.trajectory import Trajectories, pack
+
+
+def evaluate(
+    agent: Agent, games: Games, prompter: Prompter, config: Config, *, seed: int = 0
+) -> tuple[dict, Trajectories]:
+    """Plays the panel once; returns the metrics under `eval/` and the episodes. `seed` is of the sampling, not of the games."""
+    started = time.perf_counter()
+    tasks = games.panel()
+    plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
+    respond = sampled(agent, config, config.eval.temperature, seed)
+    t = pack(rollout(plays, prompter, respond, agent.decode), agent.find_roles)
+    by_type = defaultdict(list)
+    for episode in t.episodes:
+        by_type[episode.task_type].append(episode.won)
+    low, high = wilson(int(t.won.sum()), len(tasks))
+    metrics = {
+        "eval/success": float(t.won.float().mean()),
+        "eval/low": low,
+        "eval/high": high,
+        "eval/episodes": len(tasks),
+        "eval/turns": t.turns / len(tasks),
+        "eval/valid_rate": float(t.valid.float().mean()),
+        "time/eval": time.perf_counter() - started,
+    }
+    for name, won in sorted(by_type.items()):
+        metrics[f"eval/success/{name}"] = sum(won) / len(won)
+        metrics[f"eval/episodes/{name}"] = len(won)
+    return metrics, t
+
+
+def table(metrics: dict) -> str:
+    """The evaluation as text: a row per task type, then all, each with its Wilson 95 % interval."""
+    names = [key.removeprefix("eval/success/") for key in metrics if key.startswith("eval/success/")]
+    rows = [(name, metrics[f"eval/success/{name}"], metrics[f"eval/episodes/{name}"]) for name in names]
+    rows.append(("all", metrics["eval/success"], metrics["eval/episodes"]))
+    lines = [f"{'task type':<32}{'games':>6}{'success':>9}   95 % interval"]
+    for name, success, count in rows:
+        low, high = wilson(round(success * count), count)
+        lines.append(f"{name:<32}{count:>6}{success:>9.1%}   {low:.1%} to {high:.1%}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hiper_fast.eval", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a folder under runs/<name>/checkpoints, or any causal LM folder",
+    )
+    parser.add_argument("--config", type=Path, help="the run's config.yaml [found beside the checkpoint]")
+    parser.add_argument("--sampling-seed", type=int, default=0, help="seed of the sampling [0]")
+    arguments, overrides = parser.parse_known_args(argv)
+    beside = arguments.checkpoint.resolve().parents[1] / "config.yaml"
+    source = arguments.config or (beside if beside.exists() else None)
+    config = configuration.parse(
+        [*(["--config", str(source)] if source else []), *overrides], program="eval", description=__doc__
+    )
+    if not arguments.checkpoint.is_dir():
+        print(f"--checkpoint: there is no folder {arguments.checkpoint}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    style = configuration.prompt_style(config)
+    config.model.path = str(arguments.checkpoint)
+    try:
+        agent, games = load(config.model, config.run.seed), Games(config)
+        metrics, _ = evaluate(
+            agent, games, Prompter(agent.tokenizer, config.agent, style), config, seed=arguments.sampling_seed
+        )
+    except ConfigError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(table(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

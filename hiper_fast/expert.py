@@ -1,0 +1,153 @@
+"""Scripted players for the warm start: one that searches, as an agent must, and one that knows the game's solution."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from hiper_fast.envs.household import subgoal_phrases
+
+APPLIANCES = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+VERBS = {"clean": "clean", "hot": "heat", "cool": "cool"}
+
+
+@dataclass(slots=True)
+class Move:
+    """What a player does at a turn."""
+
+    subgoal: str
+    action: str
+
+
+def type_of(name: str) -> str:
+    """ "cabinet 6" -> "cabinet"."""
+    return name.rsplit(" ", 1)[0]
+
+
+class Searcher:
+    """Plays from the text alone: visits receptacles in random order until it sees what it needs, and remembers the rest."""
+
+    def __init__(self, goal, rng: random.Random):
+        self.goal, self.rng = goal, rng
+        self.phrases = subgoal_phrases(goal)
+        self.verb = VERBS.get(goal.state)
+        self.here: str | None = None
+        self.holding: str | None = None
+        self.receptacles: list[str] = []
+        self.unexplored: list[str] = []
+        self.seen: dict[str, str] = {}  # object -> receptacle
+        self.placed: set[str] = set()
+        self.treated: set[str] = set()
+
+    def observe(self, action: str | None, observation: str, commands: list[str]) -> None:
+        """Takes in the result of `action` (None at the start)."""
+        if not self.receptacles:
+            self.receptacles = [c.removeprefix("go to ") for c in commands if c.startswith("go to ")]
+            self.unexplored = self.rng.sample(self.receptacles, len(self.receptacles))
+        if observation.startswith("Nothing happens") or action is None:
+            return
+        if match := re.fullmatch(r"go to (.+)", action):
+            self.here = match[1]
+        elif match := re.fullmatch(r"take (.+) from .+", action):
+            self.holding = match[1]
+            self.seen.pop(match[1], None)
+        elif match := re.fullmatch(r"move (.+) to (.+)", action):
+            self.holding = None
+            self.seen[match[1]] = match[2]
+            if type_of(match[2]) == self.goal.receptacle_type:
+                self.placed.add(match[1])
+        elif match := re.fullmatch(r"(clean|heat|cool) (.+) with .+", action):
+            self.treated.add(match[2])
+        if match := re.search(r"(?:In it|On the .+?), you see (.+?)\.", observation):
+            if self.here in self.unexplored:
+                self.unexplored.remove(self.here)
+            self.seen = {o: r for o, r in self.seen.items() if r != self.here}
+            things = re.findall(r"\ban? ([a-z]+ \d+)", match[1])
+            self.seen.update(dict.fromkeys(things, self.here))
+
+    def move(self, commands: list[str]) -> Move:
+        if self.holding is None:
+            return self.fetch(commands)
+        if type_of(self.holding) != self.goal.object_type:
+            return Move(self.phrases["find"], next(c for c in commands if c.startswith(("move ", "go to "))))
+        if self.verb and self.holding not in self.treated:
+            appliance = next(r for r in self.receptacles if type_of(r) == APPLIANCES[self.verb])
+            return Move(
+                self.phrases[self.verb],
+                self.first(commands, f"{self.verb} {self.holding} with {appliance}", f"go to {appliance}"),
+            )
+        if self.goal.lamp_type:
+            return self.light(commands)
+        target = next(r for r in self.receptacles if type_of(r) == self.goal.receptacle_type)
+        return Move(
+            self.phrases["put second" if self.placed else "put"],
+            self.first(commands, f"move {self.holding} to {target}", f"open {target}", f"go to {target}"),
+        )
+
+    def fetch(self, commands: list[str]) -> Move:
+        nth = " second" if self.placed else ""
+        for thing, place in self.seen.items():
+            if type_of(thing) == self.goal.object_type and thing not in self.placed:
+                action = self.first(commands, f"take {thing} from {place}", f"open {place}", f"go to {place}")
+                return Move(self.phrases[("take" if action.startswith("take ") else "find") + nth], action)
+        return Move(self.phrases["find" + nth], self.search(commands))
+
+    def light(self, commands: list[str]) -> Move:
+        lamp = next((o for o in self.seen if type_of(o) == self.goal.lamp_type), None)
+        if lamp is None:
+            return Move(self.phrases["use"], self.search(commands))
+        place = self.seen[lamp]
+        return Move(
+            self.phrases["use"], self.first(commands, f"use {lamp}", f"open {place}", f"go to {place}")
+        )
+
+    def search(self, commands: list[str]) -> str:
+        if self.here in self.unexplored and f"open {self.here}" in commands:
+            return f"open {self.here}"
+        if self.here in self.unexplored:
+            self.unexplored.remove(self.here)
+        if not self.unexplored:
+            self.unexplored = self.rng.sample(self.receptacles, len(self.receptacles))
+        return self.first(commands, *(f"go to {r}" for r in self.unexplored))
+
+    def first(self, commands: list[str], *wanted: str) -> str:
+        return next((c for c in wanted if c in commands), "look")
+
+
+class Walkthrough:
+    """Plays the game's own solution. Each step serves the next milestone: a take, a change of state, a move or a use."""
+
+    def __init__(self, goal, walkthrough: tuple[str, ...]):
+        self.moves = iter([Move(s, a) for s, a in zip(serves(goal, walkthrough), walkthrough, strict=True)])
+
+    def observe(self, action: str | None, observation: str, commands: list[str]) -> None:
+        """Looks at nothing."""
+
+    def move(self, commands: list[str]) -> Move:
+        return next(self.moves)
+
+
+def serves(goal, walkthrough) -> list[str]:
+    """The subgoal of each step of a walkthrough."""
+    phrases, subgoals, taken = subgoal_phrases(goal), [], 0
+    for action in walkthrough:
+        verb = action.split(" ", 1)[0]
+        nth = " second" if taken > 1 or (taken == 1 and verb == "take") else ""
+        if verb == "take":
+            phase, own = f"find{nth}", f"take{nth}"
+            taken += 1
+        elif verb in APPLIANCES or verb == "use":
+            phase = own = verb
+        elif verb == "move":
+            phase = own = f"put{nth}"
+        else:
+            subgoals.append(None)
+            continue
+        subgoals = [s or phrases[phase] for s in subgoals] + [phrases[own]]
+    return [s or subgoals[-1] for s in subgoals] if any(subgoals) else ["None"] * len(subgoals)
+
+
+def player(kind: str, game, rng: random.Random) -> Searcher | Walkthrough:
+    """The scripted player `warm_start.demonstrations` names, for one game."""
+    return Searcher(game.goal, rng) if kind == "search" else Walkthrough(game.goal, game.walkthrough)

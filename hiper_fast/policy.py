@@ -1,0 +1,138 @@
+"""The agent's networks: the language model, its tokenizer, and a critic with three heads (low, high, switch)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hiper_fast import ops, tiny
+from hiper_fast.config import ConfigError, ModelConfig
+
+
+class Critic(nn.Module):
+    """Three values a position: columns low, high, switch. Reads a trunk of its own (paper) or the policy's hidden states."""
+
+    def __init__(self, trunk: nn.Module | None, hidden_size: int, device: torch.device):
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.Linear(hidden_size, 3, device=device)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., h] -> float32 [..., 3]."""
+        return self.heads(hidden.float())
+
+
+class Agent:
+    """Policy, critic and frozen reference policy, with the passes that rollouts and updates need."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool
+    ):
+        self.model, self.tokenizer, self.config, self.tiny = model, tokenizer, config, tiny
+        self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
+        self.critic: Critic | None = None
+        self.reference: PreTrainedModel | None = None
+        ids = model.generation_config.eos_token_id
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        self.stop_ids = tuple(dict.fromkeys([*ids, *[i for i in [tokenizer.eos_token_id] if i is not None]]))
+        if not self.stop_ids:
+            raise ConfigError(
+                f"model.path: {config.path} names no end-of-sequence token; set one in its tokenizer's configuration"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def add_critic(self) -> Critic:
+        """The critic, its trunk starting from the policy's present weights; its heads start at zero."""
+        trunk = copy.deepcopy(self.model.base_model) if self.config.critic == "separate" else None
+        self.critic = Critic(trunk, self.model.get_input_embeddings().embedding_dim, self.device)
+        return self.critic
+
+    def freeze_reference(self) -> None:
+        """Keeps a frozen copy of the present policy: the reference of the KL term."""
+        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def decode(self, ids: list[int]) -> bytes:
+        """The text of a response, special tokens left out; the same bytes `find_roles` reads."""
+        return b"".join(self.pieces[i] for i in ids)
+
+    def find_roles(self, response_ids: Tensor, cu_tokens: Tensor):
+        return ops.find_roles(response_ids, cu_tokens, self.pieces)
+
+    def trunk(self, input_ids: Tensor, *, reference: bool = False) -> Tensor:
+        """Right-padded ids [n, length] -> last hidden states [n, length, h]; causal, so padding needs no mask."""
+        base = (self.reference if reference else self.model).base_model
+        return base(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def critic_hidden(self, input_ids: Tensor, policy_hidden: Tensor | None = None) -> Tensor:
+        """The hidden states the critic's heads read."""
+        if self.critic.trunk is not None:
+            return self.critic.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.trunk(input_ids) if policy_hidden is None else policy_hidden
+
+    def logprobs(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        temperature: float,
+        *,
+        entropy: bool = False,
+        reference: bool = False,
+    ):
+        """Log-probs (and entropies) float32 [n] of `targets` [n] from the hidden states that predict them, rows [n, h]."""
+        head = (self.reference if reference else self.model).get_output_embeddings()
+        return ops.linear_logprobs(
+            rows,
+            head.weight,
+            targets,
+            temperature=temperature,
+            bias=getattr(head, "bias", None),
+            entropy=entropy,
+        )
+
+
+def load(config: ModelConfig, seed: int) -> Agent:
+    """The policy of `model.path`: "tiny" is built here with random weights; anything else goes through transformers."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"model.device: {name} asked for, but torch sees no GPU; use --model.device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"model.device: {name!r} is no device; use cpu, cuda or auto") from None
+    if config.path == "tiny":
+        tokenizer = tiny.load_tokenizer()
+        return Agent(tiny.build_model(tokenizer, seed).to(device), tokenizer, config, tiny=True)
+    where = (
+        config.path
+        if Path(config.path).exists()
+        else f"{config.path} (no such folder here, so taken as a hub id)"
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, local_files_only=config.local_files_only)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=getattr(torch, config.dtype), local_files_only=config.local_files_only
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        mend = "; to download it, add --model.local_files_only=false" if config.local_files_only else ""
+        raise ConfigError(
+            f"model.path: cannot load {where}: {str(error).strip().splitlines()[0]}{mend}"
+        ) from error
+    scaled = [
+        k
+        for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if getattr(model.config, k, None) not in (None, 1, 1.0)
+    ]
+    if scaled:
+        raise ConfigError(
+            f"model.path: {config.path} changes its logits after the head ({scaled[0]}), which the fused log-probs do not"
+        )
+    return Agent(model.to(device), tokenizer, config, tiny=False)

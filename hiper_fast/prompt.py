@@ -1,0 +1,114 @@
+"""What the model reads at a turn, in two styles, within a token limit that never raises."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from hiper_fast.config import AgentConfig
+
+
+@dataclass(slots=True)
+class State:
+    """All the agent may know at a turn."""
+
+    task: str
+    observation: str
+    commands: list[str]  # admissible now
+    subgoal: str | None = None  # None before the first one
+    history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
+
+
+def reference(state: State) -> str:
+    """The structure of the paper's prompt: task, history, observation, subgoal, admissible actions, format."""
+    past = "\n".join(f"Observation: {observation}\nAction: {action}" for observation, action in state.history)
+    commands = "\n".join(f"'{command}'" for command in state.commands if command != "help")
+    return f"""You act in a text world, one command a turn. Your task: {state.task}
+You work towards it through short subgoals, each within reach of a few commands.
+
+The last {len(state.history)} observations and actions:
+{past or "none yet"}
+
+Current observation:
+{state.observation}
+
+Current subgoal: {state.subgoal}
+
+Admissible actions:
+{commands}
+
+Decide first whether to keep the current subgoal or to switch to a new one, then act. Answer with these three blocks only:
+<switch>KEEP or SWITCH</switch>
+<subgoal>the current subgoal word for word if you keep it, else the new one</subgoal>
+<action>one admissible action, word for word</action>
+"""
+
+
+COMPACT_WORDS = (
+    "KEEP SWITCH None task did see subgoal can go to take open close move use heat cool clean slice put from with in on "
+    "find second examine look inventory some a an two it and , . : ; 's"
+).split()
+COMMAND = re.compile(
+    r"(go to|take|open|close|move|put|use|heat|cool|clean|slice) (.+?)((?: from| to| with| in| on) .+)?"
+)
+
+LIST_ITEM = re.compile(r",? (?:and )?an? (?=[a-z]+ \d)")
+
+
+def compact(state: State) -> str:
+    """For small models: places visited instead of past observations, lists without articles, commands grouped by verb.
+
+    Commands that only look (examine, look, inventory, help) stay possible but are not listed.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for command in state.commands:
+        if match := COMMAND.fullmatch(command):
+            verb, thing, rest = match.groups(default="")
+            groups.setdefault((verb, rest), []).append(thing)
+    did = "; ".join(action.removeprefix("go to ") for _, action in state.history)
+    see = LIST_ITEM.sub(" ", state.observation)
+    can = "; ".join(f"{verb} {' '.join(things)}{rest}" for (verb, rest), things in groups.items())
+    return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n"
+
+
+STYLES = {"reference": reference, "compact": compact}
+
+
+class Prompter:
+    """States -> token ids, through the tokenizer's chat template where it has one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: AgentConfig, style: str):
+        self.tokenizer, self.config, self.render = tokenizer, config, STYLES[style]
+
+    def __call__(self, states: list[State]) -> list[tuple[list[int], bool]]:
+        """Per state (ids, truncated). A prompt over the limit loses its history, then its observation's tail."""
+        limit = self.config.max_prompt_tokens
+        encoded = self.encode([self.text(state, self.recent(state), state.observation) for state in states])
+        return [
+            (ids, False) if len(ids) <= limit else (self.shorten(state, limit), True)
+            for state, ids in zip(states, encoded, strict=True)
+        ]
+
+    def recent(self, state: State) -> list[tuple[str, str]]:
+        return state.history[-self.config.history :] if self.config.history else []
+
+    def text(self, state: State, history: list[tuple[str, str]], observation: str) -> str:
+        shown = State(state.task, observation, state.commands, state.subgoal, history)
+        text = self.render(shown)
+        if self.tokenizer.chat_template is None:
+            return text
+        message = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def shorten(self, state: State, limit: int) -> list[int]:
+        [ids] = self.encode([self.text(state, [], state.observation)])
+        if len(ids) > limit:
+            [words] = self.encode([state.observation])
+            kept = self.tokenizer.decode(words[: max(0, len(words) - (len(ids) - limit))])
+            [ids] = self.encode([self.text(state, [], kept)])
+        return ids[-limit:]

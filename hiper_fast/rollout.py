@@ -1,0 +1,114 @@
+"""Episodes in step: every running episode gets its response from one batch; the finished ones leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hiper_fast import response
+from hiper_fast.config import Config
+from hiper_fast.generate import generate
+from hiper_fast.policy import Agent
+from hiper_fast.prompt import Prompter, State
+from hiper_fast.trajectory import Episode, Trajectories, Turn
+
+Answer = tuple[list[int], list[float]]  # token ids and their log-probs
+
+
+class Play:
+    """One episode being played: the environment, what the agent has seen of it, and its record."""
+
+    def __init__(self, env, task: dict, config: Config):
+        self.env, self.config = env, config
+        observation, info = env.reset(**task)
+        self.info = info
+        self.state = State(info["task"], opening(observation), info["admissible_commands"])
+        self.episode = Episode(info["task"], info["task_type"])
+        self.over = False
+
+    def see(self, prompt: tuple[list[int], bool]) -> None:
+        ids, truncated = prompt
+        self.episode.prompts.append(ids)
+        self.episode.truncated_prompts += truncated
+
+    def step(self, answer: Answer, text: bytes) -> None:
+        """Sends the response's action to the environment and stores the turn."""
+        parsed = response.parse(text)
+        action = response.command(text).lower()
+        state, episode = self.state, self.episode
+        if parsed.subgoal and (parsed.switch or not episode.responses):
+            state.subgoal = parsed.subgoal
+        episode.turns.append(Turn(state.observation, text.decode(errors="replace"), state.subgoal, action))
+        observation, reward, terminated, _, self.info = self.env.step(action)
+        episode.responses.append(answer[0])
+        episode.logprobs.append(answer[1])
+        episode.rewards.append(self.config.reward.success if self.info["won"] else 0.0)
+        episode.won, episode.terminated = self.info["won"], terminated
+        state.history.append((state.observation, action))
+        state.observation, state.commands = observation.strip(), self.info["admissible_commands"]
+        self.over = terminated or len(episode.responses) == self.config.env.max_turns
+
+
+def opening(observation: str) -> str:
+    """The first observation without its banner and task sentence, which the prompt gives in its own place."""
+    return observation.split("=-\n\n")[-1].split("\n\nYour task is to:")[0].strip()
+
+
+def rollout(
+    plays: list[Play], prompter: Prompter, respond: Callable[[list[Play]], list[Answer]], decode
+) -> list[Episode]:
+    """Plays all episodes to their end or the turn limit.
+
+    `respond` maps running plays, each with its newest prompt in `episode.prompts[-1]`, to answers; `decode` maps ids to bytes.
+    A truncated episode ends with the prompt of the state after its last turn, for the bootstrap.
+    """
+    running = plays
+    while running:
+        for play, prompt in zip(running, prompter([p.state for p in running]), strict=True):
+            play.see(prompt)
+        for play, answer in zip(running, respond(running), strict=True):
+            play.step(answer, decode(answer[0]))
+        running = [play for play in running if not play.over]
+    cut = [play for play in plays if not play.episode.terminated]
+    for play, prompt in zip(cut, prompter([p.state for p in cut]), strict=True):
+        play.see(prompt)
+    return [play.episode for play in plays]
+
+
+def sampled(
+    agent: Agent, config: Config, temperature: float, seed: int
+) -> Callable[[list[Play]], list[Answer]]:
+    """A `respond` that samples from the policy; the same seed and weights give the same answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def respond(plays: list[Play]) -> list[Answer]:
+        return generate(
+            agent.model,
+            [play.episode.prompts[-1] for play in plays],
+            max_new_tokens=config.agent.max_response_tokens,
+            temperature=temperature,
+            stop_ids=agent.stop_ids,
+            generator=generator,
+            batch_tokens=config.train.microbatch_tokens,
+        )
+
+    return respond
+
+
+def summary(t: Trajectories) -> dict[str, float]:
+    """What a person wants to know of a batch of episodes, under `rollout/`; rates are per turn, success per episode."""
+    episodes, turns = len(t.episodes), t.turns
+    first_turns = t.cu_turns[:-1].long()
+    segments = t.switch.index_fill(0, first_turns, True).sum().item()
+    return {
+        "rollout/success": t.won.float().mean().item(),
+        "rollout/reward": t.rewards.sum().item() / episodes,
+        "rollout/turns": turns / episodes,
+        "rollout/segment_length": turns / segments,
+        "rollout/switch_rate": t.switch.float().mean().item(),
+        "rollout/valid_rate": t.valid.float().mean().item(),
+        "rollout/prompt_tokens": t.prompt_ids.numel() / turns,
+        "rollout/response_tokens": t.response_ids.numel() / turns,
+        "rollout/truncated_prompts": sum(e.truncated_prompts for e in t.episodes),
+    }

@@ -1,0 +1,85 @@
+"""The embedded default model: a Qwen2-type causal LM of half a million parameters and a word tokenizer, from scratch.
+
+Python -m hiper_fast.tiny writes the shipped tokenizer anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+FOLDER = Path(__file__).parent / "tiny_tokenizer"
+END, PAD = "<|end|>", "<|pad|>"
+TAGS = [f"<{slash}{name}>" for name in ("switch", "subgoal", "action") for slash in ("", "/")]
+SPLIT = r"</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
+
+
+def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A lossless tokenizer: each word of `words`, alone and after a space, is one token; all else falls back to bytes."""
+    letters = bytes_to_unicode()
+    pieces = [p for word in dict.fromkeys([*words, *map(str, range(64))]) for p in (word, " " + word)]
+    encoded = ["".join(letters[b] for b in piece.encode()) for piece in [*TAGS, *pieces]]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([PAD, END, *letters, *encoded]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def bytes_to_unicode() -> list[str]:
+    """Byte -> the printable character that stands for it in byte-level vocabularies (GPT-2's map)."""
+    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+    rest = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The shipped tokenizer."""
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(FOLDER / "tokenizer.json"),
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    """The model with random weights drawn from `seed`."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def vocabulary() -> list[str]:
+    """All words of the household texts and of the compact prompt, most general first."""
+    from hiper_fast.envs import household
+    from hiper_fast.prompt import COMPACT_WORDS
+
+    return list(dict.fromkeys([*COMPACT_WORDS, *household.vocabulary()]))
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    build_tokenizer(vocabulary()).backend_tokenizer.save(str(FOLDER / "tokenizer.json"))

@@ -1,0 +1,138 @@
+"""Train an agent with HiPER, from the warm start to the report.
+
+python -m hiper_fast.train                      # embedded default: household games, a tiny model, this machine
+ALFWORLD_DATA=... python -m hiper_fast.train    # the official ALFWorld games
+python -m hiper_fast.train --model Qwen/Qwen2.5-1.5B-Instruct --config my.yaml --train.lr 1e-6
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from hiper_fast import checkpoint, hiper, report
+from hiper_fast.config import Config, ConfigError, parse, prompt_style, run_folder, write_file
+from hiper_fast.eval import evaluate
+from hiper_fast.games import Games
+from hiper_fast.metrics import Logger
+from hiper_fast.policy import load
+from hiper_fast.prompt import Prompter
+from hiper_fast.rollout import Play, rollout, sampled, summary
+from hiper_fast.trajectory import pack
+from hiper_fast.viewer import write_episodes
+from hiper_fast.warm_start import warm_start
+
+
+def train(config: Config) -> None:
+    """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints between."""
+    configure_torch(config)
+    games = Games(config)
+    envs = games.make(config.train.episodes)
+    agent = load(config.model, config.run.seed)
+    prompter = Prompter(agent.tokenizer, config.agent, prompt_style(config))
+    folder = run_folder(config)
+    checkpoints, episodes, reference = (
+        folder / "checkpoints",
+        folder / "episodes",
+        folder / "reference.safetensors",
+    )
+    saved = checkpoint.latest(checkpoints) if config.run.resume else None
+    start = checkpoint.step_of(saved) if saved else None
+    c = config.train
+
+    with Logger(folder, resume_step=start, display=config.run.display, total_steps=c.updates) as logger:
+        write_file(config, folder / "config.yaml")
+        if saved and reference.exists():
+            load_model(agent.model, reference)
+        elif not saved and warm_start(agent, games, prompter, config, logger):
+            save_model(agent.model, reference)
+        if c.kl_coef:
+            agent.freeze_reference()
+        agent.add_critic()
+        optimizers = {
+            "policy": torch.optim.AdamW(agent.model.parameters(), lr=c.lr, weight_decay=c.weight_decay),
+            "critic": torch.optim.AdamW(
+                agent.critic.parameters(), lr=c.critic_lr, weight_decay=c.weight_decay
+            ),
+        }
+        state = {"best": -1.0, "skipped": 0}
+        if saved:
+            state = checkpoint.load(saved, policy=agent.model, critic=agent.critic, optimizers=optimizers)
+
+        for step in range(0 if start is None else start + 1, c.updates + 1):
+            if step > 0:
+                began = time.perf_counter()
+                with logger.stage("rollout"):
+                    tasks = games.training(f"update {step}", c.episodes)
+                    plays = [Play(env, task, config) for env, task in zip(envs, tasks, strict=True)]
+                    respond = sampled(agent, config, config.agent.temperature, seed_of(config, step))
+                    t = pack(rollout(plays, prompter, respond, agent.decode), agent.find_roles)
+                with logger.stage("advantages"):
+                    t.rewards = hiper.shape_rewards(t, config.reward)
+                    targets = hiper.estimate(t, *hiper.score(agent, t, config), config.advantage)
+                with logger.stage("update"):
+                    generator = torch.Generator().manual_seed(seed_of(config, step))
+                    policy_too = step > c.critic_updates
+                    losses = hiper.update(
+                        agent, optimizers, t, targets, config, generator, train_policy=policy_too
+                    )
+                counts = {"episodes": step * c.episodes, "time/total": time.perf_counter() - began}
+                logger.log(step, "train", summary(t) | losses | counts)
+                lost = losses["optim/skipped_steps"]
+                state["skipped"] = state["skipped"] + lost if lost == c.minibatches else 0
+
+            stop = state["skipped"] >= c.max_skipped
+            last = step == c.updates or stop
+            if step % config.eval.every == 0 or last:
+                metrics, panel = evaluate(agent, games, prompter, config)
+                logger.log(step, "eval", metrics)
+                write_episodes(episodes, step, "eval", panel)
+                if step > 0:
+                    write_episodes(episodes, step, "train", t, targets)
+            improved = (step % config.eval.every == 0 or last) and metrics["eval/success"] > state["best"]
+            if improved:
+                state["best"] = metrics["eval/success"]
+            if step % config.run.save_every == 0 or improved or last:
+                checkpoint.save(checkpoints, step, policy=agent.model, tokenizer=agent.tokenizer, critic=agent.critic,
+                                optimizers=optimizers, state=state, keep=config.run.keep)  # fmt: skip
+                if improved:
+                    checkpoint.mark_best(checkpoints, step)
+                report.build(folder)
+            if stop:
+                raise FloatingPointError(
+                    f"the loss was not finite in {state['skipped']} steps in a row, so the run stopped with its last good "
+                    f"weights in {checkpoints}; lower train.lr (now {c.lr}) and continue with --resume --name {folder.name}"
+                )
+        logger.message(f"report: {report.build(folder)}")
+
+
+def configure_torch(config: Config) -> None:
+    """Threads, and denormals as zero: gradients of small models are full of them and they slow the CPU down."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.set_flush_denormal(True)
+
+
+def seed_of(config: Config, step: int) -> int:
+    """The seed of an update's sampling: a resumed run draws what the uninterrupted one would have drawn."""
+    return config.run.seed * 1_000_003 + step
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse(argv, program="train", description=__doc__)
+    try:
+        train(config)
+    except (ConfigError, checkpoint.CheckpointError, FloatingPointError) as error:
+        print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; continue from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

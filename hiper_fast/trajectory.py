@@ -1,0 +1,112 @@
+"""Episodes as a struct of arrays: what a rollout stores, and all that learning reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Turn:
+    """One turn as a person reads it; kept for the report, never used for learning."""
+
+    observation: str
+    response: str
+    subgoal: str | None  # None: no subgoal yet
+    action: str
+
+
+@dataclass(slots=True)
+class Episode:
+    """One episode as the rollout lived it, before it is packed into `Trajectories`."""
+
+    task: str
+    task_type: str
+    won: bool = False
+    terminated: bool = False
+    prompts: list[list[int]] = field(
+        default_factory=list
+    )  # token ids, one list a turn; the state after the last turn last
+    responses: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    truncated_prompts: int = 0
+
+
+@dataclass(slots=True)
+class Trajectories:
+    """A batch of episodes, packed. Sampled ids and log-probs are stored as drawn, never re-tokenised."""
+
+    prompt_ids: Tensor  # int64 [prompt tokens]
+    cu_prompts: Tensor  # int32 [turns + 1]
+    response_ids: Tensor  # int64 [tokens]
+    cu_tokens: Tensor  # int32 [turns + 1]
+    old_logprobs: Tensor  # float32 [tokens]
+    rewards: Tensor  # float32 [turns], shaping included once `shape_rewards` has run
+    cu_turns: Tensor  # int32 [trajectories + 1]
+    terminated: Tensor  # bool [trajectories]; the others were truncated
+    won: Tensor  # bool [trajectories]
+    final_ids: Tensor  # int64, prompts of the states after the last turns of truncated episodes
+    cu_final: Tensor  # int32 [trajectories + 1]; empty ranges where terminated
+    roles: Tensor  # uint8 [tokens]
+    switch: Tensor  # bool [turns]
+    value_index: Tensor  # int32 [turns, 3]: low, high, switch; offsets into the response
+    valid: Tensor  # bool [turns]
+    episodes: list[Episode]
+
+    @property
+    def turns(self) -> int:
+        return self.rewards.numel()
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """(ids int64 [prompt tokens + tokens], cu_seqlens int32 [turns + 1]): each turn's prompt, then its response."""
+        return interleave(self.prompt_ids, self.cu_prompts, self.response_ids, self.cu_tokens)
+
+
+def prefix_sums(lengths) -> Tensor:
+    """int32 exclusive prefix sums `[0, l0, l0 + l1, …]`."""
+    lengths = torch.as_tensor(lengths, dtype=torch.int32)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+
+
+def interleave(a: Tensor, cu_a: Tensor, b: Tensor, cu_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins ranges `i` of `a` and of `b`, for every `i`, into one packed tensor and its prefix sums."""
+    cu = cu_a + cu_b
+    out = a.new_empty(int(cu[-1]))
+    out[torch.arange(a.numel()) + torch.repeat_interleave(cu_b[:-1], cu_a.diff()).long()] = a
+    out[torch.arange(b.numel()) + torch.repeat_interleave(cu_a[1:], cu_b.diff()).long()] = b
+    return out, cu
+
+
+def pack(episodes: list[Episode], find_roles) -> Trajectories:
+    """Episodes -> Trajectories; `find_roles(response_ids, cu_tokens)` is `ops.find_roles` with the tokenizer's pieces."""
+    prompts = [p for e in episodes for p in e.prompts[: len(e.responses)]]
+    responses = [r for e in episodes for r in e.responses]
+    finals = [[] if e.terminated else e.prompts[-1] for e in episodes]
+
+    def flat(lists, dtype=torch.int64):
+        return torch.tensor([x for one in lists for x in one], dtype=dtype)
+
+    response_ids, cu_tokens = flat(responses), prefix_sums([len(r) for r in responses])
+    roles, switch, value_index, valid = find_roles(response_ids, cu_tokens)
+    return Trajectories(
+        prompt_ids=flat(prompts),
+        cu_prompts=prefix_sums([len(p) for p in prompts]),
+        response_ids=response_ids,
+        cu_tokens=cu_tokens,
+        old_logprobs=flat([row for e in episodes for row in e.logprobs], torch.float32),
+        rewards=flat([e.rewards for e in episodes], torch.float32),
+        cu_turns=prefix_sums([len(e.responses) for e in episodes]),
+        terminated=torch.tensor([e.terminated for e in episodes], dtype=torch.bool),
+        won=torch.tensor([e.won for e in episodes], dtype=torch.bool),
+        final_ids=flat(finals),
+        cu_final=prefix_sums([len(p) for p in finals]),
+        roles=roles,
+        switch=switch,
+        value_index=value_index,
+        valid=valid,
+        episodes=episodes,
+    )

@@ -1,0 +1,118 @@
+"""Imitation of scripted episodes, so that a model from scratch speaks the format and knows the commands."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+
+import torch
+
+from hiper_fast.batch import microbatches
+from hiper_fast.config import Config
+from hiper_fast.expert import Move, player
+from hiper_fast.games import Games
+from hiper_fast.hiper import Rows
+from hiper_fast.metrics import Logger
+from hiper_fast.policy import Agent
+from hiper_fast.prompt import Prompter
+from hiper_fast.rollout import Play, rollout
+from hiper_fast.trajectory import Trajectories, pack
+
+
+def warm_start(agent: Agent, games: Games, prompter: Prompter, config: Config, logger: Logger) -> bool:
+    """Demonstrations, then imitation, logged as the run's first stage; False, and nothing done, for models that need none."""
+    wanted = config.warm_start.enabled
+    if wanted == "no" or (wanted == "auto" and not agent.tiny):
+        return False
+    with logger.stage("demonstrations"):
+        trajectories, own = demonstrate(agent, games, prompter, config)
+    won = trajectories.won.float().mean().item()
+    logger.message(f"{len(trajectories.won)} scripted episodes, {trajectories.turns} turns, {won:.0%} won")
+    began = time.perf_counter()
+    for step, steps, loss, accuracy in imitate(agent, trajectories, own, config):
+        if step % max(1, steps // 20) == 0 or step == steps:
+            metrics = {
+                "loss/imitation": loss,
+                "warm_start/accuracy": accuracy,
+                "time/total": time.perf_counter() - began,
+            }
+            logger.log(step, "warm_start", metrics)
+    return True
+
+
+def response_text(move: Move, subgoal: str | None) -> str:
+    """The response that makes `move` while `subgoal` is the current one."""
+    switch = "KEEP" if move.subgoal == subgoal else "SWITCH"
+    return f"<switch>{switch}</switch><subgoal>{move.subgoal}</subgoal><action>{move.action}</action>"
+
+
+def demonstrate(
+    agent: Agent, games: Games, prompter: Prompter, config: Config
+) -> tuple[Trajectories, torch.Tensor]:
+    """Scripted episodes and bool [turns]: which turns are the expert's own.
+
+    On a share `warm_start.noise` of the turns the expert is sent to a random place instead, so that imitation also sees how to
+    come back; those turns are stored but not imitated.
+    """
+    c = config.warm_start
+    rng = random.Random(f"{config.run.seed} demonstrations")
+    own: dict[int, list[bool]] = {}
+
+    def respond(plays: list[Play]):
+        texts = []
+        for play in plays:
+            expert = players[id(play)]
+            last = play.state.history[-1][1] if play.state.history else None
+            expert.observe(last, play.state.observation, play.state.commands)
+            move = expert.move(play.state.commands)
+            places = [x for x in play.state.commands if x.startswith("go to ")]
+            disturbed = c.demonstrations == "search" and places and rng.random() < c.noise
+            if disturbed:
+                move = Move(move.subgoal, rng.choice(places))
+            own[id(play)].append(not disturbed)
+            texts.append(response_text(move, play.state.subgoal))
+        ids = agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [(row + [agent.stop_ids[0]], [0.0] * (len(row) + 1)) for row in ids]
+
+    tasks = games.training("warm start", c.episodes)
+    plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
+    players = {id(p): player(c.demonstrations, p.env._play.game, random.Random(rng.random())) for p in plays}
+    own |= {id(p): [] for p in plays}
+    episodes = rollout(plays, prompter, respond, agent.decode)
+    return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in own[id(p)]])
+
+
+def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
+    """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, token accuracy) after each step."""
+    c = config.warm_start
+    generator = torch.Generator().manual_seed(config.run.seed)
+    optimizer = torch.optim.AdamW(agent.model.parameters(), lr=c.lr, weight_decay=config.train.weight_decay)
+    every = torch.ones_like(t.roles, dtype=torch.bool)
+    turns = own.nonzero()[:, 0]
+    parts = [
+        p
+        for _ in range(c.epochs)
+        for p in turns[torch.randperm(len(turns), generator=generator)].split(c.batch_turns)
+    ]
+    ids, cu_seqlens = t.sequences()
+    response_lengths = t.cu_tokens.diff()
+    for number, part in enumerate(parts, 1):
+        progress = number / len(parts)
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * min(1.0, 20 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress))
+        optimizer.zero_grad(set_to_none=True)
+        tokens = int(response_lengths[part].sum())
+        total, correct = 0.0, 0
+        for batch in microbatches(ids, cu_seqlens, config.train.microbatch_tokens, part):
+            rows = Rows(t, batch, every)
+            hidden = rows.at_tokens(agent.trunk(batch.input_ids.to(agent.device)))
+            targets = t.response_ids[rows.tokens].to(agent.device)
+            logprobs = agent.logprobs(hidden, targets, 1.0)
+            loss = -logprobs.sum() / tokens
+            loss.backward()
+            total += loss.item()
+            correct += int((logprobs.detach() > math.log(0.5)).sum())
+        torch.nn.utils.clip_grad_norm_(agent.model.parameters(), config.train.grad_clip or math.inf)
+        optimizer.step()
+        yield number, len(parts), total, correct / tokens
