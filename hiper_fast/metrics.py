@@ -94,9 +94,11 @@ class Logger:
     def stage(self, name: str) -> Iterator[None]:
         """Time a block; its seconds are added to `time/<name>` of the next row."""
         start = time.perf_counter()
+        self._display.busy(name)
         try:
             yield
         finally:
+            self._display.busy("")
             self._times[name] += time.perf_counter() - start
 
     def message(self, text: str) -> None:
@@ -181,6 +183,8 @@ def _make_display(kind: str, name: str, total_steps: int | None, history: list[d
 class _Silent:
     def show(self, row: Mapping[str, Any]) -> None: ...
 
+    def busy(self, name: str) -> None: ...
+
     def message(self, text: str) -> None: ...
 
     def close(self) -> None: ...
@@ -263,14 +267,16 @@ class _Panel(_Silent):
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in history:
             self._rows[row["stage"]].append(row)
-        self._stage = history[-1]["stage"] if history else ""
+        self._busy = ""
         self._live = Live(self, console=console, refresh_per_second=2, transient=False)
         self._live.start()
 
     def show(self, row: Mapping[str, Any]) -> None:
         self._rows[row["stage"]].append(dict(row))
-        self._stage = row["stage"]
         self._live.refresh()
+
+    def busy(self, name: str) -> None:
+        self._busy = name
 
     def message(self, text: str) -> None:
         self._live.console.print(Text(text))
@@ -288,14 +294,14 @@ class _Panel(_Silent):
                 Text(),
                 _numbers(train[-1]),
                 Text(),
-                _times(train[-1]),
+                _times(train[-1], self._busy),
             ]
         elif warm:
             parts += [Text(), _joined(_fields(warm[-1], _WARM_START))]
             if evals:
                 parts += [Text(), self._success(train, evals)]
         return Panel(
-            Group(*parts), title=f"[bold]{self._name}[/]", title_align="left", border_style="bright_black",
+            Group(*parts), title=Text(self._name, style="bold"), title_align="left", border_style="bright_black",
             padding=(0, 2), width=min(78, self._live.console.width),
         )  # fmt: skip
 
@@ -307,7 +313,8 @@ class _Panel(_Silent):
         grid.add_column(justify="right")
         if not train:
             warm = self._rows["warm_start"]
-            grid.add_row(Text(f"warm start {warm[-1]['step']}" if warm else "starting", style="bold"), "", "")
+            title = f"warm start, step {warm[-1]['step']}" if warm else "starting"
+            grid.add_row(Text(title, style="bold"), Text(self._busy, style="dim"), "")
             return grid
         recent = [row["time/total"] for row in train[-5:] if row.get("time/total") is not None]
         left = (
@@ -363,7 +370,8 @@ def _numbers(row: Mapping[str, Any]) -> Table:
     return grid
 
 
-def _times(row: Mapping[str, Any]) -> Text:
+def _times(row: Mapping[str, Any], busy: str) -> Text:
+    """The last row's seconds by stage; the stage that runs now is bright."""
     stages = [
         (key[5:], seconds(value))
         for key, value in row.items()
@@ -372,10 +380,10 @@ def _times(row: Mapping[str, Any]) -> Text:
     return _joined([*stages, ("total", seconds(row.get("time/total")))])
 
 
-def _joined(fields: list[tuple[str, str]]) -> Text:
+def _joined(fields: list[tuple[str, str]], bright: str = "") -> Text:
     text = Text()
     for label, value in fields:
-        text.append(f"{label} ", style="dim").append(value).append("   ")
+        text.append(f"{label} ", style="bold cyan" if label == bright else "dim").append(value).append("   ")
     return text
 
 

@@ -143,11 +143,22 @@ def _figures(rows: list[Row]) -> str:
     if train:
         episodes = _finite(train[-1].get("episodes"))
         card("Updates", f"{train[-1]['step']:,}", f"{int(episodes):,} episodes" if episodes else "")
-    spent = sum(_finite(row.get(key)) or 0.0 for row in rows for key in ("time/total", "time/eval"))
-    if spent:
-        trained = sum(_finite(row.get("time/total")) or 0.0 for row in train)
-        card("Time", seconds(spent), f"{seconds(trained)} in updates")
+    # The warm start's rows count from its beginning, so its last one is its length.
+    warm = _total(rows, "warm_start", "time/demonstrations") + _total(
+        _stage(rows, "warm_start")[-1:], "warm_start"
+    )
+    trained, evaluated = _total(rows, "train"), _total(rows, "eval", "time/eval")
+    if warm + trained + evaluated:
+        card(
+            "Time",
+            seconds(warm + trained + evaluated),
+            f"{seconds(warm)} warm start, {seconds(evaluated)} eval",
+        )
     return "".join(cards) or '<p class="empty">Nothing has been logged yet.</p>'
+
+
+def _total(rows: Iterable[Row], stage: str, key: str = "time/total") -> float:
+    return sum(_finite(row.get(key)) or 0.0 for row in rows if row["stage"] == stage)
 
 
 def _task_table(evals: list[Row]) -> str:

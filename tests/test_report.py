@@ -135,7 +135,16 @@ def test_every_section_of_a_whole_run(tmp_path):
     rows += [evaluation(0, 32), *(update(step) for step in range(1, 8)), evaluation(7, 48)]
     page = build(write_run(tmp_path / "run", rows, [episode(7, [turn(), turn(switch=False)])]))
     assert SECTIONS <= page.ids
-    for text in ("50.0%", "75.0%", "+25.0", "56 episodes", "pick two obj and place", "household", "64 games"):
+    for text in (
+        "50.0%",
+        "75.0%",
+        "+25.0",
+        "56 episodes",
+        "4.0s warm start",
+        "pick two obj and place",
+        "household",
+        "64 games",
+    ):
         assert text in page.text, text
     for title in (
         "Switch rate",
