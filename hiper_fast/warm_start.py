@@ -77,7 +77,7 @@ def demonstrate(
 
     tasks = games.training("warm start", c.episodes)
     plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
-    players = {id(p): player(c.demonstrations, p.env._play.game, random.Random(rng.random())) for p in plays}
+    players = {id(p): player(c.demonstrations, p.env.game, random.Random(rng.random())) for p in plays}
     own |= {id(p): [] for p in plays}
     episodes = rollout(plays, prompter, respond, agent.decode)
     return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in own[id(p)]])

@@ -219,7 +219,7 @@ def test_environment_draws_the_task_type_from_the_seed():
 def test_environment_without_a_seed_starts_fresh_games_and_can_be_won():
     env = Household()
     assert len({env.reset()[0] for _ in range(5)}) > 1
-    for command in env.game["walkthrough"]:
+    for command in env.content["walkthrough"]:
         _, reward, terminated, _, info = env.step(command)
     assert (reward, terminated, info["won"]) == (10.0, True, True)
 
@@ -229,8 +229,8 @@ def test_vocabulary_covers_generated_text():
     env = Household(size="large")
     for seed in range(20):
         text, info = env.reset(seed=seed)
-        spoken = [text, *info["admissible_commands"], *env.game["subgoals"]]
-        for command in env.game["walkthrough"]:
+        spoken = [text, *info["admissible_commands"], *env.content["subgoals"]]
+        for command in env.content["walkthrough"]:
             text, *_, info = env.step(command)
             spoken += [text, *info["admissible_commands"]]
         assert set(re.findall(r"[A-Za-z']+", " ".join(spoken))) <= words

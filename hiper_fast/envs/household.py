@@ -19,7 +19,7 @@ from importlib.resources import files
 from itertools import accumulate
 from typing import Any
 
-from .alfworld import TASK_TYPES, AlfWorld, Goal
+from .alfworld import TASK_TYPES, AlfWorld, Game, Goal
 from .base import Info, check_options
 
 SIZES = {  # size: (fewest, most) receptacles, (fewest, most) objects
@@ -444,7 +444,7 @@ class Household:
 
     `task_types` limits the draw (None: all six); `engine` is "native" or "textworld" (the optional
     package). `reset()` without a seed starts a game nobody chose. Observations, rewards and `info` are
-    those of `AlfWorld`; `game` holds the dict being played, with its walkthrough and subgoals.
+    those of `AlfWorld`; `game` is the parsed game being played, `content` its dict, with walkthrough and subgoals.
     """
 
     def __init__(self, size: str = "small", task_types: Sequence[str] | None = None, engine: str = "native"):
@@ -455,20 +455,24 @@ class Household:
         if not self.task_types or not set(self.task_types) <= set(TASK_TYPES):
             raise ValueError(f"task_types is {task_types!r}; choose from {', '.join(TASK_TYPES)}")
         self.engine = _engine(engine)
-        self.game: dict | None = None
+        self.content: dict | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         """Start game `seed` and return its text and info."""
         check_options(options, set())
         seed = random.SystemRandom().randrange(2**31) if seed is None else _checked_seed(seed)
         task_type = _pick(random.Random(f"household {self.size} {seed}"), self.task_types)
-        self.game = generate(task_type, seed, self.size)
-        self._play = self.engine(self.game)
+        self.content = generate(task_type, seed, self.size)
+        self._play = self.engine(self.content)
         return self._play.reset()
+
+    @property
+    def game(self) -> Game:
+        return self._play.game
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
         """Play one command: observation, reward (10 on winning), terminated, truncated, info."""
-        if self.game is None:
+        if self.content is None:
             raise RuntimeError("step() before reset(): call reset() to start a game")
         return self._play.step(command)
 
