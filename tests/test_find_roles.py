@@ -1,4 +1,4 @@
-"""find_roles: the C++ kernel against the reference on odd tokenisations, and TokenPieces on kinds of tokenizers."""
+"""find_roles against its reference on odd tokenisations, and TokenPieces on kinds of tokenizers."""
 
 import random
 
@@ -14,7 +14,7 @@ OTHERS = ["take mug 1 from desk 1", "naïve café — 水を飲む 😀", "<swit
 
 
 def run(texts_of_tokens, pieces=None, implementation=ops.find_roles):
-    """Each response is a list of byte strings, one per token; gives roles (list per response), and the rest."""
+    """Each response is a list of byte strings, one per token; the roles come as a list per response."""
     table = sorted({t for response in texts_of_tokens for t in response}) if pieces is None else pieces
     pieces = ops.TokenPieces.from_bytes(table)
     index = {piece: i for i, piece in enumerate(table)}
@@ -27,15 +27,24 @@ def run(texts_of_tokens, pieces=None, implementation=ops.find_roles):
 @pytest.mark.parametrize("implementation", [ops.find_roles, ops.reference.find_roles])
 class TestByHand:
     def test_whole_tags(self, implementation):
-        tokens = [b"<switch>", b"KEEP", b"</switch>", b" ", b"<subgoal>", b"x", b"</subgoal>", b"<action>", b"y",
-                  b"</action>", b""]  # fmt: skip
+        tokens = [b"<switch>", b"KEEP", b"</switch>", b" ", b"<subgoal>", b"x", b"</subgoal>",
+                  b"<action>", b"y", b"</action>", b""]  # fmt: skip
         roles, switch, value_index, valid = run([tokens], implementation=implementation)
         assert roles == [[4, 4, 4, 0, 2, 2, 2, 1, 1, 1, 0]]
         assert (switch.tolist(), valid.tolist()) == ([False], [True])
         assert value_index.tolist() == [[7, 0, 0]]
 
     def test_a_token_across_two_blocks_has_both_roles(self, implementation):
-        tokens = [b"<switch", b">Sw", b"itch</switch", b"><", b"subgoal>x</subgoal", b"><", b"action>y</action", b">."]
+        tokens = [
+            b"<switch",
+            b">Sw",
+            b"itch</switch",
+            b"><",
+            b"subgoal>x</subgoal",
+            b"><",
+            b"action>y</action",
+            b">.",
+        ]
         roles, switch, value_index, valid = run([tokens], implementation=implementation)
         assert roles == [[4, 4, 4, 6, 2, 3, 1, 1]]
         assert (switch.tolist(), valid.tolist()) == ([True], [True])
@@ -49,7 +58,11 @@ class TestByHand:
 
     def test_the_low_value_position_falls_back(self, implementation):
         responses = [
-            [b"<switch>K</switch>", b"a", b"<subgoal>b</subgoal>"],  # no token after </subgoal>: after </switch>
+            [
+                b"<switch>K</switch>",
+                b"a",
+                b"<subgoal>b</subgoal>",
+            ],  # no token after </subgoal>: after </switch>
             [b"a<switch>K</switch>"],  # none after either: the first
             [b"abc", b"d"],  # no block: the first
             [],
@@ -60,7 +73,9 @@ class TestByHand:
 
     def test_no_turns(self, implementation):
         roles, switch, value_index, valid = implementation(
-            torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), ops.TokenPieces.from_bytes([b"a"])
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int32),
+            ops.TokenPieces.from_bytes([b"a"]),
         )
         assert (roles.shape, switch.shape, value_index.shape, valid.shape) == ((0,), (0,), (0, 3), (0,))
         assert value_index.dtype == torch.int32 and roles.dtype == torch.uint8
@@ -69,11 +84,16 @@ class TestByHand:
 def odd_response(rng):
     """Bytes of a response that may lack, nest, repeat or break anything, cut into tokens at random places."""
     tags = [f"<{slash}{name}>".encode() for name in ("switch", "subgoal", "action") for slash in ("", "/")]
-    words = [b"KEEP", b"SWITCH", b"keep ", b"\n", b" ", b"go to desk 1", "水".encode(), "é😀".encode(), b"\xe6\xb0",
-             b"\xff", b"\x80", b"<", b">", b"/", b"<<action>", b"</", b"<switch", b"switch>", b"", b"KE P"]  # fmt: skip
+    words = [b"KEEP", b"SWITCH", b"keep ", b"\n", b" ", b"go to desk 1", "水".encode(),
+             "é😀".encode(), b"\xe6\xb0", b"\xff", b"\x80", b"<", b">", b"/", b"<<action>", b"</", b"<switch", b"switch>", b"",
+             b"KE P"]  # fmt: skip
     if rng.random() < 0.5:
         parts = []
-        for name, word in (("switch", rng.choice([b"KEEP", b"switch", b" "])), ("subgoal", b"x"), ("action", b"y")):
+        for name, word in (
+            ("switch", rng.choice([b"KEEP", b"switch", b" "])),
+            ("subgoal", b"x"),
+            ("action", b"y"),
+        ):
             parts += [f"<{name}>".encode(), word, f"</{name}>".encode(), rng.choice([b"", b"", b" "])]
         for _ in range(rng.choice([0, 0, 1, 3])):
             parts.insert(rng.randrange(len(parts) + 1), rng.choice(words + tags))
@@ -105,7 +125,9 @@ def byte_level(merges=True):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400 if merges else 256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400 if merges else 256,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT, *OTHERS] * 3, trainer)
     tokenizer.add_special_tokens(["<|im_end|>"])
@@ -123,7 +145,9 @@ def sentencepiece_style():
     letters = sorted(set(TEXT.replace(" ", "▁")) | set("abcdefghijklmnopqrstuvwxyz▁"))
     merges = [("s", "w"), ("a", "c"), (">", "<"), ("▁", "t"), ("▁t", "h")]
     vocab = {t: i for i, t in enumerate(["<unk>", *bytes_, *letters, *("".join(m) for m in merges)])}
-    tokenizer.model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=False)
+    tokenizer.model = models.BPE(
+        vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=False
+    )
     tokenizer.add_special_tokens(["<unk>", "</s>"])
     return tokenizer
 

@@ -45,7 +45,15 @@ def test_hae_with_one_turn_per_segment_is_gae_at_the_high_level():
     (rewards, values, terminated, cu_turns), bootstrap = random_case([5, 3], torch.float64)
     always = torch.ones_like(rewards, dtype=torch.bool)
     high = ops.hae(
-        rewards, values, values, always, terminated, cu_turns, bootstrap_high=bootstrap, gamma=0.9, lambda_segment=0.7
+        rewards,
+        values,
+        values,
+        always,
+        terminated,
+        cu_turns,
+        bootstrap_high=bootstrap,
+        gamma=0.9,
+        lambda_segment=0.7,
     )
     advantages, returns = ops.gae(
         rewards, values, terminated, cu_turns, bootstrap=bootstrap, gamma=0.9, lambda_=0.7

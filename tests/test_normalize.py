@@ -39,7 +39,10 @@ def _rank(rank, path, values, mask, results):
 
 
 def test_moments_over_a_group(tmp_path):
-    values, mask = torch.randn(8, dtype=torch.float64), torch.tensor([1, 1, 0, 1, 0, 1, 1, 1], dtype=torch.bool)
+    values, mask = (
+        torch.randn(8, dtype=torch.float64),
+        torch.tensor([1, 1, 0, 1, 0, 1, 1, 1], dtype=torch.bool),
+    )
     results = torch.zeros_like(values).share_memory_()
     mp.spawn(_rank, (tmp_path / "store", values, mask, results), nprocs=2)
     torch.testing.assert_close(results, ops.normalize(values, mask))

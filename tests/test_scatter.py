@@ -25,7 +25,9 @@ def test_equals_the_reference(lengths, dtype):
 
 def test_by_hand():
     one = torch.tensor
-    hae = ops.HAE(one([1.0, 2.0]), None, one([10.0, 20.0]), None, one([100.0, 200.0]), None, one([True, False]))
+    hae = ops.HAE(
+        one([1.0, 2.0]), None, one([10.0, 20.0]), None, one([100.0, 200.0]), None, one([True, False])
+    )
     roles = one([0, 1, 2, 4, 6, 7, 2, 6], dtype=torch.uint8)
     advantages, loss_mask = ops.scatter_advantages(hae, roles, one([0, 6, 8], dtype=torch.int32))
     # The subgoal role counts on the boundary turn only: in turn 1 a subgoal token carries no loss.
@@ -35,7 +37,14 @@ def test_by_hand():
 
 def test_opcheck_and_strides():
     hae, roles, cu_tokens = random_case([3, 4])
-    arguments = (hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary, roles, cu_tokens)
+    arguments = (
+        hae.advantages_low,
+        hae.advantages_high,
+        hae.advantages_switch,
+        hae.boundary,
+        roles,
+        cu_tokens,
+    )
     torch.library.opcheck(torch.ops.hiper_fast.scatter_advantages.default, arguments)
     strided = torch.stack([roles, roles], 1)[:, 0]
     assert torch.equal(

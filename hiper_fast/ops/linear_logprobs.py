@@ -13,42 +13,36 @@ _CHUNK = {"cpu": 2**24, "cuda": 2**27}
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Forward keeps the log of the normaliser and the entropy of each row; backward recomputes the logits."""
+    """Forward keeps no logits, only each row's entropy; backward makes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, temperature, want_entropy):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         rows = hidden.shape[0]
         logprobs = hidden.new_empty(rows, dtype=dtype)
-        normaliser = hidden.new_empty(rows, dtype=dtype)
         entropy = hidden.new_empty(rows if want_entropy else 0, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part, logits in _chunks(hidden, weight, bias, temperature, dtype):
-                lse = torch.logsumexp(logits, dim=1)
-                chosen = logits.gather(1, targets[part, None]).squeeze(1)
+            for part, log_p in _chunks(hidden, weight.to(dtype), bias, temperature, dtype):
                 # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
-                logprobs[part] = (chosen - lse).clamp_(max=0)
-                normaliser[part] = lse
+                logprobs[part] = log_p.gather(1, targets[part, None]).squeeze(1).clamp_(max=0)
                 if want_entropy:
-                    p = (logits - lse[:, None]).exp_()
-                    entropy[part] = lse - p.mul_(logits).sum(dim=1)
-        ctx.save_for_backward(hidden, weight, targets, bias, normaliser, entropy)
+                    entropy[part] = log_p.exp().mul_(log_p).sum(dim=1).neg_()
+        ctx.save_for_backward(hidden, weight, targets, bias, entropy)
         ctx.temperature = temperature
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, targets, bias, normaliser, entropy = ctx.saved_tensors
-        dtype = normaliser.dtype
+        hidden, weight, targets, bias, entropy = ctx.saved_tensors
+        dtype = entropy.dtype
         need_hidden, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         wide_weight = weight.to(dtype)
-        for part, logits in _chunks(hidden, wide_weight, bias, ctx.temperature, dtype):
+        for part, log_p in _chunks(hidden, wide_weight, bias, ctx.temperature, dtype):
             # With p = softmax(z): d logprob / dz = onehot - p, d entropy / dz = -p (log p + entropy).
-            log_p = logits.sub_(normaliser[part, None])
             scale = grad_logprobs[part, None]
             if len(entropy):
                 scale = scale + grad_entropy[part, None] * (log_p + entropy[part, None])
@@ -65,15 +59,14 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype):
-    """Slices of rows, each with its logits / temperature in `dtype`."""
-    weight = weight.to(dtype).T
-    size = max(1, _CHUNK.get(hidden.device.type, 2**24) // weight.shape[1])
+    """Slices of rows, each with the log-probabilities of all tokens in `dtype`; weight comes in `dtype`."""
+    size = max(1, _CHUNK.get(hidden.device.type, 2**24) // weight.shape[0])
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
-        logits = hidden[part].to(dtype) @ weight
+        logits = hidden[part].to(dtype) @ weight.T
         if bias is not None:
             logits += bias.to(dtype)
-        yield part, logits.div_(temperature)
+        yield part, torch.log_softmax(logits.div_(temperature), dim=1)
 
 
 def linear_logprobs(
