@@ -221,6 +221,10 @@ def decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def whole(value: int | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
 def seconds(value: float | None) -> str:
     """12.3s, 4m05s, 1h23m."""
     if value is None:
@@ -248,7 +252,7 @@ _TRAIN = [
     ("time/total", "time", seconds),
 ]
 _EVAL = [
-    ("eval/episodes", "episodes", str),
+    ("eval/episodes", "episodes", whole),
     ("eval/turns", "turns", decimal),
     ("eval/valid_rate", "valid", percent),
     ("time/eval", "time", seconds),
@@ -268,7 +272,7 @@ class _Panel(_Silent):
         for row in history:
             self._rows[row["stage"]].append(row)
         self._busy = ""
-        self._live = Live(self, console=console, refresh_per_second=2, transient=False)
+        self._live = Live(self, console=console, refresh_per_second=2)
         self._live.start()
 
     def show(self, row: Mapping[str, Any]) -> None:
@@ -286,107 +290,110 @@ class _Panel(_Silent):
 
     def __rich__(self) -> Panel:
         train, evals, warm = self._rows["train"], self._rows["eval"], self._rows["warm_start"]
-        parts = [self._header(train)]
+        parts = [_header(train[-1]["step"] if train else 0, self._total, _eta(train, self._total))]
+        if train or evals:
+            parts.append(_success(train, evals))
         if train:
-            parts += [
-                Text(),
-                self._success(train, evals),
-                Text(),
-                _numbers(train[-1]),
-                Text(),
-                _times(train[-1], self._busy),
-            ]
+            parts += [_numbers(train[-1]), _times(train[-1], self._busy)]
         elif warm:
-            parts += [Text(), _joined(_fields(warm[-1], _WARM_START))]
-            if evals:
-                parts += [Text(), self._success(train, evals)]
+            parts.append(_joined([("warm start", str(warm[-1]["step"])), *_fields(warm[-1], _WARM_START)]))
+        else:
+            parts.append(Text(self._busy or "starting", style="bold cyan"))
+        width = min(78, self._live.console.width)
+        body = Group(*(line for part in parts for line in (part, Text())))
+        title = Text(self._name, style="bold")
         return Panel(
-            Group(*parts), title=Text(self._name, style="bold"), title_align="left", border_style="bright_black",
-            padding=(0, 2), width=min(78, self._live.console.width),
-        )  # fmt: skip
-
-    def _header(self, train: list[dict[str, Any]]) -> Table:
-        step = train[-1]["step"] if train else 0
-        grid = Table.grid(padding=(0, 2), expand=True)
-        grid.add_column()
-        grid.add_column(ratio=1)
-        grid.add_column(justify="right")
-        if not train:
-            warm = self._rows["warm_start"]
-            title = f"warm start, step {warm[-1]['step']}" if warm else "starting"
-            grid.add_row(Text(title, style="bold"), Text(self._busy, style="dim"), "")
-            return grid
-        recent = [row["time/total"] for row in train[-5:] if row.get("time/total") is not None]
-        left = (
-            f"eta {seconds(sum(recent) / len(recent) * (self._total - step))}"
-            if recent and self._total and step < self._total
-            else ""
+            body,
+            title=title,
+            title_align="left",
+            border_style="bright_black",
+            padding=(1, 2, 0, 2),
+            width=width,
         )
-        bar = ProgressBar(total=self._total, completed=step, complete_style="green", finished_style="green")
-        total = f" / {self._total}" if self._total else ""
-        grid.add_row(
-            Text(f"update {step}{total}", style="bold"), bar if self._total else "", Text(left, style="dim")
-        )
-        return grid
 
-    def _success(self, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Table:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_column(justify="right", width=6, style="bold green")
-        grid.add_column()
-        grid.add_column(style="dim")
-        for name, rows, key in (("train", train, "rollout/success"), ("eval", evals, "eval/success")):
-            values = [row.get(key) for row in rows]
-            if values:
-                last = rows[-1]
-                note = (
-                    f"{percent(last.get('eval/low'))} – {percent(last.get('eval/high'))}"
-                    if name == "eval"
-                    else ""
-                )
-                grid.add_row(
-                    f"{name} success", percent(values[-1]), Text(sparkline(values, 32), style="green"), note
-                )
-        return grid
+
+def _header(step: int, total: int | None, eta: str) -> Table:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(style="bold")
+    grid.add_column(ratio=1)
+    grid.add_column(style="dim", justify="right")
+    if total:
+        bar = ProgressBar(total=total, completed=step, complete_style="green", finished_style="green")
+        grid.add_row(f"update {step} / {total}", bar, eta)
+    else:
+        grid.add_row(f"update {step}", "", eta)
+    return grid
+
+
+def _eta(train: list[dict[str, Any]], total: int | None) -> str:
+    recent = [row["time/total"] for row in train[-5:] if row.get("time/total") is not None]
+    left = total - train[-1]["step"] if total and train else 0
+    return f"eta {seconds(left * sum(recent) / len(recent))}" if recent and left > 0 else ""
+
+
+def _success(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(style="bold green", justify="right", width=6)
+    grid.add_column(style="green")
+    grid.add_column(style="dim")
+    if train:
+        values = [row.get("rollout/success") for row in train]
+        grid.add_row("train success", percent(values[-1]), sparkline(values, 28), "")
+    if evals:
+        values = [row.get("eval/success") for row in evals]
+        bounds = f"{percent(evals[-1].get('eval/low'))} – {percent(evals[-1].get('eval/high'))}"
+        grid.add_row("eval success", percent(values[-1]), sparkline(values, 28), bounds)
+    return grid
+
+
+_NUMBERS = [
+    [
+        ("rollout/segment_length", "segment", decimal),
+        ("rollout/switch_rate", "switch", percent),
+        ("rollout/valid_rate", "valid", percent),
+        ("rollout/turns", "turns", decimal),
+    ],
+    [
+        ("loss/policy", "policy loss", decimal),
+        ("loss/value", "value loss", decimal),
+        ("loss/kl", "kl", decimal),
+        ("loss/entropy", "entropy", decimal),
+    ],
+    [
+        ("loss/clip_fraction", "clipped", percent),
+        ("optim/grad_norm", "grad norm", decimal),
+        ("optim/skipped_steps", "skipped", whole),
+        ("episodes", "episodes", whole),
+    ],
+]
 
 
 def _numbers(row: Mapping[str, Any]) -> Table:
-    columns = [
-        [("rollout/segment_length", "segment", decimal), ("rollout/switch_rate", "switch", percent),
-         ("rollout/valid_rate", "valid", percent), ("rollout/turns", "turns", decimal)],
-        [("loss/policy", "policy loss", decimal), ("loss/value", "value loss", decimal),
-         ("loss/kl", "kl", decimal), ("loss/entropy", "entropy", decimal)],
-        [("loss/clip_fraction", "clipped", percent), ("optim/grad_norm", "grad norm", decimal),
-         ("optim/skipped_steps", "skipped", str), ("episodes", "episodes", str)],
-    ]  # fmt: skip
     grid = Table.grid(padding=(0, 2))
-    for _ in columns:
+    for _ in _NUMBERS:
         grid.add_column(style="dim", min_width=9)
         grid.add_column(justify="right", min_width=8)
-    for cells in zip(*columns, strict=True):
-        grid.add_row(
-            *(text for key, label, form in cells for text in (label, form(row[key]) if key in row else "–"))
-        )
+    for cells in zip(*_NUMBERS, strict=True):
+        grid.add_row(*(text for key, label, form in cells for text in (label, form(row.get(key)))))
     return grid
 
 
 def _times(row: Mapping[str, Any], busy: str) -> Text:
     """The last row's seconds by stage; the stage that runs now is bright."""
-    stages = [
-        (key[5:], seconds(value))
-        for key, value in row.items()
-        if key.startswith("time/") and key != "time/total"
-    ]
-    return _joined([*stages, ("total", seconds(row.get("time/total")))])
+    stages = [(key.removeprefix("time/"), seconds(row[key])) for key in row if key.startswith("time/")]
+    return _joined(stages, bright=busy)
 
 
 def _joined(fields: list[tuple[str, str]], bright: str = "") -> Text:
     text = Text()
     for label, value in fields:
-        text.append(f"{label} ", style="bold cyan" if label == bright else "dim").append(value).append("   ")
+        style = "bold cyan" if label == bright else "dim"
+        text.append(f"{label} ", style=style).append(value).append("   ")
     return text
 
 
 def sparkline(values: list[float | None], width: int) -> str:
     """The last `width` values, each in 0..1, as block characters; a dot where there is none."""
-    return "".join("·" if v is None else "▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * v)))] for v in values[-width:])
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join("·" if v is None else blocks[min(7, max(0, int(8 * v)))] for v in values[-width:])

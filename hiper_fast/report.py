@@ -51,8 +51,11 @@ def build(run_dir: str | Path) -> Path:
         data=_script_json(viewer),
     )
     target, temporary = run_dir / "report.html", run_dir / ".report.html.tmp"
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.replace(target)
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return target
 
 

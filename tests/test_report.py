@@ -294,3 +294,17 @@ def test_module_runs(tmp_path):
         command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120
     )
     assert result.returncode == 0 and "run folder" in result.stdout
+
+
+def test_a_full_disk_keeps_the_old_report(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", [update(1)])
+    before = report.build(folder).read_text()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.build(folder)
+    assert (folder / "report.html").read_text() == before
+    assert not (folder / ".report.html.tmp").exists()
