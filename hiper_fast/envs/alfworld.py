@@ -480,19 +480,18 @@ class AlfWorldSplit:
 def _build(data: Mapping[str, Any], name: str) -> Game:
     task, problem, walkthrough = _read_content(data)
     problem, rank = _with_text_names(problem)
-    facts: dict[str, list[tuple[str, ...]]] = defaultdict(list)  # predicate -> its arguments
-    for predicate, *arguments in problem.facts:
-        facts[predicate].append(tuple(arguments))
-    agent, start = _only(facts["atlocation"], "(atLocation agent place)")
-    _, held = _only(facts["holds"] or [(agent, None)], "(holds agent object)")
-    location = dict(sorted(facts["receptacleatlocation"], key=lambda pair: rank[pair[0]]))
-    if not location:
+    facts = defaultdict(list, problem.facts)
+    _, agent, start = _only(facts["atlocation"], "(atLocation agent place)")
+    _, _, held = _only(facts["holds"] or [("holds", agent, None)], "(holds agent object)")
+    places = [fact[1:] for fact in facts["receptacleatlocation"]]
+    if not places:
         raise GameError("its problem has no (receptacleAtLocation …): there is nowhere to go")
 
     can_contain: dict[str, set[str]] = defaultdict(set)
-    for receptacle_type, object_type in facts["cancontain"]:
+    for _, receptacle_type, object_type in facts["cancontain"]:
         can_contain[receptacle_type].add(object_type)
-    receptacle_types = dict(facts["receptacletype"])
+    receptacle_types = {receptacle: type_ for _, receptacle, type_ in facts["receptacletype"]}
+    object_types = {thing: type_ for _, thing, type_ in facts["objecttype"]}
     goal = _read_goal(problem.goal)
     formula = Grounder(problem, _FLUENTS.__contains__).ground(problem.goal, {})
     return Game(
@@ -503,18 +502,18 @@ def _build(data: Mapping[str, Any], name: str) -> Game:
         walkthrough=walkthrough,
         goal_formula=formula,
         goal_atoms=frozenset(atoms(formula)),
-        facts=frozenset(fact for fact in problem.facts if fact[0] in _FLUENTS),
+        facts=frozenset(fact for predicate in _FLUENTS for fact in facts[predicate]),
         agent=agent,
         start=start,
         held=held,
         rank=rank,
-        type_of=dict(facts["objecttype"]) | receptacle_types,
-        able={ability: frozenset(thing for (thing,) in facts[ability]) for ability in _ABILITIES},
-        openable=frozenset(receptacle for (receptacle,) in facts["openable"]),
-        location=location,
-        receptacles_at=_grouped(((place, receptacle) for receptacle, place in location.items()), rank),
-        contents=_grouped(((receptacle, thing) for thing, receptacle in facts["inreceptacle"]), rank),
-        inside=_grouped(((outer, inner) for inner, outer in facts["inreceptacleobject"]), rank),
+        type_of=object_types | receptacle_types,
+        able={ability: frozenset(thing for _, thing in facts[ability]) for ability in _ABILITIES},
+        openable=frozenset(receptacle for _, receptacle in facts["openable"]),
+        location=dict(sorted(places, key=lambda pair: rank[pair[0]])),
+        receptacles_at=_grouped(((place, receptacle) for receptacle, place in places), rank),
+        contents=_grouped(((receptacle, thing) for _, thing, receptacle in facts["inreceptacle"]), rank),
+        inside=_grouped(((outer, inner) for _, inner, outer in facts["inreceptacleobject"]), rank),
         accepts={receptacle: frozenset(can_contain[type_]) for receptacle, type_ in receptacle_types.items()},
     )
 
@@ -538,9 +537,10 @@ def _read_content(data: Mapping[str, Any]) -> tuple[str, Problem, tuple[str, ...
     problem = read_problem(data["pddl_problem"])
     if problem.domain != "alfred":
         raise GameError(f"its problem is for the domain {problem.domain}, not alfred")
-    for fact in problem.facts:
-        if _ARITY.get(fact[0]) != len(fact) - 1:
-            raise GameError(f"its problem has a fact that ALFWorld does not know: ({' '.join(fact)[:80]})")
+    for predicate, facts in problem.facts.items():
+        for fact in facts:
+            if len(fact) - 1 != _ARITY.get(predicate):
+                raise GameError(f"its problem has a fact unknown to ALFWorld: ({' '.join(fact)[:80]})")
     return task[1], problem, tuple(walkthrough)
 
 
@@ -558,18 +558,21 @@ def text_names(ids: Iterable[str]) -> dict[str, str]:
 
 def _with_text_names(problem: Problem) -> tuple[Problem, dict[str, int]]:
     """The problem with names as in the text in place of ids, and each name's rank in the order of ids."""
-    ids = sorted({argument for fact in problem.facts for argument in fact[1:]})
-    if not problem.types.keys() >= set(ids):
-        undeclared = min(set(ids) - problem.types.keys())
+    mentioned = {argument for facts in problem.facts.values() for fact in facts for argument in fact[1:]}
+    if not problem.types.keys() >= mentioned:
+        undeclared = min(mentioned - problem.types.keys())
         raise GameError(f"its problem uses {undeclared!r} without declaring it under :objects")
-    names = text_names(ids)
-    in_text = dict(zip(problem.types, problem.types, strict=True)) | names
+    names = text_names(mentioned)
+    in_text = {id_: names.get(id_, id_) for id_ in problem.types}
     problem = problem._replace(
         types={in_text[id_]: type_ for id_, type_ in problem.types.items()},
-        facts=[(fact[0], *map(in_text.__getitem__, fact[1:])) for fact in problem.facts],
+        facts={
+            predicate: [(predicate, *map(in_text.__getitem__, fact[1:])) for fact in facts]
+            for predicate, facts in problem.facts.items()
+        },
         goal=renamed(problem.goal, names),
     )
-    return problem, {in_text[id_]: rank for rank, id_ in enumerate(ids)}
+    return problem, {in_text[id_]: rank for rank, id_ in enumerate(sorted(mentioned))}
 
 
 def _grouped(pairs: Iterable[tuple[str, str]], rank: dict[str, int]) -> dict[str, tuple[str, ...]]:

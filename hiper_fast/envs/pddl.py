@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 Fact = tuple[str, ...]  # (predicate, argument, ...), lower-case
@@ -25,7 +27,7 @@ class GameError(ValueError):
 class Problem(NamedTuple):
     domain: str
     types: dict[str, str]  # object -> its type
-    facts: list[Fact]  # the initial state
+    facts: dict[str, list[Fact]]  # the initial state, by predicate
     goal: list  # nested lists of tokens
 
 
@@ -61,11 +63,14 @@ def _read_objects(section: str) -> dict[str, str]:
     return types | dict.fromkeys(names, "object")
 
 
-def _read_facts(section: str) -> list[Fact]:
+def _read_facts(section: str) -> dict[str, list[Fact]]:
     if "=" in section:  # costs and distances: (= (total-cost) 0)
         section = re.sub(r"\(\s*=\s*\([^()]*\)[^()]*\)", "", section)
-    facts = [tuple(fact.split()) for fact in _FACT.findall(section)]
-    if section.count("(") != len(facts) or () in facts:
+    facts: dict[str, list[Fact]] = defaultdict(list)
+    found = _FACT.findall(section)
+    for fact in map(str.split, found):
+        facts[fact[0] if fact else ""].append(tuple(fact))
+    if section.count("(") != len(found) or "" in facts:
         raise GameError("its (:init …) section holds something that is not a plain fact")
     return facts
 
@@ -146,11 +151,10 @@ class Grounder:
     def __init__(self, problem: Problem, is_fluent: Callable[[str], bool]):
         self.is_fluent = is_fluent
         self.types = problem.types
-        self.facts = set(problem.facts)
-        self.static: dict[str, list[Fact]] = {}  # predicate -> its facts
-        for fact in problem.facts:
-            if not is_fluent(fact[0]):
-                self.static.setdefault(fact[0], []).append(fact)
+        self.static = {
+            predicate: facts for predicate, facts in problem.facts.items() if not is_fluent(predicate)
+        }
+        self.facts = set(chain.from_iterable(self.static.values()))
         self.matches: dict[tuple, list[Fact]] = {}
         self.tried = 0
 
@@ -186,13 +190,15 @@ class Grounder:
         variables = parameters(declared)
         binding = {variable: value for variable, value in binding.items() if variable not in variables}
         conjuncts = self._flattened(body, variables, binding)
-        bindings = [binding]
-        for part in filter(_is_atom, conjuncts):
-            if part[0] in self.static:
+        bindings, undecided = [binding], []
+        for part in conjuncts:
+            if _is_atom(part) and part[0] in self.static and len(set(part)) == len(part):
                 bindings = [wider for narrow in bindings for wider in self._join(part, narrow)]
+            else:
+                undecided.append(part)
         for variable, type_ in variables.items():
             bindings = [wider for narrow in bindings for wider in self._enumerate(variable, type_, narrow)]
-        return _simplified("or", [self.ground(["and", *conjuncts], bound) for bound in bindings])
+        return _simplified("or", [self.ground(["and", *undecided], bound) for bound in bindings])
 
     def _flattened(self, body: list, variables: dict[str, str], binding: dict[str, str]) -> list:
         """The conjuncts of `body`, those of nested `exists` included: one join instead of nested loops."""
