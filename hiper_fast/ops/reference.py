@@ -166,21 +166,23 @@ def find_roles(token_ids, cu_tokens, pieces) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def scatter_advantages(hae, roles, cu_tokens) -> tuple[Tensor, Tensor]:
-    advantages = hae.advantages_low.new_zeros(len(roles))
-    loss_mask = torch.zeros(len(roles), dtype=torch.bool, device=roles.device)
+    low, high, switch = (x.tolist() for x in (hae.advantages_low, hae.advantages_high, hae.advantages_switch))
+    boundary, role_of = hae.boundary.tolist(), roles.tolist()
+    advantages, loss_mask = [0.0] * len(role_of), [False] * len(role_of)
     for turn, (begin, end) in enumerate(_segments(cu_tokens)):
         for i in range(begin, end):
-            role = int(roles[i])
-            if role & ACTION:
-                advantages[i] += hae.advantages_low[turn]
+            if role_of[i] & ACTION:
+                advantages[i] += low[turn]
                 loss_mask[i] = True
-            if role & SUBGOAL and hae.boundary[turn]:
-                advantages[i] += hae.advantages_high[turn]
+            if role_of[i] & SUBGOAL and boundary[turn]:
+                advantages[i] += high[turn]
                 loss_mask[i] = True
-            if role & SWITCH:
-                advantages[i] += hae.advantages_switch[turn]
+            if role_of[i] & SWITCH:
+                advantages[i] += switch[turn]
                 loss_mask[i] = True
-    return advantages, loss_mask
+    return hae.advantages_low.new_tensor(advantages), torch.tensor(
+        loss_mask, dtype=torch.bool, device=roles.device
+    )
 
 
 def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, entropy=False):
