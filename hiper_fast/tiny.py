@@ -1,4 +1,4 @@
-"""The embedded default model: a Qwen2-type causal LM of half a million parameters and a word tokenizer, from scratch.
+"""The embedded default model: a Llama-type causal LM of half a million parameters and a word tokenizer, from scratch.
 
 Python -m hiper_fast.tiny writes the shipped tokenizer anew.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 FOLDER = Path(__file__).parent / "tiny_tokenizer"
 END, PAD = "<|end|>", "<|pad|>"
@@ -51,9 +51,9 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """The model with random weights drawn from `seed`."""
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=320,
@@ -69,7 +69,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        return LlamaForCausalLM(config)
 
 
 def vocabulary() -> list[str]:
