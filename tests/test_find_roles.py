@@ -84,9 +84,30 @@ class TestByHand:
 def odd_response(rng):
     """Bytes of a response that may lack, nest, repeat or break anything, cut into tokens at random places."""
     tags = [f"<{slash}{name}>".encode() for name in ("switch", "subgoal", "action") for slash in ("", "/")]
-    words = [b"KEEP", b"SWITCH", b"keep ", b"\n", b" ", b"go to desk 1", "水".encode(),
-             "é😀".encode(), b"\xe6\xb0", b"\xff", b"\x80", b"<", b">", b"/", b"<<action>", b"</", b"<switch", b"switch>", b"",
-             b"KE P"]  # fmt: skip
+    words = [
+        b"KEEP",
+        b"SWITCH",
+        b"keep ",
+        b"KE P",
+        b"\n",
+        b" ",
+        b"",
+        b"go to desk 1",
+        b"<",
+        b">",
+        b"/",
+        b"</",
+    ]
+    words += [
+        b"<<action>",
+        b"<switch",
+        b"switch>",
+        "水".encode(),
+        "é😀".encode(),
+        b"\xe6\xb0",
+        b"\xff",
+        b"\x80",
+    ]
     if rng.random() < 0.5:
         parts = []
         for name, word in (
