@@ -10,7 +10,8 @@ import random
 import pytest
 
 from hiper_fast.envs import household
-from hiper_fast.envs.alfworld import TASK_TYPES, AlfWorld, Game, games, read_game
+from hiper_fast.envs.alfworld import TASK_TYPES, AlfWorld, Game, games
+from hiper_fast.envs.alfworld_game import read_game
 
 TINY = os.environ.get("HIPER_FAST_BENCH") == "tiny"
 GAMES, STEPS = (2, 20) if TINY else (24, 200)

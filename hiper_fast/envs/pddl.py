@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -148,11 +148,12 @@ FALSE: Formula = ("or", [])
 class Grounder:
     """Compiles a goal expression to a formula over fluent facts, deciding everything static on the way."""
 
-    def __init__(self, problem: Problem, is_fluent: Callable[[str], bool]):
-        self.is_fluent = is_fluent
+    def __init__(self, problem: Problem, fluents: Collection[str], arity: Mapping[str, int]):
+        self.fluents = fluents
+        self.arity = {"=": 2, **arity}
         self.types = problem.types
         self.static = {
-            predicate: facts for predicate, facts in problem.facts.items() if not is_fluent(predicate)
+            predicate: facts for predicate, facts in problem.facts.items() if predicate not in fluents
         }
         self.facts = set(chain.from_iterable(self.static.values()))
         self.matches: dict[tuple, list[Fact]] = {}
@@ -170,7 +171,7 @@ class Grounder:
             return self._ground_exists(*rest, binding)
         if operator == "forall" and len(rest) == 2:
             return _negated(self._ground_exists(rest[0], ["not", rest[1]], binding))
-        if isinstance(operator, str) and all(isinstance(term, str) for term in rest):
+        if _is_atom(expression) and self.arity.get(operator) == len(rest):
             return self._ground_atom((operator, *(self._value(term, binding) for term in rest)))
         raise GameError(f"its goal has a part that cannot be read: {str(expression)[:80]}")
 
@@ -182,7 +183,7 @@ class Grounder:
     def _ground_atom(self, fact: Fact) -> Formula:
         if fact[0] == "=":
             return TRUE if len(set(fact[1:])) == 1 else FALSE
-        if self.is_fluent(fact[0]):
+        if fact[0] in self.fluents:
             return ("atom", fact)
         return TRUE if fact in self.facts else FALSE
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .alfworld import Game, game_file, read_game, text_names
+from .alfworld_game import Game, game_file, read_game, text_names
 from .base import WON_REWARD, Info, check_options
 
 
