@@ -222,7 +222,7 @@ def convert(name: str, value: typing.Any, kind: typing.Any) -> typing.Any:
             number = kind(value)
             if number == float(value):
                 return number
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif kind is str and isinstance(value, bool):
         return "yes" if value else "no"
@@ -296,6 +296,7 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m hiper_fast.{program}",
+        usage="%(prog)s [--config FILE] [--section.option VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
