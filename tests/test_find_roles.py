@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from hiper_fast import ops
+from hiper_fast.response import parse
 
 TEXT = "<switch>SWITCH</switch><subgoal>find the mug</subgoal><action>go to desk 1</action>"
 OTHERS = ["take mug 1 from desk 1", "naïve café — 水を飲む 😀", "<switch>KEEP</switch>", "a\n\tb  c"]
@@ -127,6 +128,28 @@ def odd_response(rng):
         tokens.append(data[at : at + length])
         at += length
     return tokens + [b""] * rng.randrange(2)
+
+
+def test_switch_and_validity_at_the_edges():
+    words = [
+        "KEEP",
+        "KE EP",
+        "KE P",
+        "S WITCH",
+        "switch\v",
+        "\x0bKeep\x0c",
+        "\x1cKEEP",
+        "KEEPS",
+        "SWITCHES",
+        "\0KEEP",
+    ]
+    after = ["", "\u4dff", "\u4e00", "\u9fff", "\ua000", "\u3fff", "é"]
+    texts = [f"<switch>{w}</switch><subgoal>a</subgoal><action>b</action>{c}" for w in words for c in after]
+    for tokens in ([[t.encode()] for t in texts], [[bytes([b]) for b in t.encode()] for t in texts]):
+        _, switch, _, valid = run(tokens)
+        parsed = [parse(t) for t in texts]
+        assert switch.tolist() == [p.switch for p in parsed]
+        assert valid.tolist() == [p.valid for p in parsed]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -65,3 +65,21 @@ def test_bad_arguments_are_named(name, change):
     hae, roles, cu_tokens = random_case([3, 4])
     with pytest.raises(ValueError, match=name):
         ops.scatter_advantages(**({"hae": hae, "roles": roles, "cu_tokens": cu_tokens} | change))
+
+
+def test_compiles_in_one_graph_with_what_feeds_it():
+    pieces = ops.TokenPieces.from_bytes([b"<action>", b"y", b"</action>"])
+    ids, cu_tokens = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 3, 4], dtype=torch.int32)
+    rewards, low, high = torch.randn(3, 2)
+    terminated, cu_turns = torch.tensor([True]), torch.tensor([0, 2], dtype=torch.int32)
+
+    def pipeline(ids, rewards, low, high):
+        roles, switch, _, _ = ops.find_roles(ids, cu_tokens, pieces)
+        hae = ops.hae(rewards, low, high, switch, terminated, cu_turns)
+        return ops.scatter_advantages(
+            hae._replace(advantages_low=ops.normalize(hae.advantages_low, hae.boundary)), roles, cu_tokens
+        )
+
+    compiled = torch.compile(pipeline, fullgraph=True, backend="aot_eager")
+    result, expected = compiled(ids, rewards, low, high), pipeline(ids, rewards, low, high)
+    torch.testing.assert_close(result, expected)
