@@ -145,7 +145,8 @@ def serves(goal, walkthrough) -> list[str]:
             subgoals.append(None)
             continue
         subgoals = [s or phrases[phase] for s in subgoals] + [phrases[own]]
-    return [s or subgoals[-1] for s in subgoals] if any(subgoals) else ["None"] * len(subgoals)
+    last = next((s for s in reversed(subgoals) if s), "None")
+    return [s or last for s in subgoals]
 
 
 def player(kind: str, game, rng: random.Random) -> Searcher | Walkthrough:

@@ -106,9 +106,8 @@ class Prompter:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def shorten(self, state: State, limit: int) -> list[int]:
-        [ids] = self.encode([self.text(state, [], state.observation)])
-        if len(ids) > limit:
-            [words] = self.encode([state.observation])
-            kept = self.tokenizer.decode(words[: max(0, len(words) - (len(ids) - limit))])
-            [ids] = self.encode([self.text(state, [], kept)])
+        [ids], [words] = self.encode([self.text(state, [], state.observation)]), self.encode([state.observation])
+        while len(ids) > limit and words:  # again and again, for a style may render less than it is given
+            words = words[: max(0, len(words) - (len(ids) - limit))]
+            [ids] = self.encode([self.text(state, [], self.tokenizer.decode(words))])
         return ids[-limit:]
