@@ -1,0 +1,152 @@
+"""The scripted players, straight against the environment."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from hiper_fast.envs.household import Household, subgoal_phrases
+from hiper_fast.expert import Searcher, Walkthrough, player, serves
+from hiper_fast.rollout import opening
+
+GAMES = range(1000, 1060)
+
+
+def play(env, kind, seed, turns):
+    """(won, moves) of one game played by a scripted player."""
+    observation, info = env.reset(seed=seed)
+    expert, action, moves = player(kind, env.game, random.Random(seed)), None, []
+    observation = opening(observation)
+    for _ in range(turns):
+        commands = info["admissible_commands"]
+        expert.observe(action, observation, commands)
+        move = expert.move(commands)
+        moves.append(move)
+        assert move.action in commands, f"game {seed}: {move.action!r} is not admissible"
+        action = move.action
+        observation, _, over, _, info = env.step(action)
+        if over:
+            return info["won"], moves
+    return False, moves
+
+
+def test_searcher_wins_small_games_from_the_text_alone():
+    env = Household("small")
+    results = [play(env, "search", seed, 30) for seed in GAMES]
+    assert sum(won for won, _ in results) >= 0.9 * len(results)
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_walkthrough_wins_every_game(size):
+    env = Household(size)
+    for seed in list(GAMES)[: 60 if size == "small" else 12]:
+        won, moves = play(env, "walkthrough", seed, 1000)
+        assert won and [m.action for m in moves] == env.content["walkthrough"]
+        assert [m.subgoal for m in moves] == env.content["subgoals"]
+
+
+def test_searcher_wins_larger_rooms_too_given_time():
+    env = Household("medium")
+    results = [play(env, "search", seed, 80) for seed in list(GAMES)[:12]]
+    assert sum(won for won, _ in results) >= 10
+
+
+def test_searcher_names_the_goals_own_subgoals_in_order():
+    env = Household("small")
+    for seed in list(GAMES)[:20]:
+        won, moves = play(env, "search", seed, 60)
+        phrases = list(subgoal_phrases(env.game.goal).values())
+        assert {m.subgoal for m in moves} <= set(phrases)
+        assert not won or moves[-1].subgoal == phrases[-1]
+
+
+def test_searcher_does_the_same_for_the_same_random_state():
+    env = Household("small")
+    assert play(env, "search", 7, 40) == play(env, "search", 7, 40)
+
+
+def test_searcher_recovers_from_being_sent_elsewhere():
+    """The warm start pushes it off its way on a share of the turns."""
+    env, rng, won = Household("small"), random.Random(0), 0
+    for seed in list(GAMES)[:30]:
+        observation, info = env.reset(seed=seed)
+        expert, action, observation = player("search", env.game, random.Random(seed)), None, opening(observation)
+        for _ in range(45):
+            commands = info["admissible_commands"]
+            expert.observe(action, observation, commands)
+            action = expert.move(commands).action
+            places = [c for c in commands if c.startswith("go to ")]
+            if places and rng.random() < 0.15:
+                action = rng.choice(places)
+            observation, _, over, _, info = env.step(action)
+            if over:
+                won += info["won"]
+                break
+    assert won >= 26
+
+
+def test_player_kinds():
+    env = Household("small")
+    env.reset(seed=0)
+    assert isinstance(player("search", env.game, random.Random(0)), Searcher)
+    assert isinstance(player("walkthrough", env.game, random.Random(0)), Walkthrough)
+
+
+# Subgoals of a walkthrough.
+
+
+def goal(object_type, receptacle_type=None, state=None, lamp_type=None, count=1):
+    return SimpleNamespace(
+        object_type=object_type, receptacle_type=receptacle_type, state=state, lamp_type=lamp_type, count=count
+    )
+
+
+def test_lamp_before_the_object():
+    """An order that official games have: every step still serves what comes next."""
+    steps = ["go to dresser 1", "use desklamp 1", "take alarmclock 2 from dresser 1"]
+    subgoals = serves(goal("alarmclock", lamp_type="desklamp"), steps)
+    assert subgoals == ["use desklamp", "use desklamp", "take alarmclock"]
+
+
+def test_two_objects():
+    steps = [
+        *("go to shelf 1", "take mug 1 from shelf 1", "go to desk 1", "move mug 1 to desk 1"),
+        *("go to shelf 2", "open shelf 2", "take mug 2 from shelf 2", "go to desk 1", "move mug 2 to desk 1"),
+    ]
+    assert serves(goal("mug", "desk", count=2), steps) == [
+        *("find mug", "take mug", "put mug in desk", "put mug in desk"),
+        *("find second mug", "find second mug", "take second mug"),
+        *("put second mug in desk", "put second mug in desk"),
+    ]
+
+
+def test_changed_state_with_steps_after_the_last_milestone():
+    steps = ["take egg 1 from shelf 1", "go to fridge 1", "cool egg 1 with fridge 1", "move egg 1 to sink 1", "look"]
+    subgoals = serves(goal("egg", "sink", state="cool"), steps)
+    assert subgoals == ["take egg", "cool egg", "cool egg", "put egg in sink", "put egg in sink"]
+
+
+@pytest.mark.parametrize("steps", [[], ["look"], ["look", "go to desk 1"]])
+def test_walkthroughs_without_milestones(steps):
+    assert serves(goal("mug", "desk"), steps) == ["None"] * len(steps)
+
+
+def test_official_walkthroughs_have_a_subgoal_for_every_step(data_dir):
+    import json
+    import tarfile
+
+    from hiper_fast.envs.alfworld import Game
+
+    seen = 0
+    with tarfile.open(data_dir / "alfworld" / "valid_seen.tar.xz") as archive:
+        for member in archive:
+            if not member.name.endswith("game.tw-pddl"):
+                continue
+            game = Game.from_dict(json.load(archive.extractfile(member)), name=member.name)
+            subgoals = serves(game.goal, game.walkthrough)
+            assert len(subgoals) == len(game.walkthrough)
+            assert set(subgoals) <= set(subgoal_phrases(game.goal).values())
+            seen += 1
+            if seen == 25:
+                break
+    assert seen == 25

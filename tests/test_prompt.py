@@ -1,0 +1,169 @@
+"""What the model reads at a turn, and what is left out of it when it grows too long."""
+
+import pytest
+
+from hiper_fast import tiny
+from hiper_fast.config import AgentConfig
+from hiper_fast.prompt import STYLES, Prompter, State, compact, reference
+
+COMMANDS = ["go to fridge 1", "go to shelf 2", "take apple 1 from shelf 1", "look", "inventory", "help"]
+LIST = "On the shelf 1, you see " + ", ".join(f"a apple {i}" for i in range(1, 30)) + ", and a bread 1."
+TEMPLATE = "{% for m in messages %}<chat {{ m['role'] }}>{{ m['content'] }}{% endfor %}<reply>"
+
+
+def state(**changes):
+    history = [(f"saw {word} 1.", f"go to cabinet {i}") for i, word in enumerate(("mug", "egg", "pan"), 1)]
+    fields = {
+        "task": "put a apple in fridge.",
+        "observation": "On the shelf 1, you see a apple 1, and a bread 1.",
+        "commands": COMMANDS,
+        "subgoal": "find apple",
+        "history": history,
+    }
+    return State(**{**fields, **changes})
+
+
+def prompter(style="reference", template=None, **options):
+    tokenizer = tiny.load_tokenizer()
+    tokenizer.chat_template = template
+    return Prompter(tokenizer, AgentConfig(**{"max_prompt_tokens": 4000, "history": 8, **options}), style)
+
+
+def read(prompter, state):
+    """(text, tokens, truncated) of one state."""
+    [(ids, truncated)] = prompter([state])
+    return prompter.tokenizer.decode(ids), len(ids), truncated
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_all_the_agent_may_know_is_there(style):
+    text, _, truncated = read(prompter(style), state())
+    assert "put a apple in fridge." in text and "shelf 1" in text and "bread 1" in text
+    assert "find apple" in text and not truncated
+    assert "cabinet 3" in text, "the last action"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_first_subgoal_is_none(style):
+    text = STYLES[style](state(subgoal=None, history=[]))
+    assert "ubgoal: None" in text
+
+
+def test_reference_lists_every_admissible_command_but_help():
+    text = reference(state())
+    for command in COMMANDS[:-1]:
+        assert f"'{command}'" in text
+    assert "help" not in text
+    for tag in ("<switch>", "<subgoal>", "<action>"):
+        assert tag in text
+
+
+def test_reference_shows_pairs_oldest_first():
+    text = reference(state())
+    positions = [text.index(x) for x in ("saw mug", "cabinet 1", "saw egg", "cabinet 2", "saw pan", "cabinet 3")]
+    assert positions == sorted(positions)
+    assert "The last 3 observations" in text
+
+
+def test_compact_groups_commands_by_verb_and_drops_those_that_only_look():
+    text = compact(state(commands=[*COMMANDS, "take mug 2 from shelf 1", "open fridge 1"]))
+    can = text.split("can: ")[1].split("\n")[0]
+    assert can == "go to fridge 1 shelf 2; take apple 1 mug 2 from shelf 1; open fridge 1"
+    assert "you see apple 1 bread 1." in text
+    assert "did: cabinet 1; cabinet 2; cabinet 3" in text
+
+
+def test_compact_without_commands_or_history():
+    text = compact(state(commands=[], history=[], observation="", subgoal=None))
+    assert text == "task: put a apple in fridge.\ndid: \nsee: \ncan: \nsubgoal: None\n"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("window, shown", [(0, []), (1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (50, [1, 2, 3])])
+def test_history_window(style, window, shown):
+    text, _, truncated = read(prompter(style, history=window), state())
+    assert [i for i in (1, 2, 3) if f"cabinet {i}" in text] == shown
+    assert not truncated, "a window is no truncation"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_chat_template_is_used_where_there_is_one(style):
+    plain, *_ = read(prompter(style), state())
+    chat, *_ = read(prompter(style, TEMPLATE), state())
+    assert chat == f"<chat user>{plain}<reply>"
+
+
+def test_ids_are_those_of_the_text_without_special_tokens():
+    p = prompter("compact")
+    [(ids, _)] = p([state()])
+    assert ids == p.tokenizer(compact(state()), add_special_tokens=False)["input_ids"]
+
+
+def test_many_states_at_once_and_none():
+    p = prompter("compact")
+    states = [state(), state(task="look."), state(history=[])]
+    assert p(states) == [p([s])[0] for s in states]
+    assert p([]) == []
+
+
+# Prompts over the limit.
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_prompt_just_at_the_limit_is_whole(style):
+    text, size, _ = read(prompter(style), state())
+    assert read(prompter(style, max_prompt_tokens=size), state()) == (text, size, False)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_first_the_history_goes(style):
+    whole, size, _ = read(prompter(style), state())
+    text, shorter, truncated = read(prompter(style, max_prompt_tokens=size - 1), state())
+    assert truncated and shorter < size
+    assert "cabinet" not in text
+    assert "bread 1" in text, "the observation is still whole"
+    assert text == STYLES[style](state(history=[]))
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
+@pytest.mark.parametrize("style", STYLES)
+def test_then_the_tail_of_the_observation(style, template):
+    long = state(observation=LIST)
+    _, size, _ = read(prompter(style, template), state(observation=LIST, history=[]))
+    for limit in (size - 1, size - 9, size - 30):
+        text, tokens, truncated = read(prompter(style, template, max_prompt_tokens=limit), long)
+        assert truncated and tokens <= limit
+        assert "put a apple in fridge." in text, "the task stays"
+        assert "On the shelf 1, you see" in text and "bread 1." not in text, "the tail goes"
+        assert "fridge 1" in text and "find apple" in text, "commands and subgoal stay"
+        assert text.startswith("<chat user>") == (template is not None)
+        assert tokens > limit - 12, "no more than needed goes"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("limit", [1, 2, 17, 60])
+def test_no_limit_is_too_small(style, limit):
+    """The reference raised in the middle of a run."""
+    for extreme in (
+        state(observation=LIST),
+        state(observation="界" * 400),
+        state(observation="", commands=[f"go to cabinet {i}" for i in range(60)] * 9),
+        state(task="x " * 900),
+    ):
+        for template in (None, TEMPLATE):
+            _, tokens, truncated = read(prompter(style, template, max_prompt_tokens=limit), extreme)
+            assert 1 <= tokens <= limit and truncated
+
+
+def test_cut_characters_of_many_tokens_never_overflow():
+    """A cut in the middle of a character decodes to U+FFFD, which is longer than what was cut."""
+    for limit in range(300, 330):
+        _, tokens, _ = read(prompter("compact", max_prompt_tokens=limit), state(observation="é界🧑" * 90))
+        assert tokens <= limit
+
+
+def test_only_the_long_ones_are_flagged():
+    p = prompter("compact")
+    limit = len(p([state()])[0][0])
+    p.config.max_prompt_tokens = limit
+    assert [flag for _, flag in p([state(), state(observation=LIST), state(history=[])])] == [False, True, False]
