@@ -174,6 +174,7 @@ def update(
     steps = [
         step(agent, optimizers, t, targets, part, config, train_policy)
         for part in order.tensor_split(config.train.minibatches)
+        if part.numel()
     ]
     done = [s for s in steps if s is not None]
     metrics = {key: math.fsum(s[key] for s in done) / len(done) for key in (done[0] if done else {})}
