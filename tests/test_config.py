@@ -350,6 +350,4 @@ def test_resume_reads_the_runs_own_options_below_the_command_line(tmp_path, caps
     config = parse("--resume", "--name", "mine", "--run.folder", str(tmp_path), "--updates", "12")
     assert (config.train.updates, config.train.episodes) == (12, 3)
     assert config.run.resume and run_folder(config) == tmp_path / "mine"
-    assert "there is no run" in refused(
-        capsys, "--resume", "--name", "other", "--run.folder", str(tmp_path)
-    )
+    assert "there is no run" in refused(capsys, "--resume", "--name", "other", "--run.folder", str(tmp_path))

@@ -70,7 +70,11 @@ def test_searcher_recovers_from_being_sent_elsewhere():
     env, rng, won = Household("small"), random.Random(0), 0
     for seed in list(GAMES)[:30]:
         observation, info = env.reset(seed=seed)
-        expert, action, observation = player("search", env.game, random.Random(seed)), None, opening(observation)
+        expert, action, observation = (
+            player("search", env.game, random.Random(seed)),
+            None,
+            opening(observation),
+        )
         for _ in range(45):
             commands = info["admissible_commands"]
             expert.observe(action, observation, commands)
@@ -97,7 +101,11 @@ def test_player_kinds():
 
 def goal(object_type, receptacle_type=None, state=None, lamp_type=None, count=1):
     return SimpleNamespace(
-        object_type=object_type, receptacle_type=receptacle_type, state=state, lamp_type=lamp_type, count=count
+        object_type=object_type,
+        receptacle_type=receptacle_type,
+        state=state,
+        lamp_type=lamp_type,
+        count=count,
     )
 
 
@@ -121,7 +129,13 @@ def test_two_objects():
 
 
 def test_changed_state_with_steps_after_the_last_milestone():
-    steps = ["take egg 1 from shelf 1", "go to fridge 1", "cool egg 1 with fridge 1", "move egg 1 to sink 1", "look"]
+    steps = [
+        "take egg 1 from shelf 1",
+        "go to fridge 1",
+        "cool egg 1 with fridge 1",
+        "move egg 1 to sink 1",
+        "look",
+    ]
     subgoals = serves(goal("egg", "sink", state="cool"), steps)
     assert subgoals == ["take egg", "cool egg", "cool egg", "put egg in sink", "put egg in sink"]
 

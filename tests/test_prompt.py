@@ -60,7 +60,9 @@ def test_reference_lists_every_admissible_command_but_help():
 
 def test_reference_shows_pairs_oldest_first():
     text = reference(state())
-    positions = [text.index(x) for x in ("saw mug", "cabinet 1", "saw egg", "cabinet 2", "saw pan", "cabinet 3")]
+    positions = [
+        text.index(x) for x in ("saw mug", "cabinet 1", "saw egg", "cabinet 2", "saw pan", "cabinet 3")
+    ]
     assert positions == sorted(positions)
     assert "The last 3 observations" in text
 
@@ -166,4 +168,8 @@ def test_only_the_long_ones_are_flagged():
     p = prompter("compact")
     limit = len(p([state()])[0][0])
     p.config.max_prompt_tokens = limit
-    assert [flag for _, flag in p([state(), state(observation=LIST), state(history=[])])] == [False, True, False]
+    assert [flag for _, flag in p([state(), state(observation=LIST), state(history=[])])] == [
+        False,
+        True,
+        False,
+    ]

@@ -71,9 +71,7 @@ def test_a_whole_game_falls_back_to_bytes_nowhere(tokenizer):
         for command in env.content["walkthrough"]:
             obs, *_, info = env.step(command)
             texts += [obs, *info["admissible_commands"]]
-        spelled = {
-            tokenizer.decode([i]) for text in texts for i in ids_of(tokenizer, text) if i in letters
-        }
+        spelled = {tokenizer.decode([i]) for text in texts for i in ids_of(tokenizer, text) if i in letters}
         assert not any(s.strip().isalnum() for s in spelled), spelled
 
 
