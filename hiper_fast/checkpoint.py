@@ -147,9 +147,7 @@ def mark_best(folder: str | Path, step: int) -> None:
     """Record `step` as the best checkpoint: `best` finds it and pruning spares it."""
     folder = Path(folder)
     if not _path(folder, step).is_dir():
-        raise CheckpointError(
-            f"cannot mark step {step} as best: {_path(folder, step)} does not exist; save it first"
-        )
+        raise CheckpointError(f"cannot mark step {step} as best: {_path(folder, step)} does not exist; save it first")
     temporary = folder / f".{BEST}.tmp"
     try:
         temporary.write_text(json.dumps({"step": step}))
@@ -169,9 +167,7 @@ def capture_rng() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()]
-        if torch.cuda.is_available()
-        else [],
+        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
     }
 
 
@@ -217,9 +213,7 @@ def _split_optimizers(
     return tensors, scalars
 
 
-def _read_optimizers(
-    path: Path, optimizers: Mapping[str, torch.optim.Optimizer]
-) -> dict[str, dict[str, Any]]:
+def _read_optimizers(path: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, dict[str, Any]]:
     file = path / "optimizer.safetensors"
     tensors = _read_tensors(file)
     scalars = _read_json(path / "optimizer.json", set(optimizers))
@@ -363,9 +357,7 @@ def _best_step(folder: Path) -> int | None:
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     # Copies, because safetensors refuses tensors that share memory.
-    save_file(
-        {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, file
-    )
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, file)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -27,9 +27,7 @@ def option(default, help: str):
 
 @dataclass(slots=True)
 class EnvConfig:
-    name: str = option(
-        "auto", "household, alfworld, or auto: alfworld if $ALFWORLD_DATA is set, else household"
-    )
+    name: str = option("auto", "household, alfworld, or auto: alfworld if $ALFWORLD_DATA is set, else household")
     engine: str = option("native", "native, or textworld: the same games through the real TextWorld")
     size: str = option("small", "household games: small, medium or large rooms")
     task_types: list[str] | None = option(None, "household games: only these task types (default: all six)")
@@ -52,14 +50,10 @@ class AgentConfig:
 @dataclass(slots=True)
 class ModelConfig:
     path: str = option("tiny", "tiny (built here, from scratch), or any causal LM: a folder or a hub id")
-    critic: str = option(
-        "separate", "separate: a model of its own (paper); shared: three heads on the policy's trunk"
-    )
+    critic: str = option("separate", "separate: a model of its own (paper); shared: three heads on the policy's trunk")
     device: str = option("auto", "cpu, cuda, or auto")
     dtype: str = option("float32", "float32 or bfloat16")
-    local_files_only: bool = option(
-        True, "never reach for the network: a hub id must already be in the local cache"
-    )
+    local_files_only: bool = option(True, "never reach for the network: a hub id must already be in the local cache")
 
 
 @dataclass(slots=True)
@@ -67,19 +61,13 @@ class RewardConfig:
     success: float = option(1.0, "reward of the winning turn (reference: 10)")
     invalid: float = option(-0.1, "added on a turn whose response does not keep the format")
     keep: float = option(0.0, "KEEP penalty (reference, ALFWorld: -0.3)")
-    keep_mode: str = option(
-        "normalized", "normalized: divided by the episode's turns; fixed: on each KEEP turn"
-    )
-    consistency: float = option(
-        0.0, "added on a KEEP turn whose subgoal differs from the last one (reference: -0.3)"
-    )
+    keep_mode: str = option("normalized", "normalized: divided by the episode's turns; fixed: on each KEEP turn")
+    consistency: float = option(0.0, "added on a KEEP turn whose subgoal differs from the last one (reference: -0.3)")
 
 
 @dataclass(slots=True)
 class AdvantageConfig:
-    estimator: str = option(
-        "hae", "hae: three levels (HiPER); gae: one flat level over turns, for comparison"
-    )
+    estimator: str = option("hae", "hae: three levels (HiPER); gae: one flat level over turns, for comparison")
     gamma: float = option(0.98, "discount per turn (reference: 1)")
     lambda_turn: float = option(1.0, "lambda within a segment")
     lambda_segment: float = option(0.95, "lambda over segments")
@@ -110,9 +98,7 @@ class TrainConfig:
 
 @dataclass(slots=True)
 class WarmStartConfig:
-    enabled: str = option(
-        "auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model"
-    )
+    enabled: str = option("auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model")
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
@@ -177,13 +163,13 @@ CHOICES = {
     "run.display": ("auto", "plain", "none"),
 }
 POSITIVE = (
-    "env.max_turns agent.max_prompt_tokens agent.max_response_tokens agent.temperature train.episodes train.minibatches "
-    "train.microbatch_tokens train.max_skipped warm_start.episodes warm_start.epochs warm_start.batch_turns eval.every "
-    "eval.episodes run.save_every run.keep"
+    "env.max_turns agent.max_prompt_tokens agent.max_response_tokens agent.temperature train.episodes "
+    "train.minibatches train.microbatch_tokens train.max_skipped warm_start.episodes warm_start.epochs "
+    "warm_start.batch_turns eval.every eval.episodes run.save_every run.keep"
 ).split()
 NON_NEGATIVE = (
-    "agent.history train.updates train.critic_updates train.lr train.critic_lr train.weight_decay train.grad_clip train.kl_coef "
-    "train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
+    "agent.history train.updates train.critic_updates train.lr train.critic_lr train.weight_decay train.grad_clip "
+    "train.kl_coef train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
 ).split()
 UNIT_INTERVAL = "advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()
 
@@ -301,9 +287,7 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of options; the command line goes over it"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes over it")
     defaults = flatten(Config())
     short = {long: s for s, long in SHORT.items()}
     for name, (_, text) in options().items():
@@ -323,9 +307,7 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
     try:
         if unknown:
             set_option(Config(), unknown[0].lstrip("-").split("=")[0], None, "command line")
-            raise ConfigError(
-                f"command line: unexpected argument {unknown[0]!r}; options are --section.option VALUE"
-            )
+            raise ConfigError(f"command line: unexpected argument {unknown[0]!r}; options are --section.option VALUE")
         config = resolve([arguments.config] if arguments.config else [], given)
         if config.run.resume:
             config = resolve([run_folder(config) / "config.yaml"], given)
@@ -376,7 +358,5 @@ def run_folder(config: Config) -> Path:
         return taken[-1]
     free = next((root / n for n in names if not (root / n).exists()), None)
     if free is None:
-        raise ConfigError(
-            f"--name: the run {root / name} exists; continue it with --resume, or choose another name"
-        )
+        raise ConfigError(f"--name: the run {root / name} exists; continue it with --resume, or choose another name")
     return free

@@ -26,7 +26,7 @@ from hiper_fast.trajectory import Trajectories, pack
 def evaluate(
     agent: Agent, games: Games, prompter: Prompter, config: Config, *, seed: int = 0
 ) -> tuple[dict, Trajectories]:
-    """Plays the panel once; returns the metrics under `eval/` and the episodes. `seed` is of the sampling, not of the games."""
+    """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's, not the games'."""
     started = time.perf_counter()
     tasks = games.panel()
     plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]

@@ -26,7 +26,7 @@ def type_of(name: str) -> str:
 
 
 class Searcher:
-    """Plays from the text alone: visits receptacles in random order until it sees what it needs, and remembers the rest."""
+    """Plays from the text alone: visits receptacles in random order until it sees what it needs; remembers the rest."""
 
     def __init__(self, goal, rng: random.Random):
         self.goal, self.rng = goal, rng
@@ -98,9 +98,7 @@ class Searcher:
         if lamp is None:
             return Move(self.phrases["use"], self.search(commands))
         place = self.seen[lamp]
-        return Move(
-            self.phrases["use"], self.first(commands, f"use {lamp}", f"open {place}", f"go to {place}")
-        )
+        return Move(self.phrases["use"], self.first(commands, f"use {lamp}", f"open {place}", f"go to {place}"))
 
     def search(self, commands: list[str]) -> str:
         if self.here in self.unexplored and f"open {self.here}" in commands:
@@ -116,7 +114,7 @@ class Searcher:
 
 
 class Walkthrough:
-    """Plays the game's own solution. Each step serves the next milestone: a take, a change of state, a move or a use."""
+    """Plays the game's own solution. Each step serves the next milestone: a take, change of state, move or use."""
 
     def __init__(self, goal, walkthrough: tuple[str, ...]):
         self.moves = iter([Move(s, a) for s, a in zip(serves(goal, walkthrough), walkthrough, strict=True)])

@@ -20,10 +20,7 @@ class Games:
         """`count` environments."""
         e = self.config.env
         if self.name == "household":
-            return [
-                envs.make("household", size=e.size, task_types=e.task_types, engine=e.engine)
-                for _ in range(count)
-            ]
+            return [envs.make("household", size=e.size, task_types=e.task_types, engine=e.engine) for _ in range(count)]
         return [envs.make("alfworld", split=e.split, engine=e.engine) for _ in range(count)]
 
     def training(self, purpose: str, count: int) -> list[dict]:
@@ -37,7 +34,4 @@ class Games:
         if self.name == "household":
             return [{"seed": PANEL + i} for i in range(count)]
         games = envs.alfworld.games(self.config.env.eval_split)
-        return [
-            {"options": {"game": game}}
-            for game in random.Random("panel").sample(games, min(count, len(games)))
-        ]
+        return [{"options": {"game": game}} for game in random.Random("panel").sample(games, min(count, len(games)))]

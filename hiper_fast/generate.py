@@ -20,9 +20,10 @@ def generate(
 ) -> list[tuple[list[int], list[float]]]:
     """Samples a response to every prompt.
 
-    prompts: token ids, none empty. Returns per prompt (ids, log-probs), the stopping token included, at most `max_new_tokens`
-    long. Log-probs are float32, of the tempered distribution the token was drawn from; temperature 0 is greedy and reports the
-    log-prob under temperature 1. Prompts of like length run together, at most `batch_tokens` prompt tokens at once.
+    prompts: token ids, none empty. Returns per prompt (ids, log-probs), the stopping token included, at most
+    `max_new_tokens` long. Log-probs are float32, of the tempered distribution the token was drawn from; temperature 0
+    is greedy and reports the log-prob under temperature 1. Prompts of like length run together, at most `batch_tokens`
+    prompt tokens at once.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     results: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
@@ -77,7 +78,5 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tu
     else:
         uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
         cdf = logprobs.double().exp().cumsum(-1)
-        tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)[:, 0].clamp_max(
-            logits.shape[-1] - 1
-        )
+        tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

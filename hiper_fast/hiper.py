@@ -31,19 +31,18 @@ class Targets:
 
 
 def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
-    """Environment rewards plus the penalties for invalid turns, KEEP turns and inconsistent KEEP turns; float32 [turns].
+    """Environment rewards plus penalties for invalid, KEEP and inconsistent KEEP turns; float32 [turns].
 
-    A KEEP turn is one whose response did not switch. `normalized` puts keep * (KEEP turns / T) / (KEEP turns) = keep / T on
-    each and skips episodes of one turn; `fixed` puts keep. Consistency compares the subgoal's token ids with the turn before's.
+    A KEEP turn is one whose response did not switch. `normalized` puts keep * (KEEP turns / T) / (KEEP turns) on
+    each and skips episodes of one turn; `fixed` puts keep. Consistency compares the subgoal's token ids, tags
+    included, with those of the turn before.
     """
     t = trajectories
     rewards = t.rewards + config.invalid * ~t.valid
     if config.keep:
         lengths = t.cu_turns.diff().long().repeat_interleave(t.cu_turns.diff())
         penalty = (
-            torch.where(lengths > 1, config.keep / lengths, 0.0)
-            if config.keep_mode == "normalized"
-            else config.keep
+            torch.where(lengths > 1, config.keep / lengths, 0.0) if config.keep_mode == "normalized" else config.keep
         )
         rewards = rewards + penalty * ~t.switch
     if config.consistency:
@@ -60,7 +59,7 @@ def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
 
 @torch.inference_mode()
 def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One pass without gradients: values [turns, 3], bootstrap V_high [trajectories] (0 where terminated), ref log-probs [tokens]."""
+    """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0 if terminated), ref log-probs [tokens]."""
     values = torch.zeros(t.turns, 3)
     ref_logprobs = torch.zeros_like(t.old_logprobs) if config.train.kl_coef else None
     for batch in microbatches(*t.sequences(), config.train.microbatch_tokens):
@@ -70,9 +69,7 @@ def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor
         if ref_logprobs is not None and rows.tokens.numel():
             hidden = rows.at_tokens(agent.trunk(ids, reference=True))
             targets = t.response_ids[rows.tokens].to(agent.device)
-            ref_logprobs[rows.tokens] = agent.logprobs(
-                hidden, targets, config.agent.temperature, reference=True
-            ).cpu()
+            ref_logprobs[rows.tokens] = agent.logprobs(hidden, targets, config.agent.temperature, reference=True).cpu()
     bootstrap = torch.zeros(len(t.terminated))
     if config.advantage.bootstrap and t.final_ids.numel():
         for batch in microbatches(t.final_ids, t.cu_final, config.train.microbatch_tokens):
@@ -113,7 +110,7 @@ class Rows:
 def estimate(
     t: Trajectories, values: Tensor, bootstrap: Tensor, ref_logprobs: Tensor | None, config: AdvantageConfig
 ) -> Targets:
-    """Values -> advantages and returns -> token advantages. A truncated episode's low level bootstraps like a segment's end."""
+    """Values -> advantages -> token advantages. A truncated episode's low level bootstraps like a segment's end."""
     low, high, switch = values.unbind(1)
     if config.estimator == "hae":
         levels = ops.hae(
@@ -140,9 +137,7 @@ def estimate(
     if config.normalize:
         levels = levels._replace(
             advantages_low=ops.normalize(levels.advantages_low, carries(t, ops.reference.ACTION)),
-            advantages_high=ops.normalize(
-                levels.advantages_high, levels.boundary & carries(t, ops.reference.SUBGOAL)
-            ),
+            advantages_high=ops.normalize(levels.advantages_high, levels.boundary & carries(t, ops.reference.SUBGOAL)),
             advantages_switch=ops.normalize(levels.advantages_switch, carries(t, ops.reference.SWITCH)),
         )
     if config.estimator == "hae":
@@ -181,17 +176,13 @@ def update(
     return metrics | {"optim/skipped_steps": len(steps) - len(done)}
 
 
-def step(
-    agent, optimizers, t: Trajectories, targets: Targets, index: Tensor, config: Config, train_policy: bool
-):
+def step(agent, optimizers, t: Trajectories, targets: Targets, index: Tensor, config: Config, train_policy: bool):
     """Gradients of one minibatch's loss, gathered over microbatches, and the step; None if anything was not finite."""
     c = config.train
     chosen = torch.zeros(t.turns, dtype=torch.bool).index_fill_(0, index, True)
     tokens = int((targets.loss_mask & chosen.repeat_interleave(t.cu_tokens.diff())).sum())
     counts = (targets.value_mask & chosen[:, None]).sum(0).tolist()
-    metrics = dict.fromkeys(
-        ("loss/policy", "loss/value", "loss/kl", "loss/entropy", "loss/clip_fraction"), 0.0
-    )
+    metrics = dict.fromkeys(("loss/policy", "loss/value", "loss/kl", "loss/entropy", "loss/clip_fraction"), 0.0)
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     ids, cu_seqlens = t.sequences()
@@ -213,16 +204,12 @@ def step(
                     x[batch.index, head].to(agent.device)
                     for x in (targets.old_values, targets.returns, targets.value_mask)
                 )
-                head_loss, _ = ops.value_loss(
-                    values[:, head], *columns, clip=c.value_clip, denominator=counts[head]
-                )
+                head_loss, _ = ops.value_loss(values[:, head], *columns, clip=c.value_clip, denominator=counts[head])
                 loss = loss + c.value_coef[head] * head_loss
                 metrics["loss/value"] += c.value_coef[head] * head_loss.item()
         loss.backward()
     norms = {
-        name: torch.nn.utils.clip_grad_norm_(
-            [p for g in o.param_groups for p in g["params"]], c.grad_clip or math.inf
-        )
+        name: torch.nn.utils.clip_grad_norm_([p for g in o.param_groups for p in g["params"]], c.grad_clip or math.inf)
         for name, o in optimizers.items()
     }
     metrics |= {"optim/grad_norm": float(norms["policy"]), "optim/critic_grad_norm": float(norms["critic"])}
@@ -245,8 +232,8 @@ def policy_terms(
 
     logprobs, entropy = agent.logprobs(hidden, take(t.response_ids), config.agent.temperature, entropy=True)
     loss, metrics = ops.ppo_loss(
-        logprobs, take(t.old_logprobs), take(targets.advantages), take(targets.loss_mask), ref_logprobs=take(targets.ref_logprobs),
-        entropy=entropy, clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip, kl_coef=c.kl_coef,
+        logprobs, take(t.old_logprobs), take(targets.advantages), take(targets.loss_mask),
+        ref_logprobs=take(targets.ref_logprobs), entropy=entropy, clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip, kl_coef=c.kl_coef,
         entropy_coef=c.entropy_coef, denominator=denominator,
     )  # fmt: skip
     return loss, {"policy": loss.item()} | {

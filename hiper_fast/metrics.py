@@ -148,9 +148,7 @@ class _TensorBoard:
             self._new = None
         else:
             purge = 0 if resume_step is None else resume_step + 1
-            self._new = lambda run: SummaryWriter(
-                str(folder / run), purge_step=None if run and purge else purge
-            )
+            self._new = lambda run: SummaryWriter(str(folder / run), purge_step=None if run and purge else purge)
         self._writers: dict[str, Any] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hiper_fast.config import ConfigError, ModelConfig
 
 
 class Critic(nn.Module):
-    """Three values a position: columns low, high, switch. Reads a trunk of its own (paper) or the policy's hidden states."""
+    """Three values a position: low, high, switch. Reads a trunk of its own (paper) or the policy's hidden states."""
 
     def __init__(self, trunk: nn.Module | None, hidden_size: int, device: torch.device):
         super().__init__()
@@ -31,9 +31,7 @@ class Critic(nn.Module):
 class Agent:
     """Policy, critic and frozen reference policy, with the passes that rollouts and updates need."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool):
         self.model, self.tokenizer, self.config, self.tiny = model, tokenizer, config, tiny
         self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
         self.critic: Critic | None = None
@@ -87,7 +85,7 @@ class Agent:
         entropy: bool = False,
         reference: bool = False,
     ):
-        """Log-probs (and entropies) float32 [n] of `targets` [n] from the hidden states that predict them, rows [n, h]."""
+        """Log-probs (and entropies), float32 [n], of `targets` [n] from the hidden states that predict them, [n, h]."""
         head = (self.reference if reference else self.model).get_output_embeddings()
         return ops.linear_logprobs(
             rows,
@@ -111,11 +109,7 @@ def load(config: ModelConfig, seed: int) -> Agent:
     if config.path == "tiny":
         tokenizer = tiny.load_tokenizer()
         return Agent(tiny.build_model(tokenizer, seed).to(device), tokenizer, config, tiny=True)
-    where = (
-        config.path
-        if Path(config.path).exists()
-        else f"{config.path} (no such folder here, so taken as a hub id)"
-    )
+    where = config.path if Path(config.path).exists() else f"{config.path} (no such folder here, so taken as a hub id)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, local_files_only=config.local_files_only)
         model = AutoModelForCausalLM.from_pretrained(
@@ -123,9 +117,7 @@ def load(config: ModelConfig, seed: int) -> Agent:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         mend = "; to download it, add --model.local_files_only=false" if config.local_files_only else ""
-        raise ConfigError(
-            f"model.path: cannot load {where}: {str(error).strip().splitlines()[0]}{mend}"
-        ) from error
+        raise ConfigError(f"model.path: cannot load {where}: {str(error).strip().splitlines()[0]}{mend}") from error
     scaled = [
         k
         for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -133,6 +125,6 @@ def load(config: ModelConfig, seed: int) -> Agent:
     ]
     if scaled:
         raise ConfigError(
-            f"model.path: {config.path} changes its logits after the head ({scaled[0]}), which the fused log-probs do not"
+            f"model.path: {config.path} changes logits after the head ({scaled[0]}); the fused log-probs cannot"
         )
     return Agent(model.to(device), tokenizer, config, tiny=False)

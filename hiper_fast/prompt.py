@@ -39,7 +39,7 @@ Current subgoal: {state.subgoal}
 Admissible actions:
 {commands}
 
-Decide first whether to keep the current subgoal or to switch to a new one, then act. Answer with these three blocks only:
+Decide first whether to keep the current subgoal or to switch to a new one, then act. Answer with these blocks only:
 <switch>KEEP or SWITCH</switch>
 <subgoal>the current subgoal word for word if you keep it, else the new one</subgoal>
 <action>one admissible action, word for word</action>
@@ -47,8 +47,8 @@ Decide first whether to keep the current subgoal or to switch to a new one, then
 
 
 COMPACT_WORDS = (
-    "KEEP SWITCH None task did see subgoal can go to take open close move use heat cool clean slice put from with in on "
-    "find second examine look inventory some a an two it and , . : ; 's"
+    "KEEP SWITCH None task did see subgoal can go to take open close move use heat cool clean slice put from with in "
+    "on find second examine look inventory some a an two it and , . : ; 's"
 ).split()
 COMMAND = re.compile(
     r"(go to|take|open|close|move|put|use|heat|cool|clean|slice) (.+?)((?: from| to| with| in| on) .+)?"

@@ -64,9 +64,7 @@ def build(run_dir: str | Path) -> Path:
 
 def _stage(rows: Iterable[Row], stage: str) -> list[Row]:
     """The stage's rows by step; of several with one step, the last."""
-    return sorted(
-        {row["step"]: row for row in rows if row["stage"] == stage}.values(), key=lambda row: row["step"]
-    )
+    return sorted({row["step"]: row for row in rows if row["stage"] == stage}.values(), key=lambda row: row["step"])
 
 
 def _evals(rows: Iterable[Row]) -> list[Row]:
@@ -147,9 +145,7 @@ def _figures(rows: list[Row]) -> str:
         episodes = _finite(train[-1].get("episodes"))
         card("Updates", f"{train[-1]['step']:,}", f"{int(episodes):,} episodes" if episodes else "")
     # The warm start's rows count from its beginning, so its last one is its length.
-    warm = _total(rows, "warm_start", "time/demonstrations") + _total(
-        _stage(rows, "warm_start")[-1:], "warm_start"
-    )
+    warm = _total(rows, "warm_start", "time/demonstrations") + _total(_stage(rows, "warm_start")[-1:], "warm_start")
     trained, evaluated = _total(rows, "train"), _total(rows, "eval", "time/eval")
     if warm + trained + evaluated:
         card(
@@ -171,8 +167,7 @@ def _task_table(evals: list[Row]) -> str:
     prefix = "eval/success/"
     types = sorted({key.removeprefix(prefix) for row in ends for key in row if key.startswith(prefix)})
     header = "".join(
-        f'<th colspan="2">{"Warm start" if not row["step"] else "Update " + str(row["step"])}</th>'
-        for row in ends
+        f'<th colspan="2">{"Warm start" if not row["step"] else "Update " + str(row["step"])}</th>' for row in ends
     )
     lines = []
     for name in [*types, None]:
@@ -192,9 +187,7 @@ def _task_table(evals: list[Row]) -> str:
             )
         label = "All" if name is None else name.replace("_", " ")
         kind = ' class="all"' if name is None else ""
-        lines.append(
-            f"<tr{kind}><td>{escape(label)}</td>{''.join(cells)}<td>{_interval_svg(intervals)}</td></tr>"
-        )
+        lines.append(f"<tr{kind}><td>{escape(label)}</td>{''.join(cells)}<td>{_interval_svg(intervals)}</td></tr>")
     return (
         f'<table><thead><tr><th>Task</th>{header}<th class="axis"><span>0</span>'
         "<span>success, 95 % interval</span><span>100 %</span></th></tr></thead>"
@@ -268,9 +261,7 @@ def _charts(rows: list[Row]) -> str:
 
 def _time_chart(train: list[Row]) -> str:
     """Seconds per update, its stages stacked."""
-    names = list(
-        dict.fromkeys(k for row in train for k in row if k.startswith("time/") and k != "time/total")
-    )
+    names = list(dict.fromkeys(k for row in train for k in row if k.startswith("time/") and k != "time/total"))
     if not names:
         return ""
     steps = [row["step"] for row in train]
@@ -326,14 +317,11 @@ def _chart(
     for tick in _ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick)}" y2="{y(tick)}"/>')
         parts.append(
-            f'<text class="tick" x="{left - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">'
-            f"{_tick(tick, form)}</text>"
+            f'<text class="tick" x="{left - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{_tick(tick, form)}</text>'
         )
     for tick in _ticks(first, last, 10 if width > 600 else 4):
         if tick == int(tick):
-            parts.append(
-                f'<text class="tick" x="{x(tick)}" y="{height - 7}" text-anchor="middle">{int(tick)}</text>'
-            )
+            parts.append(f'<text class="tick" x="{x(tick)}" y="{height - 7}" text-anchor="middle">{int(tick)}</text>')
     floor = [0.0] * len(steps)
     for line, upper in zip(series, tops, strict=True):
         if stacked:
@@ -349,9 +337,7 @@ def _chart(
     parts.append(f'<line class="cursor" y1="{top}" y2="{height - bottom}"/></svg>')
 
     hover = {"x": [x(step) for step in steps], "text": _hover(steps, series, form, points)}
-    labels = [(line.label, line.kind) for line in series] + (
-        [("unseen games, 95 % interval", "dot")] if points else []
-    )
+    labels = [(line.label, line.kind) for line in series] + ([("unseen games, 95 % interval", "dot")] if points else [])
     legend = (
         ""
         if len(labels) == 1
@@ -382,9 +368,7 @@ def _stack(series: list[Series]) -> list[list[float]]:
 
 
 def _hover(steps: list[int], series: list[Series], form: Callable, points: Sequence) -> list[str]:
-    at = {
-        step: f"\nunseen games {form(rate)} [{form(low)}, {form(high)}]" for step, rate, low, high in points
-    }
+    at = {step: f"\nunseen games {form(rate)} [{form(low)}, {form(high)}]" for step, rate, low, high in points}
     return [
         f"step {step}"
         + "".join(f"\n{line.label} {form(line.values[i])}" for line in series if line.values[i] is not None)
@@ -404,9 +388,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
-    return [
-        round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _tick(value: float, form: Callable) -> str:
@@ -440,9 +422,7 @@ def _episodes(folder: Path) -> tuple[list[dict], str]:
         for (step, stage), episodes in sorted(kept.items())
     ]
     shown, recorded = sum(map(len, kept.values())), sum(map(len, groups.values()))
-    note = (
-        f"{shown} of {recorded} episodes are shown; all that were recorded are in episodes/." if kept else ""
-    )
+    note = f"{shown} of {recorded} episodes are shown; all that were recorded are in episodes/." if kept else ""
     return entries, note
 
 
@@ -460,9 +440,7 @@ def _episode(episode: dict) -> dict:
                 "valid": bool(turn.get("valid")),
                 "subgoal": turn.get("subgoal"),
                 "reward": _rounded(turn.get("reward")),
-                "advantage": {
-                    level: _rounded(turn.get(f"advantage_{name}")) for level, name in LEVELS.items()
-                },
+                "advantage": {level: _rounded(turn.get(f"advantage_{name}")) for level, name in LEVELS.items()},
                 "value": {level: _rounded(turn.get(f"value_{name}")) for level, name in LEVELS.items()},
             }
             for index, turn in enumerate(episode.get("turns", []))
@@ -514,9 +492,7 @@ def _script_json(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hiper_fast.report", description="Write a run's report.html."
-    )
+    parser = argparse.ArgumentParser(prog="python -m hiper_fast.report", description="Write a run's report.html.")
     parser.add_argument("run", type=Path, help="the run folder, like runs/<name>")
     try:
         print(build(parser.parse_args(argv).run))

@@ -60,8 +60,8 @@ def rollout(
 ) -> list[Episode]:
     """Plays all episodes to their end or the turn limit.
 
-    `respond` maps running plays, each with its newest prompt in `episode.prompts[-1]`, to answers; `decode` maps ids to bytes.
-    A truncated episode ends with the prompt of the state after its last turn, for the bootstrap.
+    `respond` maps running plays, each with its newest prompt in `episode.prompts[-1]`, to answers; `decode` maps ids
+    to bytes. A truncated episode ends with the prompt of the state after its last turn, for the bootstrap.
     """
     running = plays
     while running:
@@ -76,9 +76,7 @@ def rollout(
     return [play.episode for play in plays]
 
 
-def sampled(
-    agent: Agent, config: Config, temperature: float, seed: int
-) -> Callable[[list[Play]], list[Answer]]:
+def sampled(agent: Agent, config: Config, temperature: float, seed: int) -> Callable[[list[Play]], list[Answer]]:
     """A `respond` that samples from the policy; the same seed and weights give the same answers."""
     generator = torch.Generator().manual_seed(seed)
 

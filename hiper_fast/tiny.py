@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "tiny_tokenizer"
 END, PAD = "<|end|>", "<|pad|>"
@@ -18,7 +18,7 @@ SPLIT = r"</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """A lossless tokenizer: each word of `words`, alone and after a space, is one token; all else falls back to bytes."""
+    """A lossless tokenizer: each word of `words`, alone and after a space, is one token; all else is bytes."""
     letters = bytes_to_unicode()
     pieces = [p for word in dict.fromkeys([*words, *map(str, range(64))]) for p in (word, " " + word)]
     encoded = ["".join(letters[b] for b in piece.encode()) for piece in [*TAGS, *pieces]]

@@ -27,7 +27,7 @@ from hiper_fast.warm_start import warm_start
 
 
 def train(config: Config) -> None:
-    """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints between."""
+    """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints."""
     configure_torch(config)
     games = Games(config)
     envs = games.make(config.train.episodes)
@@ -54,9 +54,7 @@ def train(config: Config) -> None:
         agent.add_critic()
         optimizers = {
             "policy": torch.optim.AdamW(agent.model.parameters(), lr=c.lr, weight_decay=c.weight_decay),
-            "critic": torch.optim.AdamW(
-                agent.critic.parameters(), lr=c.critic_lr, weight_decay=c.weight_decay
-            ),
+            "critic": torch.optim.AdamW(agent.critic.parameters(), lr=c.critic_lr, weight_decay=c.weight_decay),
         }
         state = {"best": -1.0, "skipped": 0}
         if saved:
@@ -76,9 +74,7 @@ def train(config: Config) -> None:
                 with logger.stage("update"):
                     generator = torch.Generator().manual_seed(seed_of(config, step))
                     policy_too = step > c.critic_updates
-                    losses = hiper.update(
-                        agent, optimizers, t, targets, config, generator, train_policy=policy_too
-                    )
+                    losses = hiper.update(agent, optimizers, t, targets, config, generator, train_policy=policy_too)
                 counts = {"episodes": step * c.episodes, "time/total": time.perf_counter() - began}
                 logger.log(step, "train", summary(t) | losses | counts)
                 lost = losses["optim/skipped_steps"]
@@ -103,8 +99,8 @@ def train(config: Config) -> None:
                 report.build(folder)
             if stop:
                 raise FloatingPointError(
-                    f"the loss was not finite in {state['skipped']} steps in a row, so the run stopped with its last good "
-                    f"weights in {checkpoints}; lower train.lr (now {c.lr}) and continue with --resume --name {folder.name}"
+                    f"the loss was not finite in {state['skipped']} steps in a row, so the run stopped with its last "
+                    f"good weights in {checkpoints}; lower train.lr (now {c.lr}) and --resume --name {folder.name}"
                 )
         logger.message(f"report: {report.build(folder)}")
 

@@ -82,7 +82,7 @@ def interleave(a: Tensor, cu_a: Tensor, b: Tensor, cu_b: Tensor) -> tuple[Tensor
 
 
 def pack(episodes: list[Episode], find_roles) -> Trajectories:
-    """Episodes -> Trajectories; `find_roles(response_ids, cu_tokens)` is `ops.find_roles` with the tokenizer's pieces."""
+    """Episodes -> Trajectories; `find_roles(response_ids, cu_tokens)` is `ops.find_roles` with the pieces bound."""
     prompts = [p for e in episodes for p in e.prompts[: len(e.responses)]]
     responses = [r for e in episodes for r in e.responses]
     finals = [[] if e.terminated else e.prompts[-1] for e in episodes]

@@ -12,7 +12,7 @@ from hiper_fast.trajectory import Trajectories
 def write_episodes(
     folder: Path, step: int, stage: str, t: Trajectories, targets: Targets | None = None, *, count: int = 8
 ) -> None:
-    """Adds the first `count` episodes to `folder/step-XXXXXX.jsonl`, one a line; without `targets` advantages are null."""
+    """Writes the first `count` episodes to `folder/step-XXXXXX.jsonl`, one a line; no `targets`, no advantages."""
     folder.mkdir(exist_ok=True)
     lines = [
         json.dumps(episode_record(t, i, targets) | {"step": step, "stage": stage})
@@ -20,9 +20,7 @@ def write_episodes(
     ]
     path = folder / f"step-{step:06d}.jsonl"
     others = (
-        [line for line in path.read_text().splitlines() if json.loads(line)["stage"] != stage]
-        if path.exists()
-        else []
+        [line for line in path.read_text().splitlines() if json.loads(line)["stage"] != stage] if path.exists() else []
     )
     path.write_text("".join(line + "\n" for line in others + lines))
 

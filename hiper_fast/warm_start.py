@@ -21,7 +21,7 @@ from hiper_fast.trajectory import Trajectories, pack
 
 
 def warm_start(agent: Agent, games: Games, prompter: Prompter, config: Config, logger: Logger) -> bool:
-    """Demonstrations, then imitation, logged as the run's first stage; False, and nothing done, for models that need none."""
+    """Demonstrations, then imitation, the run's first stage; False, and nothing done, for models that need none."""
     wanted = config.warm_start.enabled
     if wanted == "no" or (wanted == "auto" and not agent.tiny):
         return False
@@ -47,13 +47,11 @@ def response_text(move: Move, subgoal: str | None) -> str:
     return f"<switch>{switch}</switch><subgoal>{move.subgoal}</subgoal><action>{move.action}</action>"
 
 
-def demonstrate(
-    agent: Agent, games: Games, prompter: Prompter, config: Config
-) -> tuple[Trajectories, torch.Tensor]:
+def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) -> tuple[Trajectories, torch.Tensor]:
     """Scripted episodes and bool [turns]: which turns are the expert's own.
 
-    On a share `warm_start.noise` of the turns the expert is sent to a random place instead, so that imitation also sees how to
-    come back; those turns are stored but not imitated.
+    On a share `warm_start.noise` of the turns the expert is sent to a random place instead, so that imitation also sees
+    how to come back; those turns are stored but not imitated.
     """
     c = config.warm_start
     rng = random.Random(f"{config.run.seed} demonstrations")
@@ -84,16 +82,14 @@ def demonstrate(
 
 
 def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
-    """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, token accuracy) after each step."""
+    """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each."""
     c = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
     optimizer = torch.optim.AdamW(agent.model.parameters(), lr=c.lr, weight_decay=config.train.weight_decay)
     every = torch.ones_like(t.roles, dtype=torch.bool)
     turns = own.nonzero()[:, 0]
     parts = [
-        p
-        for _ in range(c.epochs)
-        for p in turns[torch.randperm(len(turns), generator=generator)].split(c.batch_turns)
+        p for _ in range(c.epochs) for p in turns[torch.randperm(len(turns), generator=generator)].split(c.batch_turns)
     ]
     ids, cu_seqlens = t.sequences()
     response_lengths = t.cu_tokens.diff()

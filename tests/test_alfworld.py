@@ -61,8 +61,7 @@ def tiny(goal=MUG_IN_FRIDGE, init=TINY_INIT, objects=TINY_OBJECTS, **changes):
     return {
         "pddl_domain": "(define (domain alfred) (:requirements :adl))",
         "grammar": '"rhs": "Your task is to: put a mug in fridge."',
-        "pddl_problem": "(define (problem tiny) (:domain alfred)"
-        f"(:objects {objects}) (:init {init}) (:goal {goal}))",
+        "pddl_problem": f"(define (problem tiny) (:domain alfred)(:objects {objects}) (:init {init}) (:goal {goal}))",
         "walkthrough": GET_MUG + PUT_IN_FRIDGE,
     } | changes
 
@@ -121,12 +120,8 @@ def test_walkthrough_is_won_and_pays_once():
 def test_texts_of_every_command():
     env = AlfWorld(tiny())
     env.reset()
-    assert play(env, ["look"]) == [
-        "You are in the middle of a room. Looking quickly around you, you see nothing."
-    ]
-    assert play(
-        env, ["go to countertop 1", "take mug 1 from countertop 1", "examine mug 1", "inventory"]
-    ) == [
+    assert play(env, ["look"]) == ["You are in the middle of a room. Looking quickly around you, you see nothing."]
+    assert play(env, ["go to countertop 1", "take mug 1 from countertop 1", "examine mug 1", "inventory"]) == [
         "You arrive at countertop 1. On the countertop 1, you see a bread 1, a knife 1, and a mug 1.",
         "You pick up the mug 1 from the countertop 1.",
         "This is a normal mug 1. In it, you see a spoon 1.",
@@ -236,9 +231,7 @@ def test_an_object_in_two_receptacles_keeps_the_other():
     env = AlfWorld(tiny(init=TINY_INIT + "(inReceptacle Mug_bar_1 Sink_bar_1_bar_SinkBasin)"))
     env.reset()
     play(env, GET_MUG)
-    assert play(env, ["examine sinkbasin 1"]) == [
-        "On the sinkbasin 1, you see a mug 1, a soapbar 2, and a soapbar 1."
-    ]
+    assert play(env, ["examine sinkbasin 1"]) == ["On the sinkbasin 1, you see a mug 1, a soapbar 2, and a soapbar 1."]
     play(env, ["move mug 1 to sinkbasin 1", "take mug 1 from sinkbasin 1", "move mug 1 to countertop 1"])
     assert play(env, ["look"])[0].endswith("Next to it, you see a mug 1.")
 
@@ -495,9 +488,7 @@ def test_every_recorded_step_to_the_letter(data_dir, official):
                     text, reward, terminated, _, info = env.step(step["command"])
                     assert reward == (10.0 if step["won"] else 0.0)
                 got = (text, info["admissible_commands"], info["won"], terminated)
-                assert got == (step["observation"], step["admissible"], step["won"], step["done"]), step[
-                    "command"
-                ]
+                assert got == (step["observation"], step["admissible"], step["won"], step["done"]), step["command"]
                 steps += 1
     assert steps > 1000
 

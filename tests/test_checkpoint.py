@@ -35,9 +35,7 @@ def make_tokenizer():
     words = {word: i for i, word in enumerate(["<unk>", "<eos>", "go", "to", "shelf", "1"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
 
 
 class Training:
@@ -145,9 +143,7 @@ def test_without_critic_and_before_the_first_optimizer_step(tmp_path):
 
 def test_bfloat16_round_trip(tmp_path):
     policy = make_policy().to(torch.bfloat16)
-    path = checkpoint.save(
-        tmp_path, 1, policy=policy, tokenizer=make_tokenizer(), critic=None, optimizers={}, state={}
-    )
+    path = checkpoint.save(tmp_path, 1, policy=policy, tokenizer=make_tokenizer(), critic=None, optimizers={}, state={})
     other = make_policy(seed=5).to(torch.bfloat16)
     checkpoint.load(path, policy=other)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))

@@ -57,9 +57,7 @@ def test_no_options_give_the_defaults():
 
 
 def test_options_set_their_fields():
-    config = parse(
-        "--train.lr", "1e-6", "--train.updates=7", "--env.size", "medium", "--reward.invalid", "-0.5"
-    )
+    config = parse("--train.lr", "1e-6", "--train.updates=7", "--env.size", "medium", "--reward.invalid", "-0.5")
     assert (config.train.lr, config.train.updates, config.env.size) == (1e-6, 7, "medium")
     assert config.reward.invalid == -0.5
 
@@ -301,9 +299,7 @@ def test_auto_environment_and_style(monkeypatch):
 
 
 def run(tmp_path, name="auto", resume=False, seed=0):
-    return resolve(
-        [], {"run.folder": str(tmp_path), "run.name": name, "run.resume": resume, "run.seed": seed}
-    )
+    return resolve([], {"run.folder": str(tmp_path), "run.name": name, "run.resume": resume, "run.seed": seed})
 
 
 def begin(folder: Path, text=""):

@@ -189,9 +189,7 @@ def sentencepiece_style():
     letters = sorted(set(TEXT.replace(" ", "▁")) | set("abcdefghijklmnopqrstuvwxyz▁"))
     merges = [("s", "w"), ("a", "c"), (">", "<"), ("▁", "t"), ("▁t", "h")]
     vocab = {t: i for i, t in enumerate(["<unk>", *bytes_, *letters, *("".join(m) for m in merges)])}
-    tokenizer.model = models.BPE(
-        vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=False
-    )
+    tokenizer.model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=False)
     tokenizer.add_special_tokens(["<unk>", "</s>"])
     return tokenizer
 

@@ -55,9 +55,7 @@ def test_hae_with_one_turn_per_segment_is_gae_at_the_high_level():
         gamma=0.9,
         lambda_segment=0.7,
     )
-    advantages, returns = ops.gae(
-        rewards, values, terminated, cu_turns, bootstrap=bootstrap, gamma=0.9, lambda_=0.7
-    )
+    advantages, returns = ops.gae(rewards, values, terminated, cu_turns, bootstrap=bootstrap, gamma=0.9, lambda_=0.7)
     torch.testing.assert_close(high.advantages_high, advantages)
     torch.testing.assert_close(high.returns_high, returns)
 

@@ -70,9 +70,7 @@ def test_greedy_is_the_argmax_of_each_step(model):
     assert [ids for ids, _ in results] == expected
     assert len({len(ids) for ids in expected}) > 1, "some stop early, or the test says little"
     for prompt, (ids, logprobs) in zip(prompts, results, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(logprobs), full_logprobs(model, prompt, ids), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(torch.tensor(logprobs), full_logprobs(model, prompt, ids), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 2.5])

@@ -211,9 +211,7 @@ def test_scores_equal_a_forward_of_each_turn_alone(agent, budget):
     for i, (a, b) in enumerate(bounds(t.cu_final)):
         expected = 0.0
         if a < b:
-            expected = float(
-                agent.critic.heads(trunk(input_ids=t.final_ids[None, a:b]).last_hidden_state[0, -1])[HIGH]
-            )
+            expected = float(agent.critic.heads(trunk(input_ids=t.final_ids[None, a:b]).last_hidden_state[0, -1])[HIGH])
         assert float(bootstrap[i]) == pytest.approx(expected, abs=1e-5)
     assert (bootstrap[t.terminated] == 0).all() and (bootstrap[~t.terminated] != 0).all()
     assert len(set(values[:, LOW].tolist())) == t.turns
@@ -274,9 +272,7 @@ def test_estimate_is_hae_normalised_per_level_and_scattered(agent):
     torch.testing.assert_close(targets.returns, returns)
     assert torch.equal(targets.value_mask[:, HIGH], raw.boundary)
     assert targets.value_mask[:, [LOW, SWITCH]].all()
-    levels = dict(
-        zip((1, 2, 4), (raw.advantages_low, raw.advantages_high, raw.advantages_switch), strict=True)
-    )
+    levels = dict(zip((1, 2, 4), (raw.advantages_low, raw.advantages_high, raw.advantages_switch), strict=True))
     ranges, expected = bounds(t.cu_tokens), torch.zeros(t.response_ids.numel())
     expected_mask = torch.zeros_like(targets.loss_mask)
     for role, advantages in levels.items():
@@ -408,9 +404,7 @@ def test_more_minibatches_than_turns(fresh):
     one, _, _ = trained(fresh, t, targets, settings())
     four, _, _ = trained(fresh, t, targets, config)
     assert four["optim/skipped_steps"] == 0
-    assert four["loss/value"] == pytest.approx(one["loss/value"], rel=1e-4), (
-        "empty minibatches are no part of a mean"
-    )
+    assert four["loss/value"] == pytest.approx(one["loss/value"], rel=1e-4), "empty minibatches are no part of a mean"
 
 
 def test_the_order_depends_on_the_generator_alone(fresh):
@@ -493,9 +487,7 @@ def test_the_first_step_has_ratio_one(fresh, temperature):
     d = ref[mask] - t.old_logprobs[mask]
     assert losses["loss/kl"] == pytest.approx(float((d.exp() - d - 1).clamp(-10, 10).mean()), rel=1e-4)
     assert losses["loss/kl"] > 1e-4
-    values_loss = sum(
-        float(((values - targets.returns)[:, h] ** 2)[targets.value_mask[:, h]].mean()) for h in range(3)
-    )
+    values_loss = sum(float(((values - targets.returns)[:, h] ** 2)[targets.value_mask[:, h]].mean()) for h in range(3))
     assert losses["loss/value"] == pytest.approx(values_loss, rel=1e-4)
 
 
@@ -512,9 +504,7 @@ def test_sampled_logprobs_are_those_of_training(fresh):
     t = pack(rollout(plays, prompter, sampled(fresh, config, 1.0, 0), fresh.decode), fresh.find_roles)
     targets = estimate(t, *score(fresh, t, config), config.advantage)
     losses, _, _ = trained(fresh, t, targets, config)
-    assert losses["loss/policy"] == pytest.approx(
-        float(-targets.advantages[targets.loss_mask].mean()), abs=1e-4
-    )
+    assert losses["loss/policy"] == pytest.approx(float(-targets.advantages[targets.loss_mask].mean()), abs=1e-4)
 
 
 def test_tokens_without_a_role_carry_nothing(fresh):

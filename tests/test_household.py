@@ -51,9 +51,7 @@ def read(game):
     )
 
 
-@pytest.fixture(
-    scope="module", params=[(t, s) for t in TASK_TYPES for s in SIZES], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+@pytest.fixture(scope="module", params=[(t, s) for t in TASK_TYPES for s in SIZES], ids=lambda p: f"{p[0]}-{p[1]}")
 def batch(request):
     task_type, size = request.param
     return [generate(task_type, seed, size) for seed in SEEDS]
@@ -102,9 +100,7 @@ def test_subgoals_follow_the_phrases_of_the_goal(batch):
 def test_rooms_are_believable(batch):
     for game in batch:
         room = read(game)
-        assert not {room.place[r] for r in room.stands} & {
-            location for _, location in room.facts["atLocation"]
-        }
+        assert not {room.place[r] for r in room.stands} & {location for _, location in room.facts["atLocation"]}
         assert set(room.home) == set(room.kind)
         assert {o: room.place[r] for o, r in room.home.items()} == dict(room.facts["objectAtLocation"])
         assert {r for (r,) in room.facts["openable"]} <= {

@@ -39,11 +39,7 @@ def test_random_play_reads_the_same(task_type):
     _, info = same(ours.reset(), theirs.reset())
     for _ in range(40):
         commands = info["admissible_commands"]
-        rare = [
-            c
-            for c in commands
-            if c.split()[0] in ("clean", "heat", "cool", "use", "slice", "move", "examine")
-        ]
+        rare = [c for c in commands if c.split()[0] in ("clean", "heat", "cool", "use", "slice", "move", "examine")]
         command = rng.choice(rng.choice([commands, rare or commands, ["go to moon 1", "take apple", ""]]))
         _, _, terminated, _, info = same(ours.step(command), theirs.step(command))
         if terminated:

@@ -39,18 +39,14 @@ def lines(run: Path) -> list[str]:
 
 def train(logger: Logger, steps: range) -> None:
     for step in steps:
-        logger.log(
-            step, "train", {"rollout/success": step / 10, "loss/kl": 0.01 * step, "episodes": 8 * step}
-        )
+        logger.log(step, "train", {"rollout/success": step / 10, "loss/kl": 0.01 * step, "episodes": 8 * step})
         if step % 2 == 0:
             logger.log(step, "eval", {"eval/success": step / 10, "eval/low": 0.0, "eval/high": 1.0})
 
 
 def test_rows_are_flat_json_written_at_once(tmp_path):
     with Logger(tmp_path, display="none") as logger:
-        logger.log(
-            3, "train", {"a": 1, "b": torch.tensor(0.5), "c": np.float32(2), "d": np.int64(3), "e": True}
-        )
+        logger.log(3, "train", {"a": 1, "b": torch.tensor(0.5), "c": np.float32(2), "d": np.int64(3), "e": True})
         assert json.loads(lines(tmp_path)[0]) == {
             "step": 3,
             "stage": "train",
@@ -147,9 +143,7 @@ def test_plain_display_is_one_line_a_row(tmp_path, capsys):
         logger.message("hello")
         logger.log(100, "warm_start", {"loss/imitation": 0.25, "warm_start/accuracy": 0.9})
         logger.log(7, "train", FULL)
-        logger.log(
-            7, "eval", {"eval/success": 0.5, "eval/low": 0.41, "eval/high": 0.59, "eval/episodes": 128}
-        )
+        logger.log(7, "eval", {"eval/success": 0.5, "eval/low": 0.41, "eval/high": 0.59, "eval/episodes": 128})
     hello, warm, update, evaluation = capsys.readouterr().out.splitlines()
     assert hello == "hello" and "accuracy 90.0%" in warm
     assert "7/40" in update and "success 50.0%" in update and "kl –" in update and "time 1m15s" in update

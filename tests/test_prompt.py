@@ -60,9 +60,7 @@ def test_reference_lists_every_admissible_command_but_help():
 
 def test_reference_shows_pairs_oldest_first():
     text = reference(state())
-    positions = [
-        text.index(x) for x in ("saw mug", "cabinet 1", "saw egg", "cabinet 2", "saw pan", "cabinet 3")
-    ]
+    positions = [text.index(x) for x in ("saw mug", "cabinet 1", "saw egg", "cabinet 2", "saw pan", "cabinet 3")]
     assert positions == sorted(positions)
     assert "The last 3 observations" in text
 

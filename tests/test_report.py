@@ -226,9 +226,7 @@ def test_no_text_becomes_markup(tmp_path):
 
 
 def test_eval_episodes_have_no_colour_scale(tmp_path):
-    blank = {
-        f"{kind}_{level}": None for kind in ("advantage", "value") for level in ("switch", "high", "low")
-    }
+    blank = {f"{kind}_{level}": None for kind in ("advantage", "value") for level in ("switch", "high", "low")}
     page = build(write_run(tmp_path / "run", [], [episode(0, [turn(**blank)], stage="eval")]))
     assert page.data[0]["scale"] is None
 
@@ -290,9 +288,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_module_runs(tmp_path):
     command = [sys.executable, "-m", "hiper_fast.report", "--help"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert result.returncode == 0 and "run folder" in result.stdout
 
 

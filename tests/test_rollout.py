@@ -122,13 +122,9 @@ def test_actions_are_sent_in_lower_case_and_stripped(agent):
 
 
 def test_history_and_admissible_commands_move_on(agent):
-    _, [episode] = run(
-        agent, [[say(SWITCH, "s", "go to desk 1"), say(KEEP, "s", "wait"), say(KEEP, "s", "win")]]
-    )
+    _, [episode] = run(agent, [[say(SWITCH, "s", "go to desk 1"), say(KEEP, "s", "wait"), say(KEEP, "s", "win")]])
     texts = [prompt_text(agent, episode, i) for i in range(3)]
-    assert ["did: \n" in texts[0], "did: desk 1\n" in texts[1], "did: desk 1; wait\n" in texts[2]] == [
-        True
-    ] * 3
+    assert ["did: \n" in texts[0], "did: desk 1\n" in texts[1], "did: desk 1; wait\n" in texts[2]] == [True] * 3
     assert "see: You are here.\n" in texts[0] and "see: told wait\n" in texts[2]
     assert [turn.observation for turn in episode.turns] == ["You are here.", "told go to desk 1", "told wait"]
 
@@ -223,9 +219,7 @@ def test_the_same_seed_plays_the_same_episodes(agent):
 
     def responses(seed):
         plays = [Play(Household(), {"seed": i}, config) for i in range(3)]
-        return [
-            e.responses for e in rollout(plays, prompter, sampled(agent, config, 1.0, seed), agent.decode)
-        ]
+        return [e.responses for e in rollout(plays, prompter, sampled(agent, config, 1.0, seed), agent.decode)]
 
     assert responses(1) == responses(1) != responses(2)
 
@@ -252,9 +246,7 @@ def test_prefix_sums(lengths):
 )
 def test_interleave_joins_ranges(a, b):
     def packed(rows):
-        return torch.tensor([x for row in rows for x in row], dtype=torch.int64), prefix_sums(
-            [len(r) for r in rows]
-        )
+        return torch.tensor([x for row in rows for x in row], dtype=torch.int64), prefix_sums([len(r) for r in rows])
 
     joined, cu = interleave(*packed(a), *packed(b))
     rows = [joined[i:j].tolist() for i, j in zip(cu.tolist(), cu.tolist()[1:], strict=False)]
@@ -308,9 +300,7 @@ def test_summary_of_a_batch_made_by_hand(agent):
     assert figures["rollout/truncated_prompts"] == 4
     prompts = [len(p) for e in episodes for p in e.prompts[: len(e.responses)]]
     assert figures["rollout/prompt_tokens"] == pytest.approx(sum(prompts) / 9)
-    assert figures["rollout/response_tokens"] == pytest.approx(
-        sum(len(r) for e in episodes for r in e.responses) / 9
-    )
+    assert figures["rollout/response_tokens"] == pytest.approx(sum(len(r) for e in episodes for r in e.responses) / 9)
 
 
 def test_an_empty_episode_record_starts_with_nothing():

@@ -25,9 +25,7 @@ def test_equals_the_reference(lengths, dtype):
 
 def test_by_hand():
     one = torch.tensor
-    hae = ops.HAE(
-        one([1.0, 2.0]), None, one([10.0, 20.0]), None, one([100.0, 200.0]), None, one([True, False])
-    )
+    hae = ops.HAE(one([1.0, 2.0]), None, one([10.0, 20.0]), None, one([100.0, 200.0]), None, one([True, False]))
     roles = one([0, 1, 2, 4, 6, 7, 2, 6], dtype=torch.uint8)
     advantages, loss_mask = ops.scatter_advantages(hae, roles, one([0, 6, 8], dtype=torch.int32))
     # The subgoal role counts on the boundary turn only: in turn 1 a subgoal token carries no loss.

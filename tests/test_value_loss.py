@@ -24,9 +24,7 @@ def test_equals_the_reference_with_gradients(turns, options):
         torch.testing.assert_close(loss, expected)
         assert all(m.dim() == 0 and not m.requires_grad for m in metrics.values())
         if case[3].any():
-            torch.testing.assert_close(
-                torch.autograd.grad(loss, case[0]), torch.autograd.grad(expected, case[0])
-            )
+            torch.testing.assert_close(torch.autograd.grad(loss, case[0]), torch.autograd.grad(expected, case[0]))
 
 
 def test_by_hand():

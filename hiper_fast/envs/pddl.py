@@ -110,11 +110,7 @@ def parameters(tokens: list[str]) -> dict[str, str]:
 
 
 def _is_atom(expression: object) -> bool:
-    return (
-        isinstance(expression, list)
-        and expression != []
-        and all(isinstance(term, str) for term in expression)
-    )
+    return isinstance(expression, list) and expression != [] and all(isinstance(term, str) for term in expression)
 
 
 def holds(formula: Formula, facts: Collection[Fact]) -> bool:
@@ -152,9 +148,7 @@ class Grounder:
         self.fluents = fluents
         self.arity = {"=": 2, **arity}
         self.types = problem.types
-        self.static = {
-            predicate: facts for predicate, facts in problem.facts.items() if predicate not in fluents
-        }
+        self.static = {predicate: facts for predicate, facts in problem.facts.items() if predicate not in fluents}
         self.facts = set(chain.from_iterable(self.static.values()))
         self.matches: dict[tuple, list[Fact]] = {}
         self.tried = 0

@@ -49,10 +49,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     scans = ("hae", "gae", "normalize", "find_roles", "scatter_advantages")
     losses = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
-    return {
-        op: {device: _implementation(op in scans, op, device) for device in devices}
-        for op in (*scans, *losses)
-    }
+    return {op: {device: _implementation(op in scans, op, device) for device in devices} for op in (*scans, *losses)}
 
 
 def _implementation(compiled: bool, op: str, device: str) -> Implementation:
@@ -60,6 +57,4 @@ def _implementation(compiled: bool, op: str, device: str) -> Implementation:
         return Implementation("reference", "torch operations; there is no fused kernel for it yet")
     if _library.extension is None:
         return Implementation("reference", _library.why_no_extension)
-    return Implementation(
-        "cpp", "copied to the host and back; there is no GPU kernel for it yet" * (device == "cuda")
-    )
+    return Implementation("cpp", "copied to the host and back; there is no GPU kernel for it yet" * (device == "cuda"))

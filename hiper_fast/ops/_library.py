@@ -91,8 +91,6 @@ def check_prefix_sum(name: str, cu: Tensor, total: int) -> None:
         raise ValueError(f"{name} must begin with 0, got {values[0]}")
     for i in range(1, len(values)):
         if values[i] < values[i - 1]:
-            raise ValueError(
-                f"{name} must never fall, but falls from {values[i - 1]} to {values[i]} at index {i}"
-            )
+            raise ValueError(f"{name} must never fall, but falls from {values[i - 1]} to {values[i]} at index {i}")
     if values[-1] != total:
         raise ValueError(f"{name} must end with {total}, got {values[-1]}")

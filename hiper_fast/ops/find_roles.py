@@ -35,9 +35,7 @@ class TokenPieces:
     def __init__(self, tokenizer, size: int | None = None):
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "to_str"):
-            raise ValueError(
-                f"tokenizer: {type(tokenizer).__name__} has no tokenizers backend; load a fast tokenizer"
-            )
+            raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no tokenizers backend; load a fast tokenizer")
         specification = json.loads(backend.to_str())
         piece_of = _piece_decoder(specification.get("decoder"))
         found = {id: piece_of(token) for token, id in backend.get_vocab(with_added_tokens=True).items()}
@@ -161,9 +159,7 @@ _op = _library.define(
 )
 
 
-def find_roles(
-    token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def find_roles(token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The role of every response token, and what the parser of `hiper_fast.response` says of every response.
 
     A token has a block's role if at least one of its bytes lies in the block, tags included, so that one

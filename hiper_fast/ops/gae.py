@@ -14,9 +14,7 @@ def _cpu(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
     if _library.extension is None:
         _library.check_prefix_sum("cu_turns", cu_turns, turns)
         return torch.stack(
-            reference.gae(
-                rewards, values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_
-            )
+            reference.gae(rewards, values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_)
         )
     tensors = [contiguous(t) for t in (rewards, values, terminated, cu_turns, bootstrap)]
     out = rewards.new_empty(2, turns)

@@ -102,9 +102,7 @@ def linear_logprobs(
     return (logprobs, entropies) if entropy else logprobs
 
 
-def check_linear(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, bias: Tensor | None
-) -> None:
+def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, bias: Tensor | None) -> None:
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if matrix.dim() != 2:
             raise ValueError(f"{name} must have two dimensions, got shape {list(matrix.shape)}")
@@ -113,9 +111,7 @@ def check_linear(
     if weight.shape[0] == 0:
         raise ValueError("weight must have at least one row")
     if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight must have shape [v, {hidden.shape[1]}] like hidden, got {list(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape [v, {hidden.shape[1]}] like hidden, got {list(weight.shape)}")
     if weight.device != hidden.device:
         raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
     check_vector("targets", targets, hidden.shape[0], (torch.int64,), hidden.device)

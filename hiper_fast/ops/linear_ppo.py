@@ -40,9 +40,7 @@ def linear_ppo(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    result = linear_logprobs(
-        hidden, weight, targets, temperature=temperature, bias=bias, entropy=entropy_coef != 0
-    )
+    result = linear_logprobs(hidden, weight, targets, temperature=temperature, bias=bias, entropy=entropy_coef != 0)
     logprobs, entropy = result if entropy_coef != 0 else (result, None)
     return ppo_loss(
         logprobs,

@@ -28,9 +28,7 @@ def _cpu(values: Tensor, mask: Tensor, eps: float) -> Tensor:
         return _torch(values, mask, eps)
     values, mask = values.contiguous(), mask.contiguous()
     out = torch.empty_like(values)
-    _library.kernel("normalize", values.dtype)(
-        address(values), address(mask), values.shape[0], eps, address(out)
-    )
+    _library.kernel("normalize", values.dtype)(address(values), address(mask), values.shape[0], eps, address(out))
     return out
 
 
@@ -43,9 +41,7 @@ _op = _library.define(
 
 
 @torch.no_grad()
-def normalize(
-    values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def normalize(values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """(values - mean) / (std + eps) on the mask and 0 off it, with mean and population std over the mask.
 
     Args:

@@ -100,9 +100,7 @@ def hae(
     )
 
 
-def gae(
-    rewards, values, terminated, cu_turns, *, bootstrap=None, gamma=1.0, lambda_=1.0
-) -> tuple[Tensor, Tensor]:
+def gae(rewards, values, terminated, cu_turns, *, bootstrap=None, gamma=1.0, lambda_=1.0) -> tuple[Tensor, Tensor]:
     r, v = rewards.tolist(), values.tolist()
     advantages, returns = [0.0] * len(r), [0.0] * len(r)
     for n, (begin, end) in enumerate(_segments(cu_turns)):
@@ -180,9 +178,7 @@ def scatter_advantages(hae, roles, cu_tokens) -> tuple[Tensor, Tensor]:
             if role_of[i] & SWITCH:
                 advantages[i] += switch[turn]
                 loss_mask[i] = True
-    return hae.advantages_low.new_tensor(advantages), torch.tensor(
-        loss_mask, dtype=torch.bool, device=roles.device
-    )
+    return hae.advantages_low.new_tensor(advantages), torch.tensor(loss_mask, dtype=torch.bool, device=roles.device)
 
 
 def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, entropy=False):
@@ -246,9 +242,7 @@ def linear_ppo(
     entropy_coef=0.001,
     **options,
 ) -> Tensor:
-    logprobs, entropy = linear_logprobs(
-        hidden, weight, targets, temperature=temperature, bias=bias, entropy=True
-    )
+    logprobs, entropy = linear_logprobs(hidden, weight, targets, temperature=temperature, bias=bias, entropy=True)
     every_row = torch.ones_like(targets, dtype=torch.bool)
     return ppo_loss(
         logprobs, old_logprobs, advantages, every_row, entropy=entropy, entropy_coef=entropy_coef, **options

@@ -16,10 +16,7 @@ def _cpu(advantages_low, advantages_high, advantages_switch, boundary, roles, cu
         _library.check_prefix_sum("cu_tokens", cu_tokens, tokens)
         hae = HAE(advantages_low, None, advantages_high, None, advantages_switch, None, boundary)
         return reference.scatter_advantages(hae, roles, cu_tokens)
-    tensors = [
-        contiguous(t)
-        for t in (advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens)
-    ]
+    tensors = [contiguous(t) for t in (advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens)]
     advantages = advantages_low.new_empty(tokens)
     loss_mask = torch.empty(tokens, dtype=torch.bool)
     _library.kernel("scatter_advantages", advantages.dtype)(
