@@ -59,7 +59,7 @@ def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
 
 @torch.inference_mode()
 def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0 if terminated), ref log-probs [tokens]."""
+    """Without gradients: values [turns, 3], bootstrap V_high [trajectories], 0 if terminated, ref log-probs [tokens]."""
     values = torch.zeros(t.turns, 3)
     ref_logprobs = torch.zeros_like(t.old_logprobs) if config.train.kl_coef else None
     for batch in microbatches(*t.sequences(), config.train.microbatch_tokens):
@@ -233,7 +233,8 @@ def policy_terms(
     logprobs, entropy = agent.logprobs(hidden, take(t.response_ids), config.agent.temperature, entropy=True)
     loss, metrics = ops.ppo_loss(
         logprobs, take(t.old_logprobs), take(targets.advantages), take(targets.loss_mask),
-        ref_logprobs=take(targets.ref_logprobs), entropy=entropy, clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip, kl_coef=c.kl_coef,
+        ref_logprobs=take(targets.ref_logprobs), entropy=entropy, clip_low=c.clip_low,
+        clip_high=c.clip_high, dual_clip=c.dual_clip, kl_coef=c.kl_coef,
         entropy_coef=c.entropy_coef, denominator=denominator,
     )  # fmt: skip
     return loss, {"policy": loss.item()} | {
