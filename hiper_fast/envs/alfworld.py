@@ -306,6 +306,13 @@ class AlfWorldSplit:
         self._random = random.Random()
         self._env: Environment | None = None
 
+    @property
+    def game(self) -> Game:
+        """The game being played."""
+        if self._env is None:
+            raise RuntimeError("call reset first: no game has been drawn")
+        return self._env.game
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         options = check_options(options, {"game"})
         if seed is not None:
