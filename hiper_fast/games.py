@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from hiper_fast import envs
-from hiper_fast.config import Config, environment
+from hiper_fast.config import Config, ConfigError, environment
 
 PANEL = 2**31  # household seeds below it are for training, from it on for evaluation
 
@@ -15,6 +15,10 @@ class Games:
 
     def __init__(self, config: Config):
         self.config, self.seed, self.name = config, config.run.seed, environment(config)
+        try:  # what is missing shows now, not in the middle of a run
+            self.make(1)[0].reset(**self.panel()[0])
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"env: {error}") from None
 
     def make(self, count: int) -> list:
         """`count` environments."""

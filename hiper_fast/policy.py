@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -115,8 +116,9 @@ def load(config: ModelConfig, seed: int) -> Agent:
         model = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), local_files_only=config.local_files_only
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        mend = "; to download it, add --model.local_files_only=false" if config.local_files_only else ""
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+        missing = config.local_files_only and not Path(config.path).exists()
+        mend = "; to download it, add --model.local_files_only=false" if missing else ""
         raise ConfigError(f"model.path: cannot load {where}: {str(error).strip().splitlines()[0]}{mend}") from error
     scaled = [
         k
