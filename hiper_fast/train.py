@@ -7,6 +7,7 @@ python -m hiper_fast.train --model Qwen/Qwen2.5-1.5B-Instruct --config my.yaml -
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from hiper_fast import checkpoint, hiper, report
-from hiper_fast.config import Config, ConfigError, parse, prompt_style, run_folder, write_file
+from hiper_fast.config import Config, ConfigError, environment, parse, prompt_style, run_folder, write_file
+from hiper_fast.envs.pddl import GameError
 from hiper_fast.eval import evaluate
 from hiper_fast.games import Games
 from hiper_fast.metrics import Logger
@@ -44,7 +46,7 @@ def train(config: Config) -> None:
     c = config.train
 
     with Logger(folder, resume_step=start, display=config.run.display, total_steps=c.updates) as logger:
-        write_file(config, folder / "config.yaml")
+        write_file(resolved(config), folder / "config.yaml")
         if saved and reference.exists():
             load_model(agent.model, reference)
         elif not saved and warm_start(agent, games, prompter, config, logger):
@@ -59,6 +61,9 @@ def train(config: Config) -> None:
         state = {"best": -1.0, "skipped": 0}
         if saved:
             state = checkpoint.load(saved, policy=agent.model, critic=agent.critic, optimizers=optimizers)
+            for name, lr in (("policy", c.lr), ("critic", c.critic_lr)):  # the options go over what was saved
+                for group in optimizers[name].param_groups:
+                    group.update(lr=lr, weight_decay=c.weight_decay)
 
         for step in range(0 if start is None else start + 1, c.updates + 1):
             if step > 0:
@@ -112,6 +117,13 @@ def configure_torch(config: Config) -> None:
     torch.set_flush_denormal(True)
 
 
+def resolved(config: Config) -> Config:
+    """What the run's folder keeps: later readers play the same games in the same style, and do not resume."""
+    config = copy.deepcopy(config)
+    config.env.name, config.agent.style, config.run.resume = environment(config), prompt_style(config), False
+    return config
+
+
 def seed_of(config: Config, step: int) -> int:
     """The seed of an update's sampling: a resumed run draws what the uninterrupted one would have drawn."""
     return config.run.seed * 1_000_003 + step
@@ -121,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(argv, program="train", description=__doc__)
     try:
         train(config)
-    except (ConfigError, checkpoint.CheckpointError, FloatingPointError) as error:
+    except (ConfigError, GameError, checkpoint.CheckpointError, FloatingPointError) as error:
         print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
