@@ -15,6 +15,7 @@ import torch
 
 from hiper_fast import config as configuration
 from hiper_fast.config import Config, ConfigError
+from hiper_fast.envs.pddl import GameError
 from hiper_fast.games import Games
 from hiper_fast.metrics import wilson
 from hiper_fast.policy import Agent, load
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="the run's config.yaml [found beside the checkpoint]")
     parser.add_argument("--sampling-seed", type=int, default=0, help="seed of the sampling [0]")
     arguments, overrides = parser.parse_known_args(argv)
-    beside = arguments.checkpoint.resolve().parents[1] / "config.yaml"
+    beside = arguments.checkpoint.resolve().parent.parent / "config.yaml"
     source = arguments.config or (beside if beside.exists() else None)
     config = configuration.parse(
         [*(["--config", str(source)] if source else []), *overrides], program="eval", description=__doc__
@@ -88,11 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     style = configuration.prompt_style(config)
     config.model.path = str(arguments.checkpoint)
     try:
-        agent, games = load(config.model, config.run.seed), Games(config)
+        games, agent = Games(config), load(config.model, config.run.seed)
         metrics, _ = evaluate(
             agent, games, Prompter(agent.tokenizer, config.agent, style), config, seed=arguments.sampling_seed
         )
-    except ConfigError as error:
+    except (ConfigError, GameError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(table(metrics))
