@@ -14,8 +14,9 @@ def build(family="llama", **options):
     """A random model sharp enough that its greedy choices are no ties."""
     extra = {"head_dim": 8} if family == "qwen3" else {}
     config = FAMILIES[family](
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, **extra, **options,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
+        **extra, **options,
     )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()

@@ -1,4 +1,4 @@
-"""The algorithm on real packed episodes: shaping, values, advantages, and one update against plain computations."""
+"""The algorithm on packed episodes: shaping, values, advantages and updates against plain computations."""
 
 import copy
 import math

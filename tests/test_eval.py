@@ -1,0 +1,267 @@
+"""The fixed panel: each game once, the right figures, the same every time; and the command on a saved checkpoint."""
+
+import random
+import re
+import shutil
+
+import pytest
+
+from hiper_fast import config as configuration
+from hiper_fast import eval as evaluation
+from hiper_fast import policy
+from hiper_fast.config import Config, ConfigError, ModelConfig
+from hiper_fast.envs.household import TASK_TYPES, Household
+from hiper_fast.eval import evaluate, main, table
+from hiper_fast.expert import Walkthrough
+from hiper_fast.games import PANEL, Games
+from hiper_fast.metrics import wilson
+from hiper_fast.prompt import Prompter
+from hiper_fast.warm_start import response_text
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return policy.load(ModelConfig(), seed=0)
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+
+
+def settings(episodes=7, max_turns=3, **env):
+    config = Config()
+    config.env.name, config.env.max_turns = "household", max_turns
+    config.eval.episodes, config.agent.max_response_tokens = episodes, 6
+    for name, value in env.items():
+        setattr(config.env, name, value)
+    return config
+
+
+def run(agent, config, **options):
+    prompter = Prompter(agent.tokenizer, config.agent, "compact")
+    return evaluate(agent, Games(config), prompter, config, **options)
+
+
+def solver(wins):
+    """A `respond` for evaluation that solves the first `wins` games and looks about in the others."""
+
+    def sampled(agent, config, temperature, seed):
+        players, order = {}, []
+
+        def respond(plays):
+            answers = []
+            for play in plays:
+                if id(play) not in players:
+                    players[id(play)] = Walkthrough(play.env.game.goal, play.env.game.walkthrough)
+                    order.append(id(play))
+                text = "<action>look</action>"
+                if order.index(id(play)) < wins:
+                    text = response_text(players[id(play)].move([]), play.state.subgoal)
+                ids = agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+                answers.append((ids, [0.0] * len(ids)))
+            return answers
+
+        return respond
+
+    return sampled
+
+
+# The games.
+
+
+def test_the_panel_is_unseen_distinct_and_the_same_for_every_seed():
+    config = settings(episodes=50)
+    panel = [task["seed"] for task in Games(config).panel()]
+    assert len(set(panel)) == 50 and min(panel) >= PANEL
+    config.run.seed = 9
+    assert [task["seed"] for task in Games(config).panel()] == panel
+    config.eval.episodes = 8
+    assert [task["seed"] for task in Games(config).panel()] == panel[:8], "a smaller panel is part of a larger one"
+
+
+def test_training_games_depend_on_seed_and_purpose_and_are_none_of_the_panel():
+    config = settings()
+    games = Games(config)
+    first = games.training("update 1", 40)
+    assert first == Games(config).training("update 1", 40) != games.training("update 2", 40)
+    assert all(0 <= task["seed"] < PANEL for task in first)
+    config.run.seed = 1
+    assert Games(config).training("update 1", 40) != first
+
+
+def test_alfworld_panel_is_the_whole_split_at_most(tmp_path, monkeypatch):
+    import json
+
+    from hiper_fast.envs import household
+
+    for split, count in (("train", 2), ("valid_seen", 5)):
+        for seed in range(count):
+            place = tmp_path / "json_2.1.1" / split / f"game-{seed}" / "trial"
+            place.mkdir(parents=True)
+            (place / "game.tw-pddl").write_text(json.dumps(household.generate(TASK_TYPES[0], seed, "small")))
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    config = settings(episodes=100, name="alfworld")
+    panel = [task["options"]["game"] for task in Games(config).panel()]
+    assert len(panel) == len(set(panel)) == 5
+    assert all("valid_seen" in str(game) for game in panel)
+    config.eval.episodes = 3
+    assert len(Games(config).panel()) == 3
+    config.env.eval_split = "valid_unseen"
+    with pytest.raises(ConfigError, match="valid_unseen"):
+        Games(config)
+
+
+# The figures.
+
+
+def test_each_game_is_played_exactly_once(agent, monkeypatch):
+    seeds, reset = [], Household.reset
+
+    def recorded(self, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    config = settings()
+    games, prompter = Games(config), Prompter(agent.tokenizer, config.agent, "compact")
+    monkeypatch.setattr(Household, "reset", recorded)
+    metrics, t = evaluate(agent, games, prompter, config)
+    assert sorted(seeds) == [PANEL + i for i in range(7)]
+    assert metrics["eval/episodes"] == len(t.episodes) == 7
+    assert metrics["eval/turns"] == t.turns / 7 <= 3
+
+
+@pytest.mark.parametrize("wins", [0, 5, 9])
+def test_success_is_counted_per_game_and_per_type(agent, monkeypatch, wins):
+    monkeypatch.setattr(evaluation, "sampled", solver(wins))
+    metrics, t = run(agent, settings(episodes=9, max_turns=40))
+    assert metrics["eval/success"] == pytest.approx(wins / 9)
+    assert (metrics["eval/low"], metrics["eval/high"]) == wilson(wins, 9)
+    assert [e.won for e in t.episodes] == [True] * wins + [False] * (9 - wins)
+    counts = {k.rsplit("/", 1)[1]: v for k, v in metrics.items() if k.startswith("eval/episodes/")}
+    assert sum(counts.values()) == 9 and set(counts) <= set(TASK_TYPES)
+    won = sum(metrics[f"eval/success/{name}"] * count for name, count in counts.items())
+    assert round(won) == wins
+    for name, count in counts.items():
+        mine = [e.won for e in t.episodes if e.task_type == name]
+        assert len(mine) == count and metrics[f"eval/success/{name}"] == pytest.approx(sum(mine) / count)
+    assert metrics["eval/valid_rate"] == pytest.approx(t.valid.float().mean().item())
+
+
+def test_evaluation_is_deterministic(agent):
+    def answers(**options):
+        metrics, t = run(agent, settings(episodes=4), **options)
+        del metrics["time/eval"]
+        return metrics, t.response_ids.tolist()
+
+    first = answers()
+    random.random()
+    assert answers() == first
+    assert answers(seed=1)[1] != first[1]
+
+
+def test_table_holds_wilson_intervals():
+    metrics = {
+        "eval/success": 0.6,
+        "eval/episodes": 10,
+        "eval/success/look_at_obj_in_light": 1.0,
+        "eval/episodes/look_at_obj_in_light": 4,
+        "eval/success/pick_and_place_simple": 1 / 3,
+        "eval/episodes/pick_and_place_simple": 6,
+    }
+    _, *lines = table(metrics).splitlines()
+    for line, name, wins, count in zip(
+        lines, ("look_at_obj_in_light", "pick_and_place_simple", "all"), (4, 2, 6), (4, 6, 10), strict=True
+    ):
+        low, high = wilson(wins, count)
+        assert line.split()[:3] == [name, str(count), f"{wins / count:.1%}"]
+        assert f"{low:.1%} to {high:.1%}" in line
+    assert "31.3% to 83.2%" in lines[-1], "6 of 10, as tables of Wilson's interval give it"
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def saved(agent, tmp_path_factory):
+    """A checkpoint of a run, with the run's options beside it."""
+    run = tmp_path_factory.mktemp("run")
+    folder = run / "checkpoints" / "step-000003"
+    agent.model.save_pretrained(folder)
+    agent.tokenizer.save_pretrained(folder)
+    config = settings(episodes=4)
+    config.agent.style, config.run.threads = "compact", 1
+    configuration.write_file(config, run / "config.yaml")
+    return folder
+
+
+def test_command_prints_the_table(saved, capsys):
+    assert main(["--checkpoint", str(saved)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^all +4 +\d+\.\d% +\d+\.\d% to \d+\.\d%$", out, re.MULTILINE)
+    assert main(["--checkpoint", str(saved)]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_command_plays_what_the_options_say(saved, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "sampled", solver(3))
+    argv = ["--checkpoint", str(saved), "--env.max_turns", "40", "--eval.episodes", "5"]
+    assert main([*argv, "--env.task_types", "look_at_obj_in_light"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["look_at_obj_in_light", "5", "60.0%"],
+        ["all", "5", "60.0%"],
+    ]
+
+
+def test_command_takes_a_config_of_its_own_and_any_model_folder(saved, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "model")
+    file = tmp_path / "own.yaml"
+    file.write_text("eval: {episodes: 2}\nenv: {max_turns: 1, name: household}\nagent: {max_response_tokens: 3}\n")
+    assert main(["--checkpoint", str(tmp_path / "model"), "--config", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1] == "2"
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere/checkpoints/step-000001", "/"])
+def test_bad_checkpoint(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(["--checkpoint", path]) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and path in err and err.count("\n") == 1
+
+
+def test_a_file_is_no_checkpoint(saved, capsys):
+    assert main(["--checkpoint", str(saved / "config.json")]) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert main(["--checkpoint", str(tmp_path / "a" / "b")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "a" / "b") in err
+
+
+@pytest.mark.parametrize("argv", [[], ["--checkpoint"], ["--checkpoint", "x", "--env.sice", "small"]])
+def test_bad_options(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert ("--checkpoint" if len(argv) < 3 else "did you mean env.size") in capsys.readouterr().err
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "--checkpoint" in out and "--config" in out and "--sampling-seed" in out
+
+
+def test_missing_data_is_one_line(saved, capsys):
+    assert main(["--checkpoint", str(saved), "--env", "alfworld"]) == 2
+    err = capsys.readouterr().err
+    assert "ALFWORLD_DATA" in err and err.count("\n") == 1
