@@ -102,11 +102,11 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(1536, "scripted episodes")
-    epochs: int = option(2, "passes over them")
+    episodes: int = option(2000, "scripted episodes")
+    epochs: int = option(1, "passes over them")
     noise: float = option(0.1, "share of turns on which the expert is pushed off its way")
-    batch_turns: int = option(128, "turns per optimiser step")
-    lr: float = option(3e-3, "peak learning rate; warms up, then falls to a tenth")
+    batch_turns: int = option(32, "turns per optimiser step")
+    lr: float = option(2.5e-3, "peak learning rate; warms up, then falls to a tenth")
 
 
 @dataclass(slots=True)

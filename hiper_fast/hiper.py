@@ -59,7 +59,7 @@ def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
 
 @torch.inference_mode()
 def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Without gradients: values [turns, 3], bootstrap V_high [trajectories], 0 if terminated, ref log-probs [tokens]."""
+    """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0: terminated), ref log-probs [tokens]."""
     values = torch.zeros(t.turns, 3)
     ref_logprobs = torch.zeros_like(t.old_logprobs) if config.train.kl_coef else None
     for batch in microbatches(*t.sequences(), config.train.microbatch_tokens):

@@ -1,4 +1,4 @@
-"""The embedded default model: a Llama-type causal LM of half a million parameters and a word tokenizer, from scratch.
+"""The embedded default model: a Llama-type causal LM of 0.4 million parameters and a word tokenizer, from scratch.
 
 Python -m hiper_fast.tiny writes the shipped tokenizer anew.
 """
@@ -56,11 +56,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         initializer_range=0.04,
         eos_token_id=tokenizer.eos_token_id,

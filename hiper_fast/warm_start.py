@@ -85,7 +85,9 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
     """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each."""
     c = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
-    optimizer = torch.optim.AdamW(agent.model.parameters(), lr=c.lr, weight_decay=config.train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        agent.model.parameters(), lr=c.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
+    )
     every = torch.ones_like(t.roles, dtype=torch.bool)
     turns = own.nonzero()[:, 0]
     parts = [
