@@ -2,22 +2,27 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hiper_fast.generate import generate, sample
 
 VOCABULARY = 61
-FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "gpt2": GPT2Config}
 
 
 def build(family="llama", **options):
-    """A random model sharp enough that its greedy choices are no ties."""
-    extra = {"head_dim": 8} if family == "qwen3" else {}
-    config = FAMILIES[family](
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-        **extra, **options,
-    )  # fmt: skip
+    """A random model sharp enough that its greedy choices are no ties; gpt2's positions are absolute."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    }
+    if family != "gpt2":
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 48}
+    if family == "qwen3":
+        sizes["head_dim"] = 8
+    config = FAMILIES[family](vocab_size=VOCABULARY, initializer_range=0.3, **sizes, **options)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
