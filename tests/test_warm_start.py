@@ -70,10 +70,10 @@ def test_a_share_of_the_turns_is_disturbed_and_marked(agent):
 
 
 def test_imitation_learns_and_says_how_far_it_is(agent):
-    config = settings(episodes=8, epochs=2)
+    config = settings(episodes=8, epochs=3, batch_turns=8)
     t, own = show(agent, config)
     steps = list(imitate(agent, t, own, config))
-    count = 2 * math.ceil(t.turns / 16)
+    count = 3 * math.ceil(t.turns / 8)
     assert [number for number, *_ in steps] == list(range(1, count + 1))
     assert {total for _, total, *_ in steps} == {count}
     losses = [loss for *_, loss, _ in steps]
