@@ -311,6 +311,36 @@ def test_nan_now_and_then_is_skipped_and_counted(tmp_path, monkeypatch):
     assert skipped == [2, 0, 2]
 
 
+# Other ends.
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, capsys):
+    write = checkpoint._write_tensors
+
+    def full(file, tensors):
+        if "step-000002" in str(file) and "optimizer" in str(file):
+            raise OSError(28, "No space left on device")
+        write(file, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    assert train.main(arguments(tmp_path, name="full", updates=2, **{"warm_start.enabled": "no"})) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in err and "step-000002" in err
+    assert checkpoint.latest(tmp_path / "full" / "checkpoints").name == "step-000000"
+    monkeypatch.undo()
+    assert train.main(["--resume", "--name", "full", f"--run.folder={tmp_path}"]) == 0
+    assert checkpoint.latest(tmp_path / "full" / "checkpoints").name == "step-000002"
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hiper, "update", interrupted)
+    assert train.main(arguments(tmp_path, name="stopped", **{"warm_start.enabled": "no"})) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
 # Other ways to run.
 
 
