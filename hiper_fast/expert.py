@@ -37,7 +37,7 @@ class Searcher:
         self.receptacles: list[str] = []
         self.unexplored: list[str] = []
         self.seen: dict[str, str] = {}  # object -> receptacle
-        self.placed: set[str] = set()
+        self.placed: set[str] = set()  # of two objects, those already there
         self.treated: set[str] = set()
 
     def observe(self, action: str | None, observation: str, commands: list[str]) -> None:
@@ -52,13 +52,18 @@ class Searcher:
         elif match := re.fullmatch(r"take (.+) from .+", action):
             self.holding = match[1]
             self.seen.pop(match[1], None)
+            self.placed.discard(match[1])
         elif match := re.fullmatch(r"move (.+) to (.+)", action):
             self.holding = None
             self.seen[match[1]] = match[2]
-            if type_of(match[2]) == self.goal.receptacle_type:
+            ends = (type_of(match[1]), type_of(match[2])) == (self.goal.object_type, self.goal.receptacle_type)
+            if self.goal.count == 2 and ends:
                 self.placed.add(match[1])
         elif match := re.fullmatch(r"(clean|heat|cool) (.+) with .+", action):
-            self.treated.add(match[2])
+            if match[1] == self.verb:
+                self.treated.add(match[2])
+            elif match[1] != "clean":
+                self.treated.discard(match[2])
         if match := re.search(r"(?:In it|On the .+?), you see (.+?)\.", observation):
             if self.here in self.unexplored:
                 self.unexplored.remove(self.here)
@@ -70,7 +75,7 @@ class Searcher:
         if self.holding is None:
             return self.fetch(commands)
         if type_of(self.holding) != self.goal.object_type:
-            return Move(self.phrases["find"], next(c for c in commands if c.startswith(("move ", "go to "))))
+            return Move(self.phrases["find"], self.put_down(commands))
         if self.verb and self.holding not in self.treated:
             appliance = next(r for r in self.receptacles if type_of(r) == APPLIANCES[self.verb])
             return Move(
@@ -87,18 +92,29 @@ class Searcher:
 
     def fetch(self, commands: list[str]) -> Move:
         nth = " second" if self.placed else ""
-        for thing, place in self.seen.items():
-            if type_of(thing) == self.goal.object_type and thing not in self.placed:
-                action = self.first(commands, f"take {thing} from {place}", f"open {place}", f"go to {place}")
-                return Move(self.phrases[("take" if action.startswith("take ") else "find") + nth], action)
-        return Move(self.phrases["find" + nth], self.search(commands))
+        thing = self.nearest(self.goal.object_type)
+        if thing is None:
+            return Move(self.phrases["find" + nth], self.search(commands))
+        place = self.seen[thing]
+        action = self.first(commands, f"take {thing} from {place}", f"open {place}", f"go to {place}")
+        return Move(self.phrases[("take" if action.startswith("take ") else "find") + nth], action)
 
     def light(self, commands: list[str]) -> Move:
-        lamp = next((o for o in self.seen if type_of(o) == self.goal.lamp_type), None)
+        lamp = self.nearest(self.goal.lamp_type)
         if lamp is None:
             return Move(self.phrases["use"], self.search(commands))
         place = self.seen[lamp]
         return Move(self.phrases["use"], self.first(commands, f"use {lamp}", f"open {place}", f"go to {place}"))
+
+    def nearest(self, kind: str) -> str | None:
+        """A thing seen of that type and still wanted, one that is here before others."""
+        things = [o for o in self.seen if type_of(o) == kind and o not in self.placed]
+        return min(things, key=lambda o: self.seen[o] != self.here, default=None)
+
+    def put_down(self, commands: list[str]) -> str:
+        """Rids the hands of a thing taken by mistake: here if it fits, else somewhere else."""
+        here = sorted(c for c in commands if c.startswith(("move ", "open ")))
+        return here[0] if here else self.rng.choice([c for c in commands if c.startswith("go to ")])
 
     def search(self, commands: list[str]) -> str:
         if self.here in self.unexplored and f"open {self.here}" in commands:
