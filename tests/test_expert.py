@@ -1,6 +1,7 @@
 """The scripted players, straight against the environment."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -65,8 +66,9 @@ def test_searcher_does_the_same_for_the_same_random_state():
     assert play(env, "search", 7, 40) == play(env, "search", 7, 40)
 
 
-def test_searcher_recovers_from_being_sent_elsewhere():
-    """The warm start pushes it off its way on a share of the turns."""
+@pytest.mark.parametrize("kinds", [("go to ",), ("",)], ids=["sent elsewhere", "any command"])
+def test_searcher_recovers_from_what_it_did_not_choose(kinds):
+    """The warm start makes it stumble on a share of the turns."""
     env, rng, won = Household("small"), random.Random(0), 0
     for seed in list(GAMES)[:30]:
         observation, info = env.reset(seed=seed)
@@ -75,18 +77,55 @@ def test_searcher_recovers_from_being_sent_elsewhere():
             None,
             opening(observation),
         )
-        for _ in range(45):
+        for _ in range(60):
             commands = info["admissible_commands"]
             expert.observe(action, observation, commands)
             action = expert.move(commands).action
-            places = [c for c in commands if c.startswith("go to ")]
-            if places and rng.random() < 0.15:
-                action = rng.choice(places)
+            assert action in commands
+            others = [c for c in commands if c.startswith(kinds)]
+            if others and rng.random() < 0.15:
+                action = rng.choice(others)
             observation, _, over, _, info = env.step(action)
             if over:
                 won += info["won"]
                 break
     assert won >= 26
+
+
+def test_searcher_puts_down_what_it_took_by_mistake():
+    """It once walked to and fro between two places for ever."""
+    env, won, mistakes = Household("small"), 0, 0
+    for seed in list(GAMES)[:30]:
+        observation, info = env.reset(seed=seed)
+        expert, action = player("search", env.game, random.Random(seed)), None
+        observation, mistaken = opening(observation), False
+        for _ in range(60):
+            commands = info["admissible_commands"]
+            expert.observe(action, observation, commands)
+            action = expert.move(commands).action
+            wrong = [c for c in commands if re.match(rf"take (?!{env.game.goal.object_type} )", c)]
+            if wrong and not mistaken:
+                action, mistaken, mistakes = wrong[0], True, mistakes + 1
+            observation, _, over, _, info = env.step(action)
+            if over:
+                won += info["won"]
+                break
+    assert mistakes > 20 and won >= 28
+
+
+def test_searcher_with_two_lamps_uses_the_one_that_is_here():
+    searcher = Searcher(goal("book", lamp_type="desklamp"), random.Random(0))
+    places = [f"go to {r}" for r in ("desk 1", "shelf 1", "bed 1")]
+    searcher.observe(None, "", places)
+    for place, text in (("desk 1", "a desklamp 1"), ("shelf 1", "a desklamp 2"), ("bed 1", "a book 1")):
+        searcher.observe(f"go to {place}", f"On the {place}, you see {text}.", places)
+    take = "take book 1 from bed 1"
+    assert searcher.move([*places, take]).action == take
+    searcher.observe(take, "You pick up the book 1 from the bed 1.", places)
+    action = searcher.move(places).action
+    here, number = action.removeprefix("go to "), {"desk 1": 1, "shelf 1": 2}[action.removeprefix("go to ")]
+    searcher.observe(action, f"On the {here}, you see a desklamp {number}.", places)
+    assert searcher.move([*places, f"use desklamp {number}"]).action == f"use desklamp {number}"
 
 
 def test_player_kinds():
