@@ -77,13 +77,14 @@ class AdvantageConfig:
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(40, "policy updates; 0 stops after the warm start")
+    updates: int = option(30, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
-    minibatches: int = option(2, "optimiser steps per update, over turns drawn without repetition")
+    minibatches: int = option(4, "optimiser steps per update, over turns drawn without repetition")
     critic_updates: int = option(2, "first updates that train the critic alone")
+    warmup_updates: int = option(4, "policy updates over which its learning rate rises")
     microbatch_tokens: int = option(8192, "tokens, padding included, in one forward pass")
     lr: float = option(2e-4, "policy learning rate (reference, 1.5B: 1e-6)")
-    critic_lr: float = option(5e-4, "critic learning rate (reference: 1e-5)")
+    critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     grad_clip: float = option(1.0, "largest gradient norm")
     clip_low: float = option(0.2, "PPO clip below 1")
@@ -104,7 +105,7 @@ class WarmStartConfig:
     )
     episodes: int = option(2000, "scripted episodes")
     epochs: int = option(1, "passes over them")
-    noise: float = option(0.1, "share of turns on which the expert is pushed off its way")
+    noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
     lr: float = option(2.5e-3, "peak learning rate; warms up, then falls to a tenth")
 
@@ -113,7 +114,7 @@ class WarmStartConfig:
 class EvalConfig:
     every: int = option(10, "updates between evaluations (the first and last state are always evaluated)")
     episodes: int = option(256, "games of the fixed panel; alfworld: at most the whole split, each game once")
-    temperature: float = option(0.4, "sampling temperature in evaluation")
+    temperature: float = option(1.0, "sampling temperature in evaluation (reference: 0.4)")
 
 
 @dataclass(slots=True)
@@ -168,8 +169,9 @@ POSITIVE = (
     "warm_start.batch_turns eval.every eval.episodes run.save_every run.keep"
 ).split()
 NON_NEGATIVE = (
-    "agent.history train.updates train.critic_updates train.lr train.critic_lr train.weight_decay train.grad_clip "
-    "train.kl_coef train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
+    "agent.history train.updates train.critic_updates train.warmup_updates train.lr train.critic_lr "
+    "train.weight_decay train.grad_clip train.kl_coef train.entropy_coef train.value_clip warm_start.lr "
+    "warm_start.noise eval.temperature run.threads"
 ).split()
 UNIT_INTERVAL = "advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()
 
@@ -259,6 +261,8 @@ def check(config: Config) -> None:
     for name in UNIT_INTERVAL:
         if not 0 <= flat[name] <= 1:
             raise ConfigError(f"{name}: must lie in [0, 1], got {flat[name]}")
+    if config.warm_start.noise == 1:
+        raise ConfigError("warm_start.noise: must be below 1, or there is nothing left to imitate")
     if len(config.train.value_coef) != 3:
         raise ConfigError(
             f"train.value_coef: expected three numbers (low, high, switch), got {config.train.value_coef}"

@@ -64,12 +64,16 @@ class Searcher:
                 self.treated.add(match[2])
             elif match[1] != "clean":
                 self.treated.discard(match[2])
-        if match := re.search(r"(?:In it|On the .+?), you see (.+?)\.", observation):
-            if self.here in self.unexplored:
-                self.unexplored.remove(self.here)
-            self.seen = {o: r for o, r in self.seen.items() if r != self.here}
-            things = re.findall(r"\ban? ([a-z]+ \d+)", match[1])
-            self.seen.update(dict.fromkeys(things, self.here))
+        if match := re.search(r"(?:The (.+?) is open\. In it|On the (.+?)), you see (.+?)\.", observation):
+            place = match[1] or match[2]
+            self.unexplored = [r for r in self.unexplored if r != place]
+            self.seen = {o: r for o, r in self.seen.items() if r != place}
+            self.seen.update(dict.fromkeys(re.findall(r"\ban? ([a-z]+ \d+)", match[3]), place))
+        if self.holding is None:  # free hands are offered all that lies within reach, also beside the place gone to
+            reach = [r for r in self.receptacles if f"go to {r}" not in commands and f"open {r}" not in commands]
+            self.unexplored = [r for r in self.unexplored if r not in reach]
+            takes = (re.fullmatch(r"take (.+) from (.+)", c) for c in commands)
+            self.seen.update((m[1], m[2]) for m in takes if m)
 
     def move(self, commands: list[str]) -> Move:
         if self.holding is None:
@@ -117,13 +121,9 @@ class Searcher:
         return here[0] if here else self.rng.choice([c for c in commands if c.startswith("go to ")])
 
     def search(self, commands: list[str]) -> str:
-        if self.here in self.unexplored and f"open {self.here}" in commands:
-            return f"open {self.here}"
-        if self.here in self.unexplored:
-            self.unexplored.remove(self.here)
         if not self.unexplored:
             self.unexplored = self.rng.sample(self.receptacles, len(self.receptacles))
-        return self.first(commands, *(f"go to {r}" for r in self.unexplored))
+        return self.first(commands, *(f"{verb} {r}" for verb in ("open", "go to") for r in self.unexplored))
 
     def first(self, commands: list[str], *wanted: str) -> str:
         return next((c for c in wanted if c in commands), "look")

@@ -57,7 +57,7 @@ def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
     return rewards
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
     """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0: terminated), ref log-probs [tokens]."""
     values = torch.zeros(t.turns, 3)

@@ -55,15 +55,12 @@ def train(config: Config) -> None:
             agent.freeze_reference()
         agent.add_critic()
         optimizers = {
-            "policy": torch.optim.AdamW(agent.model.parameters(), lr=c.lr, weight_decay=c.weight_decay),
-            "critic": torch.optim.AdamW(agent.critic.parameters(), lr=c.critic_lr, weight_decay=c.weight_decay),
+            "policy": torch.optim.AdamW(agent.model.parameters(), betas=(0.9, 0.99), weight_decay=c.weight_decay),
+            "critic": torch.optim.AdamW(agent.critic.parameters(), betas=(0.9, 0.99), weight_decay=c.weight_decay),
         }
         state = {"best": -1.0, "skipped": 0}
         if saved:
             state = checkpoint.load(saved, policy=agent.model, critic=agent.critic, optimizers=optimizers)
-            for name, lr in (("policy", c.lr), ("critic", c.critic_lr)):  # the options go over what was saved
-                for group in optimizers[name].param_groups:
-                    group.update(lr=lr, weight_decay=c.weight_decay)
 
         for step in range(0 if start is None else start + 1, c.updates + 1):
             if step > 0:
@@ -78,12 +75,13 @@ def train(config: Config) -> None:
                     targets = hiper.estimate(t, *hiper.score(agent, t, config), config.advantage)
                 with logger.stage("update"):
                     generator = torch.Generator().manual_seed(seed_of(config, step))
-                    policy_too = step > c.critic_updates
-                    losses = hiper.update(agent, optimizers, t, targets, config, generator, train_policy=policy_too)
+                    learned = step - c.critic_updates  # the policy's updates so far, this one included
+                    set_lr(optimizers["policy"], c.lr * min(1.0, learned / max(1, c.warmup_updates)))
+                    set_lr(optimizers["critic"], c.critic_lr)
+                    losses = hiper.update(agent, optimizers, t, targets, config, generator, train_policy=learned > 0)
                 counts = {"episodes": step * c.episodes, "time/total": time.perf_counter() - began}
                 logger.log(step, "train", summary(t) | losses | counts)
-                lost = losses["optim/skipped_steps"]
-                state["skipped"] = state["skipped"] + lost if lost == c.minibatches else 0
+                state["skipped"] = 0 if "loss/policy" in losses else state["skipped"] + losses["optim/skipped_steps"]
 
             stop = state["skipped"] >= c.max_skipped
             last = step == c.updates or stop
@@ -104,10 +102,15 @@ def train(config: Config) -> None:
                 report.build(folder)
             if stop:
                 raise FloatingPointError(
-                    f"the loss was not finite in {state['skipped']} steps in a row, so the run stopped with its last "
-                    f"good weights in {checkpoints}; lower train.lr (now {c.lr}) and --resume --name {folder.name}"
+                    f"the loss was not finite in {state['skipped']} steps in a row, so the run saved its state and "
+                    f"stopped; lower train.lr (now {c.lr}) and continue with --resume --name {folder.name}"
                 )
         logger.message(f"report: {report.build(folder)}")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def configure_torch(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 
 import torch
@@ -50,8 +51,8 @@ def response_text(move: Move, subgoal: str | None) -> str:
 def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) -> tuple[Trajectories, torch.Tensor]:
     """Scripted episodes and bool [turns]: which turns are the expert's own.
 
-    On a share `warm_start.noise` of the turns the expert is sent to a random place instead, so that imitation also sees
-    how to come back; those turns are stored but not imitated.
+    On a share `warm_start.noise` of the turns the expert stumbles, so that imitation also sees how to go on from a
+    mistake; those turns are stored but not imitated.
     """
     c = config.warm_start
     rng = random.Random(f"{config.run.seed} demonstrations")
@@ -64,11 +65,10 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
             last = play.state.history[-1][1] if play.state.history else None
             expert.observe(last, play.state.observation, play.state.commands)
             move = expert.move(play.state.commands)
-            places = [x for x in play.state.commands if x.startswith("go to ")]
-            disturbed = c.demonstrations == "search" and places and rng.random() < c.noise
-            if disturbed:
-                move = Move(move.subgoal, rng.choice(places))
-            own[id(play)].append(not disturbed)
+            stumbles = c.demonstrations == "search" and rng.random() < c.noise
+            own[id(play)].append(not stumbles)
+            if stumbles:
+                move = stumble(move, expert.phrases, play.state.commands, rng)
             texts.append(response_text(move, play.state.subgoal))
         ids = agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [(row + [agent.stop_ids[0]], [0.0] * (len(row) + 1)) for row in ids]
@@ -79,6 +79,14 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
     own |= {id(p): [] for p in plays}
     episodes = rollout(plays, prompter, respond, agent.decode)
     return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in own[id(p)]])
+
+
+def stumble(move: Move, phrases: dict[str, str], commands: list[str], rng: random.Random) -> Move:
+    """A random command, every other time with a random number so that it may not be admissible, or another subgoal."""
+    action = rng.choice(commands)
+    if rng.random() < 0.5:
+        action = re.sub(r"\d+", lambda _: str(rng.randint(1, 4)), action, count=1)
+    return Move(move.subgoal if rng.random() < 0.5 else rng.choice(list(phrases.values())), action)
 
 
 def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
