@@ -42,8 +42,8 @@ def build(run_dir: str | Path) -> Path:
         summary=escape(_summary(config)),
         config=escape(config or "no config.yaml"),
         figures=_figures(rows),
-        success=_success_chart(_stage(rows, "train"), _evals(rows)),
-        tasks=_task_table(_evals(rows)),
+        success=_success_chart(_stage(rows, "train"), evaluations(rows)),
+        tasks=_task_table(evaluations(rows)),
         charts=_charts(rows),
         note=escape(note),
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
@@ -67,7 +67,7 @@ def _stage(rows: Iterable[Row], stage: str) -> list[Row]:
     return sorted({row["step"]: row for row in rows if row["stage"] == stage}.values(), key=lambda row: row["step"])
 
 
-def _evals(rows: Iterable[Row]) -> list[Row]:
+def evaluations(rows: Iterable[Row]) -> list[Row]:
     """Evaluation rows that have a success rate, each with its interval."""
     evals = []
     for row in _stage(rows, "eval"):
@@ -116,7 +116,7 @@ def _summary(config: str) -> str:
 
 
 def _figures(rows: list[Row]) -> str:
-    train, evals = _stage(rows, "train"), _evals(rows)
+    train, evals = _stage(rows, "train"), evaluations(rows)
     cards = []
 
     def card(label: str, figure: str, note: str = "", kind: str = "") -> None:
@@ -314,12 +314,12 @@ def _chart(
         return round(height - bottom - (inside - low) / (high - low) * (height - top - bottom), 1)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
-    for tick in _ticks(low, high, 5):
+    for tick in ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick)}" y2="{y(tick)}"/>')
         parts.append(
             f'<text class="tick" x="{left - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{_tick(tick, form)}</text>'
         )
-    for tick in _ticks(first, last, 10 if width > 600 else 4):
+    for tick in ticks(first, last, 10 if width > 600 else 4):
         if tick == int(tick):
             parts.append(f'<text class="tick" x="{x(tick)}" y="{height - 7}" text-anchor="middle">{int(tick)}</text>')
     floor = [0.0] * len(steps)
@@ -383,7 +383,7 @@ def _limits(values: list[float]) -> tuple[float, float]:
     return (low if low == 0 else low - room), high + room
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers in [low, high]."""
     raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))

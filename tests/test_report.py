@@ -273,8 +273,8 @@ def test_blocks(text, expected):
 
 
 def test_ticks_are_round_and_inside():
-    assert report._ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert report._ticks(-0.03, 0.021, 4) == [-0.02, 0, 0.02]
+    assert report.ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert report.ticks(-0.03, 0.021, 4) == [-0.02, 0, 0.02]
 
 
 def test_command_line(tmp_path, capsys):
