@@ -120,7 +120,7 @@ def load(
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(optimizer_states[name])
     restore_rng(saved["rng"])
-    return {"step": saved["step"], **saved["state"]}
+    return {**saved["state"], "step": saved["step"]}
 
 
 def latest(folder: str | Path) -> Path | None:

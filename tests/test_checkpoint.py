@@ -93,7 +93,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path):
     expected = [training.step() for _ in range(3)]
 
     resumed = Training(seed=1)
-    assert resumed.load(path) == {"step": 3, "episodes": 21}
+    state = resumed.load(path)
+    assert state == {"step": 3, "episodes": 21}
     assert [resumed.step() for _ in range(3)] == expected
     assert_same_weights(resumed.weights(), training.weights())
     for name, optimizer in training.optimizers.items():
@@ -103,6 +104,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path):
             for key, value in entries.items():
                 restored = ours["state"][parameter][key]
                 assert restored.dtype == value.dtype and torch.equal(restored, value), (name, parameter, key)
+    path = resumed.save(tmp_path, 6, state=state)
+    assert resumed.load(path)["step"] == 6, "a state that was once loaded holds an older step"
 
 
 def test_the_folder_is_a_hugging_face_model_without_pickles(tmp_path):
