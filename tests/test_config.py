@@ -114,6 +114,7 @@ def test_a_default_list_is_not_shared():
         (["--env.sice=small"], "env.size"),
         (["--updatse", "1"], "updates"),
         (["stray"], None),
+        (["train.lr", "3"], None),
     ],
 )
 def test_unknown_options_name_the_nearest(capsys, argv, near):
@@ -163,7 +164,14 @@ def test_non_negative_options_refuse_minus_one(name):
 def test_unit_interval_options_refuse_two(name):
     with pytest.raises(ConfigError, match=rf"{name}: must lie in \[0, 1\]"):
         resolve([], {name: 2})
-    resolve([], {name: 1})
+    resolve([], {name: 0})
+    if name != "warm_start.noise":
+        resolve([], {name: 1})
+
+
+def test_noise_on_every_turn_would_leave_nothing_to_imitate():
+    with pytest.raises(ConfigError, match="warm_start.noise: must be below 1"):
+        resolve([], {"warm_start.noise": 1})
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -178,6 +186,11 @@ def test_choices_are_listed(name):
 def test_value_coef_has_three_entries():
     with pytest.raises(ConfigError, match="train.value_coef"):
         resolve([], {"train.value_coef": "1,2"})
+
+
+def test_dual_clip_of_one_would_clip_every_loss():
+    with pytest.raises(ConfigError, match="train.dual_clip: must be above 1"):
+        resolve([], {"train.dual_clip": 1})
 
 
 def test_the_lists_of_ranges_name_options_that_exist():
