@@ -170,8 +170,8 @@ POSITIVE = (
 ).split()
 NON_NEGATIVE = (
     "agent.history train.updates train.critic_updates train.warmup_updates train.lr train.critic_lr "
-    "train.weight_decay train.grad_clip train.kl_coef train.entropy_coef train.value_clip warm_start.lr "
-    "warm_start.noise eval.temperature run.threads"
+    "train.weight_decay train.grad_clip train.clip_low train.clip_high train.kl_coef train.entropy_coef "
+    "train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
 ).split()
 UNIT_INTERVAL = "advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()
 
@@ -234,7 +234,7 @@ def set_option(config: Config, name: str, value: typing.Any, source: str) -> Non
 def read_file(config: Config, path: str | Path) -> None:
     """Lays a YAML file of sections (`env: {size: medium}`) over `config`."""
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -263,6 +263,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name}: must lie in [0, 1], got {flat[name]}")
     if config.warm_start.noise == 1:
         raise ConfigError("warm_start.noise: must be below 1, or there is nothing left to imitate")
+    if not config.train.dual_clip > 1:
+        raise ConfigError(f"train.dual_clip: must be above 1, got {config.train.dual_clip}")
     if len(config.train.value_coef) != 3:
         raise ConfigError(
             f"train.value_coef: expected three numbers (low, high, switch), got {config.train.value_coef}"
@@ -276,7 +278,7 @@ def flatten(config: Config) -> dict[str, typing.Any]:
 
 def write_file(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
@@ -310,7 +312,8 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
     given = {name: value for name, value in vars(arguments).items() if name != "config"}
     try:
         if unknown:
-            set_option(Config(), unknown[0].lstrip("-").split("=")[0], None, "command line")
+            if unknown[0].startswith("-"):
+                set_option(Config(), unknown[0].lstrip("-").split("=")[0], None, "command line")
             raise ConfigError(f"command line: unexpected argument {unknown[0]!r}; options are --section.option VALUE")
         config = resolve([arguments.config] if arguments.config else [], given)
         if config.run.resume:
