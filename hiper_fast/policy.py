@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from pathlib import Path
 
 import torch
@@ -119,7 +120,8 @@ def load(config: ModelConfig, seed: int) -> Agent:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
         missing = config.local_files_only and not Path(config.path).exists()
         mend = "; to download it, add --model.local_files_only=false" if missing else ""
-        raise ConfigError(f"model.path: cannot load {where}: {str(error).strip().splitlines()[0]}{mend}") from error
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
     scaled = [
         k
         for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
