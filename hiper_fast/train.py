@@ -12,6 +12,7 @@ import sys
 import time
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from hiper_fast import checkpoint, hiper, report
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(argv, program="train", description=__doc__)
     try:
         train(config)
-    except (ConfigError, GameError, checkpoint.CheckpointError, FloatingPointError) as error:
+    except (ConfigError, GameError, checkpoint.CheckpointError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

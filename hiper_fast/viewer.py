@@ -22,7 +22,9 @@ def write_episodes(
     others = (
         [line for line in path.read_text().splitlines() if json.loads(line)["stage"] != stage] if path.exists() else []
     )
-    path.write_text("".join(line + "\n" for line in others + lines))
+    temporary = path.with_name(f".{path.name}.tmp")  # a kill or a full disk never leaves half a line
+    temporary.write_text("".join(line + "\n" for line in others + lines))
+    temporary.replace(path)
 
 
 def episode_record(t: Trajectories, index: int, targets: Targets | None) -> dict:

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from hiper_fast import checkpoint, config, hiper, policy, tiny, train
+from hiper_fast import checkpoint, config, hiper, policy, tiny, train, viewer
 from hiper_fast import eval as evaluation
 from hiper_fast.config import ModelConfig
 from hiper_fast.envs import household
@@ -332,6 +334,26 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path,
     assert checkpoint.latest(tmp_path / "full" / "checkpoints").name == "step-000002"
 
 
+def test_a_full_disk_never_leaves_half_an_episode(tmp_path, monkeypatch):
+    record = {"task": "t", "turns": []}
+    monkeypatch.setattr(viewer, "episode_record", lambda *_: record)
+    batch = SimpleNamespace(episodes=[None])
+    viewer.write_episodes(tmp_path, 3, "eval", batch)
+    whole, write_text = (tmp_path / "step-000003.jsonl").read_text(), Path.write_text
+
+    def full(self, text):
+        write_text(self, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", full)
+        viewer.write_episodes(tmp_path, 3, "train", batch)
+    assert (tmp_path / "step-000003.jsonl").read_text() == whole
+    viewer.write_episodes(tmp_path, 3, "train", batch)
+    lines = (tmp_path / "step-000003.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == ["eval", "train"]
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -428,6 +450,11 @@ def test_corrupt_game_file(tmp_path, monkeypatch, capsys):
 def test_bad_task_type(tmp_path, capsys):
     err = failure(capsys, arguments(tmp_path, **{"env.task_types": "juggle"}))
     assert "task_types" in err and "look_at_obj_in_light" in err
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "file" in failure(capsys, arguments(tmp_path / "file", updates=0))
 
 
 def test_resume_without_a_run(tmp_path, capsys):
