@@ -119,6 +119,10 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
             loss.backward()
             total += loss.item()
             correct += int((logprobs.detach() > math.log(0.5)).sum())
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"imitation: the loss became {total} in step {number}; lower warm_start.lr ({c.lr})"
+            )
         torch.nn.utils.clip_grad_norm_(agent.model.parameters(), config.train.grad_clip or math.inf)
         optimizer.step()
         yield number, len(parts), total, correct / tokens

@@ -87,6 +87,14 @@ def test_imitation_learns_and_says_how_far_it_is(agent):
     assert 0 <= steps[0][-1] < steps[-1][-1] <= 1
 
 
+def test_a_loss_that_is_not_finite_ends_it(agent):
+    config = settings(episodes=2)
+    t, own = show(agent, config)
+    torch.nn.init.constant_(agent.model.get_input_embeddings().weight, math.nan)
+    with pytest.raises(FloatingPointError, match="became nan in step 1; lower warm_start.lr"):
+        next(imitate(agent, t, own, config))
+
+
 def test_disturbed_turns_are_not_imitated(agent):
     config = settings(batch_turns=1000, episodes=4)
     t, own = show(agent, config)
