@@ -66,7 +66,10 @@ def table(metrics: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hiper_fast.eval", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m hiper_fast.eval",
+        description=__doc__.splitlines()[0],
+        epilog="The dotted options of hiper_fast.train say what is played: --env.size medium, --eval.episodes 1000, …",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",
@@ -83,11 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         [*(["--config", str(source)] if source else []), *overrides], program="eval", description=__doc__
     )
     if not arguments.checkpoint.is_dir():
-        print(f"--checkpoint: there is no folder {arguments.checkpoint}", file=sys.stderr)
+        print(f"{parser.prog}: --checkpoint: there is no folder {arguments.checkpoint}", file=sys.stderr)
         return 2
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     style = configuration.prompt_style(config)
-    config.model.path = str(arguments.checkpoint)
+    config.model.path = str(arguments.checkpoint.absolute())  # a folder, also if its name is "tiny"
     try:
         games, agent = Games(config), load(config.model, config.run.seed)
         metrics, _ = evaluate(

@@ -222,6 +222,13 @@ def test_command_takes_a_config_of_its_own_and_any_model_folder(saved, tmp_path,
     assert capsys.readouterr().out.splitlines()[-1].split()[1] == "2"
 
 
+def test_a_folder_called_tiny_is_no_preset(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["--checkpoint", "tiny"]) == 2
+    assert "cannot load" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", ["nowhere", "nowhere/checkpoints/step-000001", "/"])
 def test_bad_checkpoint(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -258,7 +265,7 @@ def test_help_names_the_options(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert "--checkpoint" in out and "--config" in out and "--sampling-seed" in out
+    assert "--checkpoint" in out and "--config" in out and "--sampling-seed" in out and "--env.size" in out
 
 
 def test_missing_data_is_one_line(saved, capsys):
