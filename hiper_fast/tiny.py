@@ -1,6 +1,6 @@
 """The embedded default model: a Llama-type causal LM of 0.4 million parameters and a word tokenizer, from scratch.
 
-Python -m hiper_fast.tiny writes the shipped tokenizer anew.
+`python -m hiper_fast.tiny` writes the shipped tokenizer anew.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hiper_fast.ops.find_roles import byte_level_alphabet
+
 FOLDER = Path(__file__).parent / "tiny_tokenizer"
 END, PAD = "<|end|>", "<|pad|>"
 TAGS = [f"<{slash}{name}>" for name in ("switch", "subgoal", "action") for slash in ("", "/")]
@@ -19,7 +21,7 @@ SPLIT = r"</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """A lossless tokenizer: each word of `words`, alone and after a space, is one token; all else is bytes."""
-    letters = bytes_to_unicode()
+    letters = byte_level_alphabet()
     pieces = [p for word in dict.fromkeys([*words, *map(str, range(64))]) for p in (word, " " + word)]
     encoded = ["".join(letters[b] for b in piece.encode()) for piece in [*TAGS, *pieces]]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([PAD, END, *letters, *encoded]))}
@@ -32,13 +34,6 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
-
-
-def bytes_to_unicode() -> list[str]:
-    """Byte -> the printable character that stands for it in byte-level vocabularies (GPT-2's map)."""
-    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-    rest = iter(range(256, 512))
-    return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:

@@ -81,7 +81,7 @@ def _piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
         if step["type"] not in known or regex:
             kind = "Replace with a regular expression" if regex else step["type"]
             raise ValueError(f"tokenizer: the bytes of a token are not known for its decoder ({kind})")
-    byte_of = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
+    byte_of = {character: byte for byte, character in enumerate(byte_level_alphabet())}
 
     def decode(token: str) -> bytes:
         for step in steps:
@@ -111,7 +111,7 @@ def _piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     return decode
 
 
-def _byte_level_alphabet() -> list[str]:
+def byte_level_alphabet() -> list[str]:
     """GPT-2's map: byte -> the printable character that stands for it."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
