@@ -26,8 +26,7 @@ MAX_FILE_BYTES = 16 << 20  # official games have at most 150 kB
 
 _STATES = {"isclean": "clean", "ishot": "hot", "iscool": "cool"}
 _VERBS = {"clean": "clean", "hot": "heat", "cool": "cool"}
-_ABILITIES = ("pickupable", "cleanable", "heatable", "coolable", "sliceable", "toggleable")
-_ABILITIES += ("isreceptacleobject",)
+_ABILITIES = ("pickupable", "cleanable", "heatable", "coolable", "sliceable", "toggleable", "isreceptacleobject")
 _FLUENTS = {  # the predicates that commands change -> number of arguments
     "atlocation": 2,
     "holds": 2,
