@@ -105,7 +105,7 @@ def bounds(cu):
 
 
 def shaped_by_hand(t, config, scripts):
-    """DESIGN's sentences as plain loops over parsed responses; subgoal text stands for its tokens."""
+    """The rules of shaping as plain loops over parsed responses; subgoal text stands for its tokens."""
     rewards = t.rewards.tolist()
     for (begin, end), turns, (texts, _) in zip(bounds(t.cu_turns), turn_texts(scripts), scripts, strict=True):
         for i, turn in enumerate(turns):
@@ -135,7 +135,7 @@ def shaped_by_hand(t, config, scripts):
         RewardConfig(invalid=-0.1, keep=-3.5, keep_mode="normalized", consistency=-0.3),
     ],
 )
-def test_shaping_is_designs_sentences(agent, config):
+def test_shaping_equals_its_rules_in_plain_loops(agent, config):
     t = build(agent)
     before = t.rewards.clone()
     shaped = shape_rewards(t, config)
@@ -172,7 +172,7 @@ def test_consistency_needs_both_subgoals_and_never_crosses_episodes(agent):
 
 
 def value_positions(agent, t):
-    """DESIGN's positions by hand, as indices into each turn's sequence: low, high, switch."""
+    """The value positions by hand, as indices into each turn's sequence: low, high, switch."""
     rows = []
     for (p0, p1), (r0, r1) in zip(bounds(t.cu_prompts), bounds(t.cu_tokens), strict=True):
         starts, text = [], b""
