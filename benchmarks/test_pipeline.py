@@ -1,9 +1,10 @@
-"""The stages of one update of the embedded default, in tokens a second: rollout, score, estimate, update.
+"""The stages of an update of the embedded default, in tokens a second: rollout, score, estimate, update.
 
-The tiny model has random weights, so episodes run to the turn limit and responses to the token limit: an update at its
-longest. Beside the update in microbatches of like length stands the same one with every sequence padded to 512 tokens,
-timed once their losses were found equal; beside the trunk's forward and backward stands this machine's own rate of
-float32 matrix products. HIPER_FAST_BENCH=tiny makes it all small enough to test the benchmarks themselves.
+32 episodes, a quarter of the default's update. The tiny model has random weights, so episodes run to the turn limit and
+responses to the token limit: turns at their longest. Beside the update in microbatches of like length stands the same
+one with every sequence padded to 512 tokens, timed once their losses were found equal; beside the trunk's forward and
+backward stands this machine's own rate of float32 matrix products. HIPER_FAST_BENCH=tiny makes it all small enough to
+test the benchmarks themselves.
 """
 
 import copy
@@ -30,8 +31,8 @@ SQUARE = 128 if TINY else 1024  # of the matrices whose product is the roofline
 def config():
     config = Config()
     config.env.name, config.model.device = "household", "cpu"
+    config.train.episodes = 2 if TINY else 32
     if TINY:
-        config.train.episodes, config.train.minibatches = 2, 2
         config.env.max_turns, config.agent.max_response_tokens = 3, 8
     return config
 
@@ -102,7 +103,7 @@ def test_rollout(benchmark, play, t):
 
 @pytest.mark.benchmark(group="score")
 def test_score(benchmark, agent, t, config, scores):
-    again = benchmark.pedantic(hiper.score, (agent, t, config), rounds=2)
+    again = benchmark.pedantic(hiper.score, (agent, t, config), rounds=2 if TINY else 1)
     torch.testing.assert_close(again, scores)
     note_rate(benchmark, all_tokens(t))
 
