@@ -70,7 +70,7 @@ class AdvantageConfig:
     estimator: str = option("hae", "hae: three levels (HiPER); gae: one flat level over turns, for comparison")
     gamma: float = option(0.98, "discount per turn (reference: 1)")
     lambda_turn: float = option(1.0, "lambda within a segment")
-    lambda_segment: float = option(0.95, "lambda over segments")
+    lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)")
     normalize: bool = option(True, "normalise each level over the turns that carry it")
     bootstrap: bool = option(True, "bootstrap truncated episodes from the state after them")
 
