@@ -6,6 +6,7 @@ import random
 
 from hiper_fast import envs
 from hiper_fast.config import Config, ConfigError, environment
+from hiper_fast.envs import alfworld
 
 PANEL = 2**31  # household seeds below it are for training, from it on for evaluation
 
@@ -37,5 +38,5 @@ class Games:
         count = self.config.eval.episodes
         if self.name == "household":
             return [{"seed": PANEL + i} for i in range(count)]
-        games = envs.alfworld.games(self.config.env.eval_split)
+        games = alfworld.games(self.config.env.eval_split)
         return [{"options": {"game": game}} for game in random.Random("panel").sample(games, min(count, len(games)))]

@@ -114,22 +114,17 @@ def estimate(
     low, high, switch = values.unbind(1)
     if config.estimator == "hae":
         levels = ops.hae(
-            t.rewards, low.contiguous(), high.contiguous(), t.switch, t.terminated, t.cu_turns,
-            values_switch=switch.contiguous(), bootstrap_low=bootstrap, bootstrap_high=bootstrap,
+            t.rewards, low, high, t.switch, t.terminated, t.cu_turns,
+            values_switch=switch, bootstrap_low=bootstrap, bootstrap_high=bootstrap,
             gamma=config.gamma, lambda_turn=config.lambda_turn, lambda_segment=config.lambda_segment,
         )  # fmt: skip
         every = torch.ones_like(levels.boundary)
         value_mask = torch.stack([every, levels.boundary, every], 1)
     else:
         advantages, returns = ops.gae(
-            t.rewards,
-            high.contiguous(),
-            t.terminated,
-            t.cu_turns,
-            bootstrap=bootstrap,
-            gamma=config.gamma,
-            lambda_=config.lambda_segment,
-        )
+            t.rewards, high, t.terminated, t.cu_turns,
+            bootstrap=bootstrap, gamma=config.gamma, lambda_=config.lambda_segment,
+        )  # fmt: skip
         every = torch.ones_like(t.switch)
         levels = ops.HAE(advantages, returns, advantages, returns, advantages, returns, every)
         value_mask = torch.stack([~every, every, ~every], 1)

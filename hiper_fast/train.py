@@ -37,11 +37,8 @@ def train(config: Config) -> None:
     agent = load(config.model, config.run.seed)
     prompter = Prompter(agent.tokenizer, config.agent, prompt_style(config))
     folder = run_folder(config)
-    checkpoints, episodes, reference = (
-        folder / "checkpoints",
-        folder / "episodes",
-        folder / "reference.safetensors",
-    )
+    checkpoints, episodes = folder / "checkpoints", folder / "episodes"
+    reference = folder / "reference.safetensors"
     saved = checkpoint.latest(checkpoints) if config.run.resume else None
     start = checkpoint.step_of(saved) if saved else None
     c = config.train

@@ -26,9 +26,7 @@ class Episode:
     task_type: str
     won: bool = False
     terminated: bool = False
-    prompts: list[list[int]] = field(
-        default_factory=list
-    )  # token ids, one list a turn; the state after the last turn last
+    prompts: list[list[int]] = field(default_factory=list)  # token ids, a list a turn; truncated: one more, of the end
     responses: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
