@@ -60,6 +60,7 @@ class ModelConfig:
 class RewardConfig:
     success: float = option(1.0, "reward of the winning turn (reference: 10)")
     invalid: float = option(-0.1, "added on a turn whose response does not keep the format")
+    inadmissible: float = option(-0.1, "added on a turn whose command the environment does not list (reference: 0)")
     keep: float = option(0.0, "KEEP penalty (reference, ALFWorld: -0.3)")
     keep_mode: str = option("normalized", "normalized: divided by the episode's turns; fixed: on each KEEP turn")
     consistency: float = option(0.0, "added on a KEEP turn whose subgoal differs from the last one (reference: -0.3)")
@@ -72,18 +73,20 @@ class AdvantageConfig:
     lambda_turn: float = option(1.0, "lambda within a segment")
     lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)")
     normalize: bool = option(True, "normalise each level over the turns that carry it")
-    bootstrap: bool = option(True, "bootstrap truncated episodes from the state after them")
+    bootstrap: bool = option(False, "bootstrap truncated episodes from the state after them")
 
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(30, "policy updates; 0 stops after the warm start")
+    updates: int = option(34, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
     minibatches: int = option(4, "optimiser steps per update, over turns drawn without repetition")
     critic_updates: int = option(2, "first updates that train the critic alone")
+    final_lr: float = option(0.1, "both rates fall linearly to this share at the last update (reference: 1, constant)")
+    beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")
     warmup_updates: int = option(4, "policy updates over which its learning rate rises")
     microbatch_tokens: int = option(8192, "tokens, padding included, in one forward pass")
-    lr: float = option(2e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    lr: float = option(4e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     grad_clip: float = option(1.0, "largest gradient norm")
@@ -103,7 +106,7 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(2000, "scripted episodes")
+    episodes: int = option(1700, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
@@ -173,7 +176,9 @@ NON_NEGATIVE = (
     "train.weight_decay train.grad_clip train.clip_low train.clip_high train.kl_coef train.entropy_coef "
     "train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
 ).split()
-UNIT_INTERVAL = "advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()
+UNIT_INTERVAL = (
+    "train.final_lr train.beta2 advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()
+)
 
 
 def options() -> dict[str, tuple[typing.Any, str]]:

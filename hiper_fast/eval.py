@@ -11,14 +11,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-
 from hiper_fast import config as configuration
 from hiper_fast.config import Config, ConfigError
 from hiper_fast.envs.pddl import GameError
 from hiper_fast.games import Games
 from hiper_fast.metrics import wilson
-from hiper_fast.policy import Agent, load
+from hiper_fast.policy import Agent, configure_torch, load
 from hiper_fast.prompt import Prompter
 from hiper_fast.rollout import Play, rollout, sampled
 from hiper_fast.trajectory import Trajectories, pack
@@ -88,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.checkpoint.is_dir():
         print(f"{parser.prog}: --checkpoint: there is no folder {arguments.checkpoint}", file=sys.stderr)
         return 2
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    style = configuration.prompt_style(config)
+    configure_torch(config.run)
     config.model.path = str(arguments.checkpoint.absolute())  # a folder, also if its name is "tiny"
+    style = configuration.prompt_style(config)
     try:
         games, agent = Games(config), load(config.model, config.run.seed)
         metrics, _ = evaluate(

@@ -6,10 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from hiper_fast.envs.household import subgoal_phrases
-
-APPLIANCES = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
-VERBS = {"clean": "clean", "hot": "heat", "cool": "cool"}
+from hiper_fast.envs.household import CHANGES, subgoal_phrases
 
 
 @dataclass(slots=True)
@@ -31,7 +28,7 @@ class Searcher:
     def __init__(self, goal, rng: random.Random):
         self.goal, self.rng = goal, rng
         self.phrases = subgoal_phrases(goal)
-        self.verb = VERBS.get(goal.state)
+        self.change = CHANGES.get(goal.state)
         self.here: str | None = None
         self.holding: str | None = None
         self.receptacles: list[str] = []
@@ -60,7 +57,7 @@ class Searcher:
             if self.goal.count == 2 and ends:
                 self.placed.add(match[1])
         elif match := re.fullmatch(r"(clean|heat|cool) (.+) with .+", action):
-            if match[1] == self.verb:
+            if self.change and match[1] == self.change.verb:
                 self.treated.add(match[2])
             elif match[1] != "clean":
                 self.treated.discard(match[2])
@@ -80,12 +77,11 @@ class Searcher:
             return self.fetch(commands)
         if type_of(self.holding) != self.goal.object_type:
             return Move(self.phrases["find"], self.put_down(commands))
-        if self.verb and self.holding not in self.treated:
-            appliance = next(r for r in self.receptacles if type_of(r) == APPLIANCES[self.verb])
-            return Move(
-                self.phrases[self.verb],
-                self.first(commands, f"{self.verb} {self.holding} with {appliance}", f"go to {appliance}"),
-            )
+        if self.change and self.holding not in self.treated:
+            verb, kind = self.change.verb, self.change.appliance.lower()
+            appliance = next(r for r in self.receptacles if type_of(r) == kind)
+            action = self.first(commands, f"{verb} {self.holding} with {appliance}", f"go to {appliance}")
+            return Move(self.phrases[verb], action)
         if self.goal.lamp_type:
             return self.light(commands)
         target = next(r for r in self.receptacles if type_of(r) == self.goal.receptacle_type)
@@ -151,7 +147,7 @@ def serves(goal, walkthrough) -> list[str]:
         if verb == "take":
             phase, own = f"find{nth}", f"take{nth}"
             taken += 1
-        elif verb in APPLIANCES or verb == "use":
+        elif verb in ("clean", "heat", "cool", "use"):
             phase = own = verb
         elif verb == "move":
             phase = own = f"put{nth}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hiper_fast import ops, tiny
-from hiper_fast.config import ConfigError, ModelConfig
+from hiper_fast.config import ConfigError, ModelConfig, RunConfig
 
 
 class Critic(nn.Module):
@@ -97,6 +97,13 @@ class Agent:
             bias=getattr(head, "bias", None),
             entropy=entropy,
         )
+
+
+def configure_torch(config: RunConfig) -> None:
+    """Threads, and denormals as zero: gradients of small models are full of them and they slow the CPU down."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)
 
 
 def load(config: ModelConfig, seed: int) -> Agent:

@@ -40,10 +40,11 @@ class Play:
         if parsed.subgoal and (parsed.switch or not episode.responses):
             state.subgoal = parsed.subgoal
         episode.turns.append(Turn(state.observation, text.decode(errors="replace"), state.subgoal, action))
-        observation, reward, terminated, _, self.info = self.env.step(action)
+        reward = 0.0 if action.strip() in state.commands else self.config.reward.inadmissible
+        observation, _, terminated, _, self.info = self.env.step(action)
         episode.responses.append(answer[0])
         episode.logprobs.append(answer[1])
-        episode.rewards.append(self.config.reward.success if self.info["won"] else 0.0)
+        episode.rewards.append(reward + (self.config.reward.success if self.info["won"] else 0.0))
         episode.won, episode.terminated = self.info["won"], terminated
         state.history.append((state.observation, action))
         state.observation, state.commands = observation.strip(), self.info["admissible_commands"]

@@ -21,7 +21,7 @@ from hiper_fast.envs.pddl import GameError
 from hiper_fast.eval import evaluate
 from hiper_fast.games import Games
 from hiper_fast.metrics import Logger
-from hiper_fast.policy import load
+from hiper_fast.policy import configure_torch, load
 from hiper_fast.prompt import Prompter
 from hiper_fast.rollout import Play, rollout, sampled, summary
 from hiper_fast.trajectory import pack
@@ -31,7 +31,7 @@ from hiper_fast.warm_start import warm_start
 
 def train(config: Config) -> None:
     """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints."""
-    configure_torch(config)
+    configure_torch(config.run)
     games = Games(config)
     envs = games.make(config.train.episodes)
     agent = load(config.model, config.run.seed)
@@ -52,9 +52,10 @@ def train(config: Config) -> None:
         if c.kl_coef:
             agent.freeze_reference()
         agent.add_critic()
+        adam = {"betas": (0.9, c.beta2), "weight_decay": c.weight_decay}
         optimizers = {
-            "policy": torch.optim.AdamW(agent.model.parameters(), betas=(0.9, 0.99), weight_decay=c.weight_decay),
-            "critic": torch.optim.AdamW(agent.critic.parameters(), betas=(0.9, 0.99), weight_decay=c.weight_decay),
+            "policy": torch.optim.AdamW(agent.model.parameters(), **adam),
+            "critic": torch.optim.AdamW(agent.critic.parameters(), **adam),
         }
         state = {"best": -1.0, "skipped": 0}
         if saved:
@@ -74,8 +75,9 @@ def train(config: Config) -> None:
                 with logger.stage("update"):
                     generator = torch.Generator().manual_seed(seed_of(config, step))
                     learned = step - c.critic_updates  # the policy's updates so far, this one included
-                    set_lr(optimizers["policy"], c.lr * min(1.0, learned / max(1, c.warmup_updates)))
-                    set_lr(optimizers["critic"], c.critic_lr)
+                    share = 1 - (1 - c.final_lr) * step / c.updates
+                    set_lr(optimizers["policy"], c.lr * share * min(1.0, learned / max(1, c.warmup_updates)))
+                    set_lr(optimizers["critic"], c.critic_lr * share)
                     losses = hiper.update(agent, optimizers, t, targets, config, generator, train_policy=learned > 0)
                 counts = {"episodes": step * c.episodes, "time/total": time.perf_counter() - began}
                 logger.log(step, "train", summary(t) | losses | counts)
@@ -109,13 +111,6 @@ def train(config: Config) -> None:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def configure_torch(config: Config) -> None:
-    """Threads, and denormals as zero: gradients of small models are full of them and they slow the CPU down."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.set_flush_denormal(True)
 
 
 def resolved(config: Config) -> Config:

@@ -360,3 +360,10 @@ def test_resume_reads_the_runs_own_options_below_the_command_line(tmp_path, caps
     assert (config.train.updates, config.train.episodes) == (12, 3)
     assert config.run.resume and run_folder(config) == tmp_path / "mine"
     assert "there is no run" in refused(capsys, "--resume", "--name", "other", "--run.folder", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(Path(configuration.__file__).parent.glob("recipes/*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_load(recipe):
+    configuration.resolve([recipe], {})

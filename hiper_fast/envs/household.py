@@ -38,7 +38,7 @@ TASK_SENTENCES = {
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
     """How an object gets into a state: the command's verb, the appliance, and the two predicates."""
 
     verb: str
@@ -47,10 +47,10 @@ class _Change:
     done: str
 
 
-_CHANGES = {
-    "clean": _Change("clean", "SinkBasin", "cleanable", "isClean"),
-    "hot": _Change("heat", "Microwave", "heatable", "isHot"),
-    "cool": _Change("cool", "Fridge", "coolable", "isCool"),
+CHANGES = {
+    "clean": Change("clean", "SinkBasin", "cleanable", "isClean"),
+    "hot": Change("heat", "Microwave", "heatable", "isHot"),
+    "cool": Change("cool", "Fridge", "coolable", "isCool"),
 }
 _STATE_OF_TASK = {
     "pick_clean_then_place_in_recep": "clean",
@@ -83,7 +83,7 @@ def subgoal_phrases(goal: Goal) -> dict[str, str]:
     if goal.lamp_type is not None:
         return phrases | {"use": f"use {goal.lamp_type}"}
     if goal.state is not None:
-        verb = _CHANGES[goal.state].verb
+        verb = CHANGES[goal.state].verb
         phrases[verb] = f"{verb} {thing}"
     phrases["put"] = f"put {thing} in {goal.receptacle_type}"
     if goal.count == 2:
@@ -192,7 +192,7 @@ class _Plan:
 @cache
 def _targets(task_type: str, room: str) -> dict[str, dict[str, float]]:
     """Object types a task may ask for in a room -> receptacle types they may go to, with their shares."""
-    change = _CHANGES.get(_STATE_OF_TASK.get(task_type, ""))
+    change = CHANGES.get(_STATE_OF_TASK.get(task_type, ""))
     receptacles, targets = _ROOMS[room]["receptacles"], {}
     for kind, facts in _ROOMS[room]["objects"].items():
         if not {"pickupable", change.able if change else "pickupable"} <= set(_ABILITIES[kind]):
@@ -258,7 +258,7 @@ def _draw_scene(rng: random.Random, plan: _Plan, size: str) -> _Scene:
     if plan.receptacle:
         required.append(plan.receptacle)
     if plan.state:
-        required.append(_CHANGES[plan.state].appliance)
+        required.append(CHANGES[plan.state].appliance)
     receptacles = _draw_receptacles(rng, plan.room, required, fewest + _below(rng, most - fewest + 1))
 
     standing: dict[str, list[_Receptacle]] = {}
@@ -364,7 +364,7 @@ def _solve(rng: random.Random, plan: _Plan, scene: _Scene) -> tuple[list[str], l
         visit(thing.home, f"find{nth}", open_it=True)
         do(f"take {thing.name} from {thing.home.name}", f"take{nth}")
         if plan.state:
-            change, appliance = _CHANGES[plan.state], any_of(_CHANGES[plan.state].appliance)
+            change, appliance = CHANGES[plan.state], any_of(CHANGES[plan.state].appliance)
             visit(appliance, change.verb)
             do(f"{change.verb} {thing.name} with {appliance.name}", change.verb)
         if end:
@@ -380,7 +380,7 @@ def _solve(rng: random.Random, plan: _Plan, scene: _Scene) -> tuple[list[str], l
 def _problem_text(name: str, plan: _Plan, scene: _Scene) -> str:
     """The PDDL problem, with the types and canContain pairs of this room and the types the domain names."""
     kinds = sorted({thing.kind for thing in scene.things} | _KNIVES)
-    appliances = {change.appliance for change in _CHANGES.values()}
+    appliances = {change.appliance for change in CHANGES.values()}
     ends = sorted({receptacle.kind for receptacle in scene.receptacles} | appliances)
     start = "loc_bar_0"
     locations = dict.fromkeys([start, *(receptacle.location for receptacle in scene.receptacles)])
@@ -434,7 +434,7 @@ def _goal_text(plan: _Plan) -> str:
         return f"(and (exists (?r - receptacle) (exists (?o1 - object) (and {lies('?o1')} {second}))))"
     changed = ""
     if plan.state:
-        change = _CHANGES[plan.state]
+        change = CHANGES[plan.state]
         changed = f"({change.able} ?o) ({change.done} ?o) "
     return f"(and (exists (?r - receptacle) (exists (?o - object) (and {changed}{lies('?o')}))))"
 
