@@ -89,7 +89,7 @@ def settings(**train):
     for name, value in {"minibatches": 1, "grad_clip": 0.0, **train}.items():
         setattr(config.train, name, value)
     config.agent.temperature = 1.0
-    config.advantage = AdvantageConfig(gamma=0.9, lambda_turn=0.8, lambda_segment=0.7)
+    config.advantage = AdvantageConfig(gamma=0.9, lambda_turn=0.8, lambda_segment=0.7, bootstrap=True)
     return config
 
 

@@ -40,7 +40,7 @@ def agent():
 
 def settings(max_turns=20, **agent):
     config = Config()
-    config.env.max_turns, config.reward.success = max_turns, 10.0
+    config.env.max_turns, config.reward.success, config.reward.inadmissible = max_turns, 10.0, 0.0
     config.agent.max_response_tokens, config.agent.max_prompt_tokens = 12, 4000
     for name, value in agent.items():
         setattr(config.agent, name, value)
@@ -170,6 +170,16 @@ def test_the_success_reward_is_the_configured_one(agent):
     ids = agent.tokenizer(say(SWITCH, "s", "win"), add_special_tokens=False)["input_ids"]
     play.step((ids, [0.0] * len(ids)), agent.decode(ids))
     assert play.episode.rewards == [3.0] and play.over
+
+
+def test_a_command_that_is_not_listed_costs(agent):
+    config = settings()
+    config.reward.inadmissible = -0.5
+    play = Play(Lines(), {}, config)
+    for action in ("wait 0", "fly", "win"):
+        ids = agent.tokenizer(say(SWITCH, "s", action), add_special_tokens=False)["input_ids"]
+        play.step((ids, [0.0] * len(ids)), agent.decode(ids))
+    assert play.episode.rewards == [0.0, -0.5, 10.0]
 
 
 def test_no_plays():
