@@ -23,7 +23,7 @@ def type_of(name: str) -> str:
 
 
 class Searcher:
-    """Plays from the text alone: visits receptacles in random order until it sees what it needs; remembers the rest."""
+    """Plays from the text alone: visits receptacles as they are listed until it sees what it needs; remembers the rest."""
 
     def __init__(self, goal, rng: random.Random):
         self.goal, self.rng = goal, rng
@@ -41,7 +41,7 @@ class Searcher:
         """Takes in the result of `action` (None at the start)."""
         if not self.receptacles:
             self.receptacles = [c.removeprefix("go to ") for c in commands if c.startswith("go to ")]
-            self.unexplored = self.rng.sample(self.receptacles, len(self.receptacles))
+            self.unexplored = list(self.receptacles)
         if observation.startswith("Nothing happens") or action is None:
             return
         if match := re.fullmatch(r"go to (.+)", action):
@@ -118,7 +118,7 @@ class Searcher:
 
     def search(self, commands: list[str]) -> str:
         if not self.unexplored:
-            self.unexplored = self.rng.sample(self.receptacles, len(self.receptacles))
+            self.unexplored = list(self.receptacles)
         return self.first(commands, *(f"{verb} {r}" for verb in ("open", "go to") for r in self.unexplored))
 
     def first(self, commands: list[str], *wanted: str) -> str:
