@@ -86,7 +86,7 @@ class TrainConfig:
     beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")
     warmup_updates: int = option(4, "policy updates over which its learning rate rises")
     microbatch_tokens: int = option(8192, "tokens, padding included, in one forward pass")
-    lr: float = option(4e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    lr: float = option(2e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     grad_clip: float = option(1.0, "largest gradient norm")
