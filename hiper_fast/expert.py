@@ -23,7 +23,7 @@ def type_of(name: str) -> str:
 
 
 class Searcher:
-    """Plays from the text alone: visits receptacles as they are listed until it sees what it needs; remembers the rest."""
+    """Plays from the text alone: visits receptacles as they are listed until it sees what it needs, and remembers."""
 
     def __init__(self, goal, rng: random.Random):
         self.goal, self.rng = goal, rng
