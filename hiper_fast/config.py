@@ -78,7 +78,7 @@ class AdvantageConfig:
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(30, "policy updates; 0 stops after the warm start")
+    updates: int = option(28, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
     minibatches: int = option(4, "optimiser steps per update, over turns drawn without repetition")
     critic_updates: int = option(2, "first updates that train the critic alone")

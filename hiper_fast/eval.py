@@ -1,6 +1,6 @@
 """Success on a fixed panel of unseen games, a row per task type.
 
-python -m hiper_fast.eval --checkpoint runs/household-seed0/checkpoints/step-000030
+python -m hiper_fast.eval --checkpoint runs/household-seed0/checkpoints/step-000028
 """
 
 from __future__ import annotations
