@@ -85,15 +85,15 @@ def train(config: Config) -> None:
 
             stop = state["skipped"] >= c.max_skipped
             last = step == c.updates or stop
+            improved = False
             if step % config.eval.every == 0 or last:
                 metrics, panel = evaluate(agent, games, prompter, config)
+                improved = metrics["eval/success"] > state["best"]
+                state["best"] = max(state["best"], metrics["eval/success"])
                 logger.log(step, "eval", metrics)
                 write_episodes(episodes, step, "eval", panel)
                 if step > 0:
                     write_episodes(episodes, step, "train", t, targets)
-            improved = (step % config.eval.every == 0 or last) and metrics["eval/success"] > state["best"]
-            if improved:
-                state["best"] = metrics["eval/success"]
             if step % config.run.save_every == 0 or improved or last:
                 checkpoint.save(checkpoints, step, policy=agent.model, tokenizer=agent.tokenizer, critic=agent.critic,
                                 optimizers=optimizers, state=state, keep=config.run.keep)  # fmt: skip
