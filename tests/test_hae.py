@@ -129,7 +129,7 @@ def test_opcheck():
     "name, value",
     [
         ("rewards", torch.zeros(2, 2)),
-        ("rewards", torch.zeros(5, dtype=torch.float16)),
+        ("rewards", torch.zeros(5, dtype=torch.int64)),
         ("values_low", torch.zeros(4, dtype=torch.float64)),
         ("values_high", torch.zeros(5, dtype=torch.float32)),
         ("switch", torch.zeros(5)),

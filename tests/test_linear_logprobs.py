@@ -1,13 +1,10 @@
 """linear_logprobs: no less exact than torch in the same dtype, in chunks, with its gradients."""
 
-import sys
-
 import pytest
 import torch
 
 from hiper_fast import ops
-
-module = sys.modules["hiper_fast.ops.linear_logprobs"]
+from hiper_fast.ops import _head
 
 
 def random_case(n, h, v, dtype=torch.float64, bias=True, seed=0):
@@ -29,9 +26,10 @@ def gradients(function, hidden, weight, targets, bias, **options):
     return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.fixture(params=[1, 50, 2**24], ids=["row by row", "some rows", "at once"])
+@pytest.fixture(params=[1, 400, 2**27], ids=["row by row", "some rows", "at once"])
 def chunk(request, monkeypatch):
-    monkeypatch.setitem(module._CHUNK, "cpu", request.param)
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", request.param)
+    monkeypatch.setattr(_head, "TILE_BYTES", request.param)
 
 
 @pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 1, 1), (1, 4, 7), (7, 5, 17), (33, 8, 3)])

@@ -47,14 +47,23 @@ class Implementation(str):
 def implementations() -> dict[str, dict[str, Implementation]]:
     """What would run here: op -> {"cpu": …, "cuda": …}, with "cuda" only where there is a GPU."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    scans = ("hae", "gae", "normalize", "find_roles", "scatter_advantages")
-    losses = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
-    return {op: {device: _implementation(op in scans, op, device) for device in devices} for op in (*scans, *losses)}
+    return {op: {device: _implementation(op, device) for device in devices} for op in _OPS}
 
 
-def _implementation(compiled: bool, op: str, device: str) -> Implementation:
-    if not compiled or (op == "normalize" and device == "cuda"):
-        return Implementation("reference", "torch operations; there is no fused kernel for it yet")
+_OPS = (
+    "hae", "gae", "normalize", "find_roles", "scatter_advantages",
+    "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo",
+)  # fmt: skip
+
+
+def _implementation(op: str, device: str) -> Implementation:
+    no_triton = ""
+    if device == "cuda":
+        kernel, no_triton = _library.triton_kernel(op, op)
+        if kernel is not None:
+            return Implementation("triton")
+        if _library.runs_on_cuda[op]:
+            return Implementation("reference", f"torch operations; {no_triton}")
     if _library.extension is None:
         return Implementation("reference", _library.why_no_extension)
-    return Implementation("cpp", "copied to the host and back; there is no GPU kernel for it yet" * (device == "cuda"))
+    return Implementation("cpp", no_triton and f"copied to the host and back; {no_triton}")

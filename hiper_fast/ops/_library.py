@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from collections.abc import Callable
 
@@ -20,25 +22,50 @@ except ImportError as error:
     )
     warnings.warn(f"hiper_fast runs on the slow torch reference: {why_no_extension}", stacklevel=2)
 
-FLOATS = (torch.float32, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *HALVES)
+
+runs_on_cuda: dict[str, bool] = {}  # op -> what it falls back to is made of CUDA operations
 
 _library = torch.library.Library("hiper_fast", "DEF")
 
 
-def define(schema: str, *, cpu: Callable, cuda: Callable | None = None, fake: Callable) -> Callable:
+def define(
+    schema: str, *, cpp: Callable, plain: Callable, fake: Callable, cuda: bool = False, module: str = ""
+) -> Callable:
     """Register one op: its schema, its kernels and its fake kernel. Returns the callable op.
 
-    cuda None: the tensors are copied to the host, and the result back.
+    It has no gradient of its own. On the CPU runs `cpp`, or `plain` where there is no extension; on a GPU the function
+    of the op's name in hiper_fast.kernels.<module, else the op's name>. Where that cannot be loaded, `plain` runs if it
+    is made of `cuda` operations; else the tensors are copied to the host, and the result back.
     """
     name = schema.split("(", 1)[0]
+    runs_on_cuda[name] = cuda
     _library.define(schema)
     op = getattr(torch.ops.hiper_fast, name).default
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda or _through_host(op), "CUDA")
+    plain = torch.no_grad()(plain)
+    otherwise = plain if cuda else _through_host(op)
+
+    def on_gpu(*arguments):
+        return (triton_kernel(name, module or name)[0] or otherwise)(*arguments)
+
+    _library.impl(name, plain if extension is None else cpp, "CPU")
+    _library.impl(name, on_gpu, "CUDA")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"hiper_fast::{name}", fake, lib=_library)
     return op
 
 
+@functools.cache
+def triton_kernel(name: str, module: str) -> tuple[Callable | None, str]:
+    """The op's function of hiper_fast.kernels, or None and the reason."""
+    try:
+        return getattr(importlib.import_module(f"hiper_fast.kernels.{module}"), name), ""
+    except (ImportError, AttributeError) as error:
+        return None, f"there is no Triton kernel to load ({error})"
+
+
+@functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Callable:
     """The C++ kernel of that name for that dtype."""
     return getattr(extension, f"{name}_{str(dtype).removeprefix('torch.')}")
@@ -48,8 +75,35 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def plain_buffer(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, and float32 for half precision: what the kernels read."""
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.dtype in HALVES else tensor).contiguous()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results and sums for inputs of `dtype`: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    """The saved gradients times that of the loss; None for those that are empty because nothing needs them."""
+    if not torch.compiler.is_compiling() and gradient.is_cpu and gradient.item() == 1:
+        return tuple(x if x.numel() else None for x in saved)
+    return tuple(x * gradient.to(x.dtype) if x.numel() else None for x in saved)
+
+
+def needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def split_denominator(denominator: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """What the op divides by (None: the number of loss tokens), and what its result is divided by after it: a tensor
+    may lie on a GPU, and to read it would wait for all that is queued there."""
+    if isinstance(denominator, Tensor):
+        return 1.0, denominator
+    return (None if denominator is None else float(denominator)), None
 
 
 def _through_host(op: Callable) -> Callable:

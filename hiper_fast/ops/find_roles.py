@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import address, check_cu, check_vector
+from hiper_fast.ops._library import check_cu, check_vector
 
 # What the kernel must know of a piece before it looks into its bytes.
 _HAS_ANGLE, _HAS_HIGH_BYTE, _EMPTY = 1, 2, 4
@@ -62,6 +62,13 @@ class TokenPieces:
             for piece in pieces
         ]
         self.flags = torch.tensor(flags, dtype=torch.uint8)
+        self._on = {torch.device("cpu"): (self.bytes, self.offsets, self.flags)}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(bytes, offsets, flags) on that device, copied there once."""
+        if device not in self._on:
+            self._on[device] = tuple(x.to(device) for x in self._on[torch.device("cpu")])
+        return self._on[device]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -119,26 +126,28 @@ def byte_level_alphabet() -> list[str]:
 
 
 def _cpu(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
-    tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
-    if _library.extension is None:
-        _library.check_prefix_sum("cu_tokens", cu_tokens, tokens)
-        data, offsets = piece_bytes.numpy().tobytes(), piece_offsets.tolist()
-        pieces = {}
-        for id in token_ids.unique().tolist():
-            if not 0 <= id < len(offsets) - 1:
-                raise ValueError(f"token_ids: {id} is not in the vocabulary of {len(offsets) - 1} pieces")
-            pieces[id] = data[offsets[id] : offsets[id + 1]]
-        return reference.find_roles(token_ids, cu_tokens, pieces)
     token_ids, cu_tokens = token_ids.contiguous(), cu_tokens.contiguous()
+    tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
     roles = torch.zeros(tokens, dtype=torch.uint8)
     switch, valid = torch.empty(turns, dtype=torch.bool), torch.empty(turns, dtype=torch.bool)
-    value_index = torch.empty(turns, 3, dtype=torch.int32)
+    value_index = torch.empty((turns, 3), dtype=torch.int32)
     _library.kernel("find_roles", token_ids.dtype)(
-        *map(address, (token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags)),
-        tokens, turns, piece_offsets.shape[0] - 1,
-        address(roles), address(switch), address(value_index), address(valid),
+        token_ids.data_ptr(), cu_tokens.data_ptr(), piece_bytes.data_ptr(), piece_offsets.data_ptr(),
+        piece_flags.data_ptr(), tokens, turns, piece_flags.shape[0],
+        roles.data_ptr(), switch.data_ptr(), value_index.data_ptr(), valid.data_ptr(),
     )  # fmt: skip
     return roles, switch, value_index, valid
+
+
+def _reference(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
+    _library.check_prefix_sum("cu_tokens", cu_tokens, token_ids.shape[0])
+    data, offsets = piece_bytes.numpy().tobytes(), piece_offsets.tolist()
+    pieces = {}
+    for id in token_ids.unique().tolist():
+        if not 0 <= id < len(offsets) - 1:
+            raise ValueError(f"token_ids: {id} is not in the vocabulary of {len(offsets) - 1} pieces")
+        pieces[id] = data[offsets[id] : offsets[id + 1]]
+    return reference.find_roles(token_ids, cu_tokens, pieces)
 
 
 def _fake(token_ids, cu_tokens, *_):
@@ -154,7 +163,8 @@ def _fake(token_ids, cu_tokens, *_):
 _op = _library.define(
     "find_roles(Tensor token_ids, Tensor cu_tokens, Tensor piece_bytes, Tensor piece_offsets, "
     "Tensor piece_flags) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu,
+    cpp=_cpu,
+    plain=_reference,
     fake=_fake,
 )
 
@@ -187,4 +197,4 @@ def find_roles(token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces) -> tup
     check_cu("cu_tokens", cu_tokens, token_ids.device)
     if not isinstance(pieces, TokenPieces):
         raise ValueError(f"pieces must be ops.TokenPieces(tokenizer), got {type(pieces).__name__}")
-    return _op(token_ids, cu_tokens, pieces.bytes, pieces.offsets, pieces.flags)
+    return _op(token_ids, cu_tokens, *pieces.on(token_ids.device))

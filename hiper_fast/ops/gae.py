@@ -6,33 +6,38 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, contiguous
+from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, plain_buffer, wide
 
 
 def _cpu(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
+    rewards, values, bootstrap = plain_buffer(rewards), plain_buffer(values), plain_buffer(bootstrap)
+    terminated, cu_turns = terminated.contiguous(), cu_turns.contiguous()
     turns = rewards.shape[0]
-    if _library.extension is None:
-        _library.check_prefix_sum("cu_turns", cu_turns, turns)
-        return torch.stack(
-            reference.gae(rewards, values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_)
-        )
-    tensors = [contiguous(t) for t in (rewards, values, terminated, cu_turns, bootstrap)]
     out = rewards.new_empty(2, turns)
     _library.kernel("gae", rewards.dtype)(
-        *map(address, tensors), turns, terminated.shape[0], gamma, lambda_, address(out)
-    )
+        rewards.data_ptr(), values.data_ptr(), terminated.data_ptr(), cu_turns.data_ptr(), address(bootstrap),
+        turns, terminated.shape[0], gamma, lambda_, out.data_ptr(),
+    )  # fmt: skip
     return out
+
+
+def _reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
+    _library.check_prefix_sum("cu_turns", cu_turns, rewards.shape[0])
+    result = reference.gae(
+        plain_buffer(rewards), values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_
+    )
+    return torch.stack(result)
 
 
 _op = _library.define(
     "gae(Tensor rewards, Tensor values, Tensor terminated, Tensor cu_turns, Tensor? bootstrap, "
     "float gamma, float lambda_) -> Tensor",
-    cpu=_cpu,
-    fake=lambda rewards, *_: rewards.new_empty(2, rewards.shape[0]),
+    cpp=_cpu,
+    plain=_reference,
+    fake=lambda rewards, *_: rewards.new_empty(2, rewards.shape[0], dtype=wide(rewards.dtype)),
 )
 
 
-@torch.no_grad()
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -50,13 +55,13 @@ def gae(
     Past a trajectory's last turn V is 0 if it terminated, else its bootstrap value.
 
     Args:
-        rewards, values: [turns] float32 or float64.
+        rewards, values: [turns] float32, float64, bfloat16 or float16, all of one dtype.
         terminated: bool [trajectories].
         cu_turns: int32 [trajectories + 1], exclusive prefix sum of the turns of each trajectory.
         bootstrap: [trajectories], the value of the state after the last turn; None means 0.
 
     Returns:
-        (advantages, returns), each [turns], detached from autograd.
+        (advantages, returns), each [turns], float32 or (for float64) float64, detached from autograd.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
@@ -68,5 +73,4 @@ def gae(
     check_vector("terminated", terminated, trajectories, (torch.bool,), device)
     if bootstrap is not None:
         check_vector("bootstrap", bootstrap, trajectories, dtype, device)
-    advantages, returns = _op(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_).unbind(0)
-    return advantages, returns
+    return _op(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_).unbind(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, contiguous
+from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, plain_buffer, wide
 from hiper_fast.ops.reference import HAE
 
 
@@ -14,45 +14,46 @@ def _cpu(
     rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
     bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,
 ):  # fmt: skip
+    rewards, values_low, values_high = plain_buffer(rewards), plain_buffer(values_low), plain_buffer(values_high)
+    values_switch, bootstrap_low, bootstrap_high = map(plain_buffer, (values_switch, bootstrap_low, bootstrap_high))
+    switch, terminated, cu_turns = switch.contiguous(), terminated.contiguous(), cu_turns.contiguous()
     turns = rewards.shape[0]
-    if _library.extension is None:
-        _library.check_prefix_sum("cu_turns", cu_turns, turns)
-        *levels, boundary = reference.hae(
-            rewards, values_low, values_high, switch, terminated, cu_turns, values_switch=values_switch,
-            bootstrap_low=bootstrap_low, bootstrap_high=bootstrap_high,
-            gamma=gamma, lambda_turn=lambda_turn, lambda_segment=lambda_segment,
-        )  # fmt: skip
-        return torch.stack(levels), boundary
-    tensors = [
-        contiguous(t)
-        for t in (
-            rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
-            bootstrap_low, bootstrap_high,
-        )
-    ]  # fmt: skip
-    levels = rewards.new_empty(6, turns)
-    boundary = torch.empty_like(switch, memory_format=torch.contiguous_format)
+    levels, boundary = rewards.new_empty(6, turns), torch.empty_like(switch)
     _library.kernel("hae", rewards.dtype)(
-        *map(address, tensors), turns, terminated.shape[0], gamma, lambda_turn, lambda_segment,
-        address(levels), address(boundary),
+        rewards.data_ptr(), values_low.data_ptr(), values_high.data_ptr(), address(values_switch), switch.data_ptr(),
+        terminated.data_ptr(), cu_turns.data_ptr(), address(bootstrap_low), address(bootstrap_high),
+        turns, terminated.shape[0], gamma, lambda_turn, lambda_segment, levels.data_ptr(), boundary.data_ptr(),
     )  # fmt: skip
     return levels, boundary
 
 
+def _reference(
+    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
+    bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,
+):  # fmt: skip
+    _library.check_prefix_sum("cu_turns", cu_turns, rewards.shape[0])
+    *levels, boundary = reference.hae(
+        plain_buffer(rewards), values_low, values_high, switch, terminated, cu_turns, values_switch=values_switch,
+        bootstrap_low=bootstrap_low, bootstrap_high=bootstrap_high,
+        gamma=gamma, lambda_turn=lambda_turn, lambda_segment=lambda_segment,
+    )  # fmt: skip
+    return torch.stack(levels), boundary
+
+
 def _fake(rewards, values_low, values_high, values_switch, switch, *_):
-    return rewards.new_empty(6, rewards.shape[0]), torch.empty_like(switch)
+    return rewards.new_empty(6, rewards.shape[0], dtype=wide(rewards.dtype)), switch.new_empty(switch.shape)
 
 
 _op = _library.define(
     "hae(Tensor rewards, Tensor values_low, Tensor values_high, Tensor? values_switch, Tensor switch, "
     "Tensor terminated, Tensor cu_turns, Tensor? bootstrap_low, Tensor? bootstrap_high, "
     "float gamma, float lambda_turn, float lambda_segment) -> (Tensor, Tensor)",
-    cpu=_cpu,
+    cpp=_cpu,
+    plain=_reference,
     fake=_fake,
 )
 
 
-@torch.no_grad()
 def hae(
     rewards: Tensor,
     values_low: Tensor,
@@ -84,7 +85,7 @@ def hae(
     Past a trajectory's last turn stands 0 if it terminated, else its bootstrap value.
 
     Args:
-        rewards: [turns] float32 or float64, shaping included.
+        rewards: [turns] float32, float64, bfloat16 or float16, shaping included.
         values_low, values_high: [turns], same dtype; values_high is read at boundary turns only.
         switch: bool [turns]; whether turn 0 switches makes no difference.
         terminated: bool [trajectories], True where the environment ended the episode (a limit did not).
@@ -93,7 +94,7 @@ def hae(
         bootstrap_low, bootstrap_high: [trajectories], values of the state after the last turn; None means 0.
 
     Returns:
-        HAE, detached from autograd.
+        HAE of float32 or (for float64) float64, detached from autograd.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.

@@ -5,68 +5,134 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiper_fast.ops._library import check_vector
+from hiper_fast.ops import _head, _library
+from hiper_fast.ops._head import Head
+from hiper_fast.ops._library import needs_gradient
 
-_HALF_OR_FLOAT = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Logits held at a time: 64 MiB of float32 on the CPU, 512 MiB on a GPU.
-_CHUNK = {"cpu": 2**24, "cuda": 2**27}
+
+def _forward(rows_of, hidden, weight, bias, targets, temperature, want_entropy):
+    head = Head(hidden, weight, bias, (False, False, False))
+    logprobs = hidden.new_empty(len(hidden), dtype=head.dtype)
+    entropy = hidden.new_empty(len(hidden), dtype=head.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part, logits in head.chunks():
+            rows_of(logits, targets[part], temperature, logprobs[part], entropy[part])
+    return logprobs, entropy if want_entropy else entropy.new_empty(0)
+
+
+def _backward(
+    rows_of,
+    grad_logprobs,
+    grad_entropy,
+    hidden,
+    weight,
+    bias,
+    targets,
+    temperature,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    head = Head(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part, logits in head.chunks():
+            grads = grad_logprobs[part], grad_entropy[part] if len(grad_entropy) else None
+            live = rows_of(logits, targets[part], temperature, *grads)
+            head.backward(part, live, logits if live is None else logits[: len(live)])
+    return head.gradients()
+
+
+def _cpu(hidden, weight, bias, targets, temperature, want_entropy):
+    targets = targets.contiguous()
+    _library.extension.check_targets(targets.data_ptr(), len(targets), len(weight))
+    return _forward(_cpp_rows, hidden, weight, bias, targets, temperature, want_entropy)
+
+
+def _cpp_rows(logits, targets, temperature, logprobs, entropy):
+    _library.kernel("linear_logprobs", logits.dtype)(
+        logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
+        logprobs.data_ptr(), entropy.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _cpu_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, *options):
+    tensors = grad_logprobs.contiguous(), grad_entropy.contiguous(), hidden, weight, bias, targets.contiguous()
+    return _backward(_cpp_rows_backward, *tensors, *options)
+
+
+def _cpp_rows_backward(logits, targets, temperature, grad_logprobs, grad_entropy):
+    live = torch.empty_like(targets)
+    count = _library.kernel("linear_logprobs_backward", logits.dtype)(
+        logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
+        grad_logprobs.data_ptr(), _library.address(grad_entropy), live.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return None if count == len(live) else live[:count]
+
+
+def _torch(hidden, weight, bias, targets, temperature, want_entropy):
+    _head.check_targets(targets, len(weight))
+    return _forward(_torch_rows, hidden, weight, bias, targets, temperature, want_entropy)
+
+
+def _torch_rows(logits, targets, temperature, logprobs, entropy):
+    logprobs[:], entropy[:] = _head.statistics(logits, targets, temperature)[1:]
+
+
+def _torch_backward(*arguments):
+    return _backward(_torch_rows_backward, *arguments)
+
+
+def _torch_rows_backward(logits, targets, temperature, grad_logprobs, grad_entropy):
+    log_p, _, entropy = _head.statistics(logits, targets, temperature)
+    logits[:] = _head.softmax_gradient(log_p, targets, grad_logprobs, grad_entropy, entropy).div_(temperature)
+
+
+def _fake(hidden, weight, bias, targets, temperature, want_entropy):
+    dtype, n = _library.wide(hidden.dtype), hidden.shape[0]
+    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype)
+
+
+def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
+    return _head.fake_gradients(hidden, weight, *needs)
+
+
+_op = _library.define(
+    "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
+    "bool want_entropy) -> (Tensor, Tensor)",
+    cpp=_torch,
+    plain=_torch,
+    cuda=True,
+    fake=_fake,
+)
+_op_backward = _library.define(
+    "linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor targets, float temperature, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "(Tensor, Tensor, Tensor)",
+    cpp=_torch_backward,
+    plain=_torch_backward,
+    cuda=True,
+    fake=_fake_backward,
+    module="linear_logprobs",
+)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Forward keeps no logits, only each row's entropy; backward makes the logits again."""
+    """Forward keeps no logits; backward makes them again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, temperature, want_entropy):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        rows = hidden.shape[0]
-        logprobs = hidden.new_empty(rows, dtype=dtype)
-        entropy = hidden.new_empty(rows if want_entropy else 0, dtype=dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part, log_p in _chunks(hidden, weight.to(dtype), bias, temperature, dtype):
-                # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
-                logprobs[part] = log_p.gather(1, targets[part, None]).squeeze(1).clamp_(max=0)
-                if want_entropy:
-                    entropy[part] = log_p.exp().mul_(log_p).sum(dim=1).neg_()
-        ctx.save_for_backward(hidden, weight, targets, bias, entropy)
+    def forward(ctx, hidden, weight, bias, targets, temperature, want_entropy):
+        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature = temperature
-        return logprobs, entropy
+        return _op(hidden, weight, bias, targets, temperature, want_entropy)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, targets, bias, entropy = ctx.saved_tensors
-        dtype = entropy.dtype
-        need_hidden, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        wide_weight = weight.to(dtype)
-        for part, log_p in _chunks(hidden, wide_weight, bias, ctx.temperature, dtype):
-            # With p = softmax(z): d logprob / dz = onehot - p, d entropy / dz = -p (log p + entropy).
-            scale = grad_logprobs[part, None]
-            if len(entropy):
-                scale = scale + grad_entropy[part, None] * (log_p + entropy[part, None])
-            grad_logits = log_p.exp_().mul_(-scale)
-            grad_logits.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
-            grad_logits.div_(ctx.temperature)
-            if need_hidden:
-                grad_hidden[part] = (grad_logits @ wide_weight).to(hidden.dtype)
-            if need_weight:
-                grad_weight.addmm_(grad_logits.T, hidden[part].to(dtype))
-            if need_bias:
-                grad_bias += grad_logits.sum(dim=0)
-        return grad_hidden, grad_weight, None, grad_bias, None, None
-
-
-def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype):
-    """Slices of rows, each with the log-probabilities of all tokens in `dtype`; weight comes in `dtype`."""
-    size = max(1, _CHUNK.get(hidden.device.type, 2**24) // weight.shape[0])
-    for start in range(0, hidden.shape[0], size):
-        part = slice(start, start + size)
-        logits = hidden[part].to(dtype) @ weight.T
-        if bias is not None:
-            logits += bias.to(dtype)
-        yield part, torch.log_softmax(logits.div_(temperature), dim=1)
+        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grads = _op_backward(
+            grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature, need_hidden, need_weight, need_bias
+        )
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
 
 
 def linear_logprobs(
@@ -81,7 +147,8 @@ def linear_logprobs(
     """log_softmax((hidden @ weight.T + bias) / temperature)[targets], in chunks of rows.
 
     Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half precision are
-    multiplied, summed and returned in float32. A log-prob never exceeds 0.
+    multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its results it holds a chunk of
+    logits, at most 128 MiB (on a GPU 512 MiB) or one row, and 16 MiB where the weight is of half precision.
 
     Args:
         hidden: [n, h] float32, float64, bfloat16 or float16.
@@ -97,29 +164,7 @@ def linear_logprobs(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    check_linear(hidden, weight, targets, temperature, bias)
-    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, bias, float(temperature), entropy)
+    _head.check_linear(hidden, weight, targets, temperature, bias)
+    run = _LinearLogprobs.apply if any(map(needs_gradient, (hidden, weight, bias))) else _op
+    logprobs, entropies = run(hidden, weight, bias, targets, float(temperature), entropy)
     return (logprobs, entropies) if entropy else logprobs
-
-
-def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, bias: Tensor | None) -> None:
-    for name, matrix in (("hidden", hidden), ("weight", weight)):
-        if matrix.dim() != 2:
-            raise ValueError(f"{name} must have two dimensions, got shape {list(matrix.shape)}")
-        if matrix.dtype not in _HALF_OR_FLOAT:
-            raise ValueError(f"{name} must be of a floating dtype, got {matrix.dtype}")
-    if weight.shape[0] == 0:
-        raise ValueError("weight must have at least one row")
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight must have shape [v, {hidden.shape[1]}] like hidden, got {list(weight.shape)}")
-    if weight.device != hidden.device:
-        raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
-    check_vector("targets", targets, hidden.shape[0], (torch.int64,), hidden.device)
-    if bias is not None:
-        check_vector("bias", bias, weight.shape[0], _HALF_OR_FLOAT, hidden.device)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if targets.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(targets))
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"targets must lie in [0, {weight.shape[0]}), got {low if low < 0 else high}")

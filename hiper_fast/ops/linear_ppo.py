@@ -1,12 +1,107 @@
-"""The policy loss straight from hidden states, over loss rows only."""
+"""The policy loss straight from hidden states: the head's product, the softmax and the loss in one op."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hiper_fast.ops.linear_logprobs import linear_logprobs
-from hiper_fast.ops.ppo_loss import ppo_loss
+from hiper_fast.ops import _head, _library
+from hiper_fast.ops._head import Head
+from hiper_fast.ops._library import address, check_vector, needs_gradient
+from hiper_fast.ops._ppo import METRICS, named_metrics, ppo_terms
+
+
+def _run(
+    rows_of, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
+    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    """A chunk of logits at a time: `rows_of` adds to the sums and turns the logits into their gradient, from which
+    come those of hidden, weight and bias. A row's gradient needs nothing of the other rows, so it need not wait for
+    backward and the product is not made twice."""
+    head = Head(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)
+    options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
+    options = *options, float(len(targets) or 1) if denominator is None else denominator
+    want_gradient = need_hidden or need_weight or need_bias
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part, logits in head.chunks():
+            data = (x if x is None else x[part] for x in (targets, old_logprobs, advantages, ref_logprobs))
+            live = rows_of(logits, *data, temperature, *options, want_gradient, sums)
+            if want_gradient:
+                head.backward(part, live, logits if live is None else logits[: len(live)])
+    sums = sums.to(head.dtype)
+    return sums[0].clone(), sums[1:].clone(), *head.gradients()
+
+
+def _cpu(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
+    targets, old_logprobs, advantages = targets.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
+    ref_logprobs = ref_logprobs if ref_logprobs is None else ref_logprobs.contiguous()
+    _library.extension.check_targets(targets.data_ptr(), len(targets), len(weight))
+    return _run(_cpp_rows, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options)
+
+
+def _cpp_rows(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
+    *options, sums = options_and_sums
+    live = torch.empty_like(targets)
+    count = _library.kernel("linear_ppo", logits.dtype)(
+        logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), address(ref_logprobs),
+        *logits.shape, temperature, *options, sums.data_ptr(), live.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return None if count == len(live) else live[:count]
+
+
+def _torch(hidden, weight, bias, targets, *others):
+    _head.check_targets(targets, len(weight))
+    return _run(_torch_rows, hidden, weight, bias, targets, *others)
+
+
+def _torch_rows(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
+    *options, want_gradient, sums = options_and_sums
+    log_p, logprobs, entropy = _head.statistics(logits, targets, temperature)
+    every = torch.ones_like(targets, dtype=torch.bool)
+    with_entropy = options[4] != 0
+    loss, metrics, grad, grad_entropy = ppo_terms(
+        logprobs, old_logprobs, advantages, every, ref_logprobs, entropy if with_entropy else None,
+        *options, want_gradient,
+    )  # fmt: skip
+    sums += torch.cat([loss[None], metrics])
+    if want_gradient:
+        grad_entropy = grad_entropy if with_entropy else None
+        logits[:] = _head.softmax_gradient(log_p, targets, grad, grad_entropy, entropy).div_(temperature)
+
+
+def _fake(hidden, weight, *others):
+    dtype = _library.wide(hidden.dtype)
+    sums = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(METRICS), dtype=dtype)
+    return *sums, *_head.fake_gradients(hidden, weight, *others[-3:])
+
+
+_op = _library.define(
+    "linear_ppo(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor old_logprobs, Tensor advantages, "
+    "Tensor? ref_logprobs, float temperature, float clip_low, float clip_high, float dual_clip, float kl_coef, "
+    "float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpp=_torch,
+    plain=_torch,
+    cuda=True,
+    fake=_fake,
+)
+
+
+class _LinearPPO(torch.autograd.Function):
+    """The gradients are made with the loss; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *others):
+        loss, metrics, *gradients = _op(hidden, weight, bias, *others)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        return *_library.scale(gradient, *ctx.saved_tensors), *[None] * 14
 
 
 def linear_ppo(
@@ -28,31 +123,36 @@ def linear_ppo(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ppo_loss(linear_logprobs(hidden, weight, targets), …)` where every row carries loss.
 
+    Three matrix products instead of the four of the two ops: the gradients are made with the loss, from the same
+    logits. Rows whose loss does not depend on their log-prob and entropy (clipped, or of advantage 0, with
+    entropy_coef 0) are left out of the two products of the gradients. Beside the gradients it holds a chunk of
+    logits, as `linear_logprobs` does.
+
     Args:
         hidden: [n, h] and weight: [v, h], targets: int64 [n], temperature, bias: as in `linear_logprobs`.
-        old_logprobs, advantages, ref_logprobs: [n] float32, or float64 for float64 inputs.
+        old_logprobs, advantages, ref_logprobs: [n] float32, or float64 for float64 hidden.
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator: as in `ppo_loss`.
 
     Returns:
-        loss: 0-d, differentiable in hidden, weight and bias; the weight's gradient is summed in float32.
+        loss: 0-d, differentiable once in hidden, weight and bias; the weight's gradient is summed in float32.
         metrics: those of `ppo_loss`; entropy only where entropy_coef is not 0.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    result = linear_logprobs(hidden, weight, targets, temperature=temperature, bias=bias, entropy=entropy_coef != 0)
-    logprobs, entropy = result if entropy_coef != 0 else (result, None)
-    return ppo_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        torch.ones_like(targets, dtype=torch.bool),
-        ref_logprobs=ref_logprobs,
-        entropy=entropy,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-        denominator=denominator,
-    )
+    _head.check_linear(hidden, weight, targets, temperature, bias)
+    n, device, dtype = hidden.shape[0], hidden.device, (_library.wide(hidden.dtype),)
+    check_vector("old_logprobs", old_logprobs, n, dtype, device)
+    check_vector("advantages", advantages, n, dtype, device)
+    if ref_logprobs is not None:
+        check_vector("ref_logprobs", ref_logprobs, n, dtype, device)
+    fixed, divisor = _library.split_denominator(denominator)
+    needs = needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias)
+    run = _LinearPPO.apply if any(needs) else _op
+    loss, metrics, *_ = run(
+        hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, float(temperature),
+        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
+    )  # fmt: skip
+    if divisor is not None:
+        loss, metrics = loss / divisor, metrics / divisor
+    return loss, named_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, address, check_vector
+from hiper_fast.ops._library import FLOATS, check_vector, plain_buffer, wide
 
 
+@torch.no_grad()
 def _torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     def total(x: Tensor) -> Tensor:
         if group is not None:
@@ -20,37 +21,35 @@ def _torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     centred = torch.where(mask, values.double(), 0.0)
     centred = torch.where(mask, centred - total(centred.sum()) / count, 0.0)
     std = (total(centred.square().sum()) / count).sqrt()
-    return (centred / (std + eps)).to(values.dtype)
+    return (centred / (std + eps)).to(wide(values.dtype))
 
 
 def _cpu(values: Tensor, mask: Tensor, eps: float) -> Tensor:
-    if _library.extension is None:
-        return _torch(values, mask, eps)
-    values, mask = values.contiguous(), mask.contiguous()
+    values, mask = plain_buffer(values), mask.contiguous()
     out = torch.empty_like(values)
-    _library.kernel("normalize", values.dtype)(address(values), address(mask), values.shape[0], eps, address(out))
+    _library.kernel("normalize", values.dtype)(values.data_ptr(), mask.data_ptr(), values.shape[0], eps, out.data_ptr())
     return out
 
 
 _op = _library.define(
     "normalize(Tensor values, Tensor mask, float eps) -> Tensor",
-    cpu=_cpu,
-    cuda=_torch,
-    fake=lambda values, mask, eps: values.new_empty(values.shape),
+    cpp=_cpu,
+    plain=_torch,
+    cuda=True,
+    fake=lambda values, mask, eps: values.new_empty(values.shape, dtype=wide(values.dtype)),
 )
 
 
-@torch.no_grad()
 def normalize(values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """(values - mean) / (std + eps) on the mask and 0 off it, with mean and population std over the mask.
 
     Args:
-        values: [turns] float32 or float64.
+        values: [turns] float32, float64, bfloat16 or float16.
         mask: bool [turns], the turns that carry the role.
         group: a torch.distributed process group; the moments are then those of all its ranks together.
 
     Returns:
-        [turns]; zeros where the mask holds fewer than two different values.
+        [turns], float32 or (for float64) float64; zeros where the mask holds fewer than two different values.
 
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.

@@ -5,7 +5,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiper_fast.ops._library import FLOATS, check_vector
+from hiper_fast.ops import _library
+from hiper_fast.ops._library import FLOATS, address, check_vector, needs_gradient, plain_buffer
+from hiper_fast.ops._ppo import METRICS, named_metrics, ppo_terms
+
+
+def _cpu(
+    logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
+    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, want_gradient,
+):  # fmt: skip
+    logprobs, old_logprobs, advantages = plain_buffer(logprobs), plain_buffer(old_logprobs), plain_buffer(advantages)
+    ref_logprobs, entropy, loss_mask = plain_buffer(ref_logprobs), plain_buffer(entropy), loss_mask.contiguous()
+    tokens = logprobs.shape[0]
+    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
+    gradient = logprobs.new_empty(tokens if want_gradient else 0)
+    gradient_entropy = logprobs.new_empty(tokens if want_gradient and entropy is not None else 0)
+    _library.kernel("ppo_loss", logprobs.dtype)(
+        logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), loss_mask.data_ptr(),
+        address(ref_logprobs), address(entropy), tokens, clip_low, clip_high, dual_clip, kl_coef, entropy_coef,
+        denominator, loss.data_ptr(), metrics.data_ptr(),
+        gradient.data_ptr(), gradient_entropy.data_ptr(),
+    )  # fmt: skip
+    return loss, metrics, gradient, gradient_entropy
+
+
+def _fake(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
+    dtype, tokens = _library.wide(logprobs.dtype), logprobs.shape[0] if options[-1] else 0
+    shapes = ((), len(METRICS), tokens, 0 if entropy is None else tokens)
+    return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+_op = _library.define(
+    "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor loss_mask, Tensor? ref_logprobs, "
+    "Tensor? entropy, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef, "
+    "float? denominator, bool want_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpp=ppo_terms,
+    plain=ppo_terms,
+    cuda=True,
+    fake=_fake,
+)
+
+
+class _PPOLoss(torch.autograd.Function):
+    """The gradients are made with the loss; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
+        loss, metrics, *gradients = _op(
+            logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options, True
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        logprobs, entropy = _library.scale(gradient, *ctx.saved_tensors)
+        return logprobs, None, None, None, None, entropy, None, None, None, None, None, None
 
 
 def ppo_loss(
@@ -30,14 +87,14 @@ def ppo_loss(
         kl = clamp(exp(d) - d - 1, -10, 10),  d = ref_logprobs - logprobs
 
     Args:
-        logprobs, old_logprobs, advantages: [tokens] float32 or float64.
+        logprobs, old_logprobs, advantages: [tokens] float32, float64, bfloat16 or float16, all of one dtype.
         loss_mask: bool [tokens]; off it, values are ignored, NaN included.
         ref_logprobs, entropy: [tokens] or None, which leaves the term out.
         denominator: None divides by the number of masked tokens. Microbatches of one step share a
             denominator, so that their losses (and metrics) add up.
 
     Returns:
-        loss: 0-d, differentiable in logprobs and entropy.
+        loss: 0-d, float32 or (for float64) float64, differentiable once in logprobs and entropy.
         metrics: detached 0-d tensors over the same denominator: policy, approx_kl (old_logprobs - logprobs),
             clip_fraction, dual_clip_fraction, and kl, entropy where these terms exist.
 
@@ -53,35 +110,15 @@ def ppo_loss(
         check_vector("ref_logprobs", ref_logprobs, tokens, dtype, device)
     if entropy is not None:
         check_vector("entropy", entropy, tokens, dtype, device)
-    if denominator is None:
-        denominator = loss_mask.sum().clamp(min=1)
-
-    def masked(x: Tensor) -> Tensor:
-        return torch.where(loss_mask, x, 0.0)
-
-    def mean(x: Tensor) -> Tensor:
-        return x.sum() / denominator
-
-    # Beyond exp(20) every branch is clipped; the bound keeps infinities out of the gradient.
-    log_ratio = masked(logprobs - old_logprobs)
-    ratio = log_ratio.clamp(max=20).exp()
-    gain = masked(advantages)
-    plain = -gain * ratio
-    clipped = -gain * ratio.clamp(1 - clip_low, 1 + clip_high)
-    bound = torch.where(gain < 0, -gain * dual_clip, torch.inf)
-    single = torch.maximum(plain, clipped)
-    loss = policy = mean(torch.minimum(single, bound))
-    metrics = {
-        "policy": policy,
-        "approx_kl": mean(-log_ratio),
-        "clip_fraction": mean((clipped > plain).to(plain.dtype)),
-        "dual_clip_fraction": mean((single > bound).to(plain.dtype)),
-    }
-    if ref_logprobs is not None:
-        d = masked(ref_logprobs - logprobs).clamp(max=20)
-        metrics["kl"] = mean((d.exp() - d - 1).clamp(-10, 10))
-        loss = loss + kl_coef * metrics["kl"]
-    if entropy is not None:
-        metrics["entropy"] = mean(masked(entropy))
-        loss = loss - entropy_coef * metrics["entropy"]
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    fixed, divisor = _library.split_denominator(denominator)
+    arguments = (
+        logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
+        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed,
+    )  # fmt: skip
+    if needs_gradient(logprobs) or needs_gradient(entropy):
+        loss, metrics = _PPOLoss.apply(*arguments)
+    else:
+        loss, metrics, _, _ = _op(*arguments, False)
+    if divisor is not None:
+        loss, metrics = loss / divisor, metrics / divisor
+    return loss, named_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy is not None)

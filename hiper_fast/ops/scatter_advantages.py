@@ -6,38 +6,42 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, contiguous
+from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer, wide
 from hiper_fast.ops.reference import HAE
 
 
 def _cpu(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
-    tokens, turns = roles.shape[0], boundary.shape[0]
-    if _library.extension is None:
-        _library.check_prefix_sum("cu_tokens", cu_tokens, tokens)
-        hae = HAE(advantages_low, None, advantages_high, None, advantages_switch, None, boundary)
-        return reference.scatter_advantages(hae, roles, cu_tokens)
-    tensors = [contiguous(t) for t in (advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens)]
-    advantages = advantages_low.new_empty(tokens)
-    loss_mask = torch.empty(tokens, dtype=torch.bool)
-    _library.kernel("scatter_advantages", advantages.dtype)(
-        *map(address, tensors), tokens, turns, address(advantages), address(loss_mask)
-    )
+    low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
+    boundary, roles, cu_tokens = boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()
+    tokens = roles.shape[0]
+    advantages, loss_mask = low.new_empty(tokens), torch.empty(tokens, dtype=torch.bool)
+    _library.kernel("scatter_advantages", low.dtype)(
+        low.data_ptr(), high.data_ptr(), switch.data_ptr(), boundary.data_ptr(), roles.data_ptr(),
+        cu_tokens.data_ptr(), tokens, boundary.shape[0], advantages.data_ptr(), loss_mask.data_ptr(),
+    )  # fmt: skip
     return advantages, loss_mask
 
 
+def _reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
+    _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
+    hae = HAE(plain_buffer(advantages_low), None, advantages_high, None, advantages_switch, None, boundary)
+    return reference.scatter_advantages(hae, roles, cu_tokens)
+
+
 def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
-    return advantages_low.new_empty(roles.shape), roles.new_empty(roles.shape, dtype=torch.bool)
+    dtype = wide(advantages_low.dtype)
+    return advantages_low.new_empty(roles.shape, dtype=dtype), roles.new_empty(roles.shape, dtype=torch.bool)
 
 
 _op = _library.define(
     "scatter_advantages(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
     "Tensor boundary, Tensor roles, Tensor cu_tokens) -> (Tensor, Tensor)",
-    cpu=_cpu,
+    cpp=_cpu,
+    plain=_reference,
     fake=_fake,
 )
 
 
-@torch.no_grad()
 def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's advantage: A_low for the action role, A_high for the subgoal role on boundary turns,
     A_switch for the switch role, added where a token has several.
@@ -48,7 +52,7 @@ def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tens
         cu_tokens: int32 [turns + 1], exclusive prefix sum of each response's tokens.
 
     Returns:
-        advantages: [tokens], dtype of hae.advantages_low, 0 off the mask.
+        advantages: [tokens], dtype of hae.advantages_low (float32 for half precision), 0 off the mask.
         loss_mask: bool [tokens], the tokens that train a level.
 
     Raises:

@@ -5,7 +5,69 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiper_fast.ops._library import FLOATS, check_vector
+from hiper_fast.ops import _library
+from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient, plain_buffer
+
+METRICS = ("value", "clip_fraction")
+
+
+def _cpu(values, old_values, returns, mask, clip, denominator, want_gradient):
+    values, old_values, returns = plain_buffer(values), plain_buffer(old_values), plain_buffer(returns)
+    mask = mask.contiguous()
+    turns = values.shape[0]
+    loss, metrics = values.new_empty(()), values.new_empty(len(METRICS))
+    gradient = values.new_empty(turns if want_gradient else 0)
+    _library.kernel("value_loss", values.dtype)(
+        values.data_ptr(), old_values.data_ptr(), returns.data_ptr(), mask.data_ptr(), turns, clip,
+        denominator,
+        loss.data_ptr(), metrics.data_ptr(), gradient.data_ptr() if want_gradient else 0,
+    )  # fmt: skip
+    return loss, metrics, gradient
+
+
+def _torch(values, old_values, returns, mask, clip, denominator, want_gradient):
+    if denominator is None:
+        denominator = mask.sum().clamp(min=1)
+    values, old_values, returns = (torch.where(mask, plain_buffer(x), 0.0) for x in (values, old_values, returns))
+    near = values.clamp(old_values - clip, old_values + clip)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    loss = torch.maximum(plain, clipped).sum() / denominator
+    worse = clipped > plain  # there the clipped value counts, and that does not move
+    metrics = torch.stack([loss, worse.sum() / denominator])
+    gradient = torch.where(worse, 0.0, 2 * (values - returns)) / denominator
+    return loss, metrics, gradient if want_gradient else gradient[:0].clone()
+
+
+def _fake(values, old_values, returns, mask, clip, denominator, want_gradient):
+    dtype = _library.wide(values.dtype)
+    shapes = ((), len(METRICS), values.shape[0] if want_gradient else 0)
+    return tuple(values.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+_op = _library.define(
+    "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip, float? denominator, "
+    "bool want_gradient) -> (Tensor, Tensor, Tensor)",
+    cpp=_torch,
+    plain=_torch,
+    cuda=True,
+    fake=_fake,
+)
+
+
+class _ValueLoss(torch.autograd.Function):
+    """The gradient is made with the loss; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, values, *others):
+        loss, metrics, gradient = _op(values, *others, True)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        return *_library.scale(gradient, *ctx.saved_tensors), None, None, None, None, None
 
 
 def value_loss(
@@ -20,12 +82,12 @@ def value_loss(
     """Sum over the mask of max((v - ret)^2, (clip(v, old ± clip) - ret)^2), divided by `denominator`.
 
     Args:
-        values, old_values, returns: [turns] float32 or float64.
+        values, old_values, returns: [turns] float32, float64, bfloat16 or float16, all of one dtype.
         mask: bool [turns]; off it, values are ignored, NaN included.
         denominator: None divides by the number of masked turns; else as in `ppo_loss`.
 
     Returns:
-        loss: 0-d, differentiable in values.
+        loss: 0-d, float32 or (for float64) float64, differentiable once in values.
         metrics: detached 0-d tensors over the same denominator: value (the loss), clip_fraction.
 
     Raises:
@@ -36,11 +98,9 @@ def value_loss(
     check_vector("old_values", old_values, turns, dtype, device)
     check_vector("returns", returns, turns, dtype, device)
     check_vector("mask", mask, turns, (torch.bool,), device)
-    if denominator is None:
-        denominator = mask.sum().clamp(min=1)
-    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    plain = (values - returns).square()
-    clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
-    loss = torch.maximum(plain, clipped).sum() / denominator
-    metrics = {"value": loss.detach(), "clip_fraction": (clipped > plain).sum() / denominator}
-    return loss, metrics
+    fixed, divisor = _library.split_denominator(denominator)
+    arguments = (values, old_values, returns, mask, clip, fixed)
+    loss, metrics = _ValueLoss.apply(*arguments) if needs_gradient(values) else _op(*arguments, False)[:2]
+    if divisor is not None:
+        loss, metrics = loss / divisor, metrics / divisor
+    return loss, dict(zip(METRICS, metrics.unbind(0), strict=True))

@@ -1,0 +1,141 @@
+"""What the linear ops share: the head's logits, a chunk of rows at a time, and the gradients of what made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hiper_fast.ops import _library
+from hiper_fast.ops._library import FLOATS, check_vector
+
+# What is held beside arguments, results and gradients: a chunk of logits, which its own gradient replaces, and for a
+# weight of half precision a tile of it in float32.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
+TILE_BYTES = 2**24
+
+
+class Head:
+    """logits = hidden @ weight.T + bias, and its gradients summed over chunks; both in at least float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
+        self.dtype = _library.wide(hidden.dtype)
+        self.hidden, self.weight = hidden, weight
+        self.bias = None if bias is None else bias.to(self.dtype)
+        need_hidden, need_weight, need_bias = needs
+        self.grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+        self.grad_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=self.dtype)
+        self.grad_bias = weight.new_zeros(len(weight) if need_bias else 0, dtype=self.dtype)
+        self.begun = False  # grad_weight holds a sum
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of rows with their logits [rows, v], which the caller may overwrite."""
+        n, v = len(self.hidden), len(self.weight)
+        most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**27) // (v * self.dtype.itemsize))
+        count = -(-n // most)
+        buffer = self.hidden.new_empty((-(-n // count) if count else 0, v), dtype=self.dtype)
+        for i in range(count):
+            part = slice(n * i // count, n * (i + 1) // count)
+            logits = buffer[: part.stop - part.start]
+            rows = self.hidden[part].to(self.dtype)
+            for tile, weight in self._tiles():
+                if self.bias is None:
+                    torch.mm(rows, weight.T, out=logits[:, tile])
+                else:
+                    torch.addmm(self.bias[tile], rows, weight.T, out=logits[:, tile])
+            yield part, logits
+
+    def backward(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
+        """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows `live` [k] (None: of all
+        of them); the other rows have none."""
+        rows = self.hidden[part].to(self.dtype)
+        if live is not None:
+            rows = rows[live]
+        grad_rows = torch.zeros_like(rows) if len(self.grad_hidden) else None
+        for tile, weight in self._tiles():
+            grad_tile = gradient[:, tile]
+            if grad_rows is not None:
+                grad_rows.addmm_(grad_tile, weight)
+            if len(self.grad_weight) and len(rows):
+                self.grad_weight[tile].addmm_(grad_tile.T, rows, beta=int(self.begun))
+            if len(self.grad_bias):
+                self.grad_bias[tile] += grad_tile.sum(dim=0)
+        self.begun |= len(rows) > 0
+        if grad_rows is not None and live is None:
+            self.grad_hidden[part] = grad_rows
+        elif grad_rows is not None:
+            self.grad_hidden[part] = 0
+            self.grad_hidden[part][live] = grad_rows.to(self.hidden.dtype)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden, weight and bias; empty where not needed."""
+        return self.grad_hidden, self.grad_weight if self.begun else self.grad_weight.zero_(), self.grad_bias
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in self.dtype: as it is, or a copy of some rows at a time."""
+        if self.weight.dtype == self.dtype:
+            yield slice(None), self.weight
+            return
+        size = max(1, TILE_BYTES // (max(1, self.weight.shape[1]) * self.dtype.itemsize))
+        for start in range(0, len(self.weight), size):
+            tile = slice(start, start + size)
+            yield tile, self.weight[tile].to(self.dtype)
+
+
+def softmax_gradient(
+    log_p: Tensor, targets: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, entropy: Tensor
+):
+    """log_p [rows, v] becomes the gradient of the logits it came from, given those of each row's results."""
+    # With p = softmax(z): d logprob / dz = onehot - p, d entropy / dz = -p (log p + entropy).
+    factor = grad_logprobs[:, None]
+    if grad_entropy is not None:
+        factor = factor + grad_entropy[:, None] * (log_p + entropy[:, None])
+    gradient = log_p.exp_().mul_(-factor)
+    return gradient.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+
+
+def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's log-softmax [rows, v], log-prob of the target (at most 0) and entropy; logits are overwritten."""
+    log_p = torch.log_softmax(logits.div_(temperature), dim=1)
+    # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
+    logprobs = log_p.gather(1, targets[:, None]).squeeze(1).clamp_(max=0)
+    return log_p, logprobs, log_p.exp().mul_(log_p).sum(dim=1).neg_()
+
+
+def fake_gradients(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool):
+    dtype = _library.wide(hidden.dtype)
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0, dtype=dtype),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=dtype),
+    )
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """All of `targets` lie in [0, vocabulary). On a GPU this waits for what is queued there."""
+    if targets.numel():
+        low, high = (int(x) for x in torch.aminmax(targets))
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"targets must lie in [0, {vocabulary}), got {low if low < 0 else high}")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, bias: Tensor | None) -> None:
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(matrix, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(matrix).__name__}")
+        if matrix.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {list(matrix.shape)}")
+        if matrix.dtype not in FLOATS:
+            raise ValueError(f"{name} must be of a floating dtype, got {matrix.dtype}")
+    if weight.shape[0] == 0:
+        raise ValueError("weight must have at least one row")
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight must have shape [v, {hidden.shape[1]}] like hidden, got {list(weight.shape)}")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    check_vector("targets", targets, hidden.shape[0], (torch.int64,), hidden.device)
+    if bias is not None:
+        check_vector("bias", bias, weight.shape[0], FLOATS, hidden.device)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
