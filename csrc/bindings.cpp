@@ -55,6 +55,15 @@ void scatter_advantages(Address advantages_low, Address advantages_high, Address
                                     turns, at<T>(advantages), at<bool>(loss_mask));
 }
 
+int64_t bm25_search(Address documents, Address counts, Address block_bounds, Address norms, Address inverse,
+                    Address begins, Address ends, Address block_begins, Address weights, Address out_documents,
+                    Address out_scores, int64_t terms, int64_t total, int64_t k, int64_t block) {
+  return hiper_fast::bm25_search(at<int32_t>(documents), at<uint16_t>(counts), at<float>(block_bounds),
+                                 at<uint8_t>(norms), at<float>(inverse), at<int64_t>(begins), at<int64_t>(ends),
+                                 at<int64_t>(block_begins), at<float>(weights), at<int32_t>(out_documents),
+                                 at<float>(out_scores), terms, total, k, block);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -69,4 +78,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("find_roles_int64", &find_roles<int64_t>, Release());
   module.def("scatter_advantages_float32", &scatter_advantages<float>, Release());
   module.def("scatter_advantages_float64", &scatter_advantages<double>, Release());
+  module.def("bm25_search", &bm25_search, Release());
 }

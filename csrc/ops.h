@@ -41,6 +41,14 @@ void scatter_advantages(const T* advantages_low, const T* advantages_high, const
                         const bool* boundary, const uint8_t* roles, const int32_t* cu_tokens, int64_t tokens,
                         int64_t turns, T* advantages, bool* loss_mask);
 
+// The k best documents of a query, best first; returns how many there are. documents, counts: all terms' postings;
+// block_bounds: the largest count * inverse of each block of a term's postings; norms: [total] into inverse [256].
+// begins, ends, block_begins, weights: [terms], where the query's terms have their postings and bounds. out_*: [k].
+int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const float* block_bounds, const uint8_t* norms,
+                    const float* inverse, const int64_t* begins, const int64_t* ends, const int64_t* block_begins,
+                    const float* weights, int32_t* out_documents, float* out_scores, int64_t terms, int64_t total,
+                    int64_t k, int64_t block);
+
 // cu must be an exclusive prefix sum: 0, then never falling, `total` at its end.
 inline void check_prefix_sum(const char* name, const int32_t* cu, int64_t segments, int64_t total) {
   if (cu[0] != 0)
