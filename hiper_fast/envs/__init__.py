@@ -16,6 +16,8 @@ def make(name: str, **config: Any) -> Environment:
     - `make("household", size="small", task_types=None)`: generated games.
     - `make("alfworld", split="train", engine="native")`: the official games under $ALFWORLD_DATA;
       `engine="textworld"` plays them through the TextWorld package.
+    - `make("webshop", split="train", data=None)`: WebShop on the files in the folder `data` (default: $WEBSHOP_DATA,
+      else the embedded shop), and the options of `webshop.WebShop` and of `webshop.load`.
 
     Raises ValueError for an unknown name and for options the environment does not take.
     """
@@ -23,8 +25,10 @@ def make(name: str, **config: Any) -> Environment:
         from .household import Household as builder
     elif name == "alfworld":
         from .alfworld import AlfWorldSplit as builder
+    elif name == "webshop":
+        from .webshop import build as builder
     else:
-        raise ValueError(f"unknown environment {name!r}; known: alfworld, household")
+        raise ValueError(f"unknown environment {name!r}; known: alfworld, household, webshop")
     known = inspect.signature(builder).parameters
     for option in config:
         if option not in known:

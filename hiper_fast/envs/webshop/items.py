@@ -1,0 +1,227 @@
+"""WebShop's own files, read piece by piece: raw items -> a shop's records, or one error that names what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, TextIO
+
+Record = dict[str, Any]
+
+NO_ATTRIBUTES = ["DUMMY_ATTR"]
+LONGEST_ASIN = 10
+_CHUNK = 1 << 20  # characters read at a time
+_LARGEST_ITEM = 1 << 25  # characters; a longer "item" is a damaged file
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_TEXTS = ("name", "category", "query", "product_category", "full_description")
+
+
+class DataError(ValueError):
+    """Shop data that cannot be used; the message names the file, the product and the key."""
+
+
+def read_items(path: Path) -> Iterator[Any]:
+    """The objects in the JSON array in `path` (plain, .gz or .xz), one at a time."""
+    decoder, text, ended = json.JSONDecoder(), "", False
+    with _open(path) as file:
+
+        def more() -> bool:
+            nonlocal text, ended
+            chunk = _read(file, path, _CHUNK)
+            text, ended = text + chunk, not chunk
+            return not ended
+
+        def next_character() -> str:
+            nonlocal text
+            text = text.lstrip(" \t\r\n")
+            while not text and more():
+                text = text.lstrip(" \t\r\n")
+            return text[:1]
+
+        if next_character() != "[":
+            raise DataError(f"{path}: expected a JSON array of products")
+        separator = "["
+        while True:
+            text = text[1:]
+            if separator == "[" and next_character() == "]":
+                return
+            if next_character() not in "{":
+                raise DataError(f"{path}: expected a JSON object for every product, got {text[:20]!r}")
+            while True:
+                try:
+                    item, end = decoder.raw_decode(text)
+                    break
+                except (json.JSONDecodeError, RecursionError) as error:
+                    if len(text) > _LARGEST_ITEM or isinstance(error, RecursionError) or not more():
+                        state = "truncated" if ended else "not valid JSON"
+                        raise DataError(f"{path}: {state} ({error}); fetch the file again") from None
+            yield item
+            text = text[end:]
+            separator = next_character()
+            if separator == "]":
+                return
+            if separator != ",":
+                state = f"not valid JSON (expected , or ] after a product, got {separator!r})"
+                raise DataError(f"{path}: {state if separator else 'truncated'}; fetch the file again")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path` (plain, .gz or .xz)."""
+    with _open(path) as file:
+        try:
+            content = json.loads(_read(file, path, -1))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}: not valid JSON, perhaps truncated ({error}); fetch the file again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, product by product")
+    return content
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read(file: TextIO, path: Path, size: int) -> str:
+    try:
+        return file.read(size)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: damaged or truncated ({error}); fetch the file again") from None
+
+
+def records(
+    items: Iterable[Any], attributes: Mapping[str, Any], human: Mapping[str, Any], source: str = "items"
+) -> Iterator[Record]:
+    """One record per product, in file order. ASINs that are "nan", longer than 10 characters or repeated are skipped.
+
+    A record has `asin name category query product_category description bullets prices price_tag options attributes
+    instruction instruction_attributes human`; `prices` holds one price or the two ends of a range.
+    Raises DataError naming `source`, the product and the key for what is missing or of another type.
+    """
+    seen = set()
+    for position, item in enumerate(items):
+        if not isinstance(item, dict) or not isinstance(item.get("asin"), str):
+            raise DataError(f"{source}: product {position}: 'asin' is missing or no text")
+        asin = item["asin"]
+        if asin == "nan" or len(asin) > LONGEST_ASIN or asin in seen:
+            continue
+        seen.add(asin)
+        try:
+            yield _record(asin, item, attributes.get(asin, {}), human.get(asin, []))
+        except DataError as error:
+            raise DataError(f"{source}: product {asin}: {error}") from None
+
+
+def _record(asin: str, item: dict[str, Any], attributes: Any, human: Any) -> Record:
+    texts = {key: _typed(item, key, str) for key in _TEXTS}
+    bullets = item.get("small_description")
+    prices, price_tag = _prices(item.get("pricing"))
+    if not isinstance(attributes, dict):
+        raise DataError("its attributes are no JSON object")
+    instruction = attributes.get("instruction")
+    return {
+        "asin": asin,
+        "name": texts["name"],
+        "category": texts["category"],
+        "query": texts["query"].lower().strip(),
+        "product_category": texts["product_category"],
+        "description": texts["full_description"],
+        "bullets": [bullets] if isinstance(bullets, str) else _strings(item, "small_description"),
+        "prices": prices,
+        "price_tag": price_tag,
+        "options": _options(item.get("customization_options")),
+        "attributes": _strings(attributes, "attributes") if "attributes" in attributes else NO_ATTRIBUTES,
+        "instruction": None if instruction is None else _typed(attributes, "instruction", str),
+        "instruction_attributes": [] if instruction is None else _asked(attributes),
+        "human": _human(human),
+    }
+
+
+def _typed(record: Mapping[str, Any], key: str, kind: type) -> Any:
+    if key not in record:
+        raise DataError(f"{key!r} is missing")
+    if not isinstance(record[key], kind):
+        raise DataError(f"{key!r} is {type(record[key]).__name__}, expected {kind.__name__}")
+    return record[key]
+
+
+def _strings(record: Mapping[str, Any], key: str) -> list[str]:
+    values = _typed(record, key, list)
+    if not all(isinstance(value, str) for value in values):
+        raise DataError(f"{key!r} must hold texts only")
+    return values
+
+
+def _asked(record: Mapping[str, Any]) -> list[str]:
+    asked = _strings(record, "instruction_attributes")
+    if not asked:
+        raise DataError("'instruction_attributes' is empty, though there is an instruction")
+    return asked
+
+
+def _prices(pricing: Any) -> tuple[list[float], str]:
+    """The price or the ends of its range, and the price as shown."""
+    if not pricing:
+        return [100.0], "$100.0"
+    if not isinstance(pricing, str):
+        raise DataError(f"'pricing' is {type(pricing).__name__}, expected str")
+    try:
+        prices = [float(Decimal(re.sub(r"[^\d.]", "", price))) for price in pricing.split("$")[1:3]]
+    except InvalidOperation:
+        prices = []
+    if not prices:
+        raise DataError(f"'pricing' is {pricing!r}, expected prices such as '$9.99' or '$9.99 - $19.99'")
+    return prices, " to ".join(f"${price}" for price in prices)
+
+
+def _options(customization: Any) -> dict[str, list[str]]:
+    """Option name -> its values, as a page shows them."""
+    if not customization:
+        return {}
+    if not isinstance(customization, dict):
+        raise DataError(f"'customization_options' is {type(customization).__name__}, expected dict")
+    options = {}
+    for name, contents in customization.items():
+        if contents is None:
+            continue
+        if not isinstance(contents, list) or not all(
+            isinstance(content, dict) and isinstance(content.get("value"), str) for content in contents
+        ):
+            raise DataError(f"'customization_options': {name!r} must list objects with a text 'value'")
+        options[name.lower()] = [content["value"].strip().replace("/", " | ").lower() for content in contents]
+    return options
+
+
+def _human(instructions: Any) -> list[Record]:
+    """What people asked for; instructions without attributes are left out."""
+    if not isinstance(instructions, list) or not all(isinstance(entry, dict) for entry in instructions):
+        raise DataError("its human instructions are no list of objects")
+    return [
+        {
+            "instruction": _typed(entry, "instruction", str),
+            "attributes": _strings(entry, "instruction_attributes"),
+            "options": _strings(entry, "instruction_options"),
+        }
+        for entry in instructions
+        if _strings(entry, "instruction_attributes")
+    ]
+
+
+def document(record: Record) -> str:
+    """What the search reads of a product: title, description, first bullet and options, in lower case."""
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in record["options"].items())
+    bullet = record["bullets"][0] if record["bullets"] else ""
+    return encodable(" ".join([record["name"], record["description"], bullet, options]).lower())
+
+
+def encodable(text: str) -> str:
+    """`text` with a `?` for each lone surrogate."""
+    return text.encode("utf-8", "replace").decode("utf-8")
