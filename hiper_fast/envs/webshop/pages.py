@@ -30,13 +30,13 @@ class Page:
     def __init__(self, nodes: Sequence[Node], targets: Mapping[str, str | int | None], search_bar: bool = False):
         self.nodes = tuple(nodes)
         self.targets = targets
-        self.text = joined(node.text for node in nodes)
+        self.text = joined([node.text for node in nodes])
         self.clickables = tuple(targets)
         self.commands = (*([SEARCH_COMMAND] if search_bar else []), *(f"click[{name}]" for name in targets))
 
 
 def joined(texts: Iterable[str]) -> str:
-    return SEPARATOR.join(text for text in map(str.strip, texts) if text)
+    return SEPARATOR.join([text for text in map(str.strip, texts) if text])
 
 
 def rich(nodes: Iterable[Node], address: str = "", seen: Iterable[str] = ()) -> str:

@@ -8,11 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 from rapidfuzz.fuzz import token_set_ratio
+from rapidfuzz.process import extractOne
 from rapidfuzz.utils import default_process
 
 Nouns = Callable[[str], list[str]]
 
-ALIKE = 85  # a token set ratio above it is a match
+ALIKE = 85.5  # token set ratios from here on match: rounded, they are above 85
 
 COLORS = """
 alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel
@@ -151,23 +152,21 @@ def _processed(text: str) -> str:
     return default_process(text.translate(_LATIN_1))
 
 
-def _alike(text: str, other: str) -> bool:
-    return round(token_set_ratio(_processed(text), _processed(other))) > ALIKE
+def _alike_any(text: str, processed: Sequence[str]) -> bool:
+    return extractOne(_processed(text), processed, scorer=token_set_ratio, score_cutoff=ALIKE) is not None
 
 
 def _attribute_matches(product, wanted: Sequence[str]) -> int:
-    return sum(
-        any(_alike(attribute, want) for attribute in product.attributes)
-        or any(want in text for text in product.searched_texts)
-        for want in wanted
-    )
+    known = [_processed(attribute) for attribute in product.attributes]
+    return sum(_alike_any(want, known) or any(want in text for text in product.searched_texts) for want in wanted)
 
 
 def _option_matches(chosen: Iterable[str], wanted: Iterable[str | tuple[str, str]]) -> int:
-    chosen = [_color(value) for value in chosen]
-    return sum(any(_alike(value, str(_color(want))) for value in chosen) for want in wanted)
+    chosen = [_processed(_color(value)) for value in chosen]
+    return sum(_alike_any(str(_color(want)), chosen) for want in wanted)
 
 
+@lru_cache(maxsize=1 << 14)
 def _color(option: str | tuple[str, str]) -> str | tuple[str, str]:
     """The first colour in an option value; in a (name, value) pair only one that is equal to either."""
     return next((color for color in COLORS if color in option), option)

@@ -18,7 +18,7 @@ OBSERVATIONS = ("text", "text_rich")
 
 
 class WebShop:
-    """`reset(seed=s)` draws a goal of the split by the seed, `reset()` the next; `options={"goal": goal}` plays that one.
+    """`reset(seed=s)` draws a goal of the split, `reset()` the next one; `options={"goal": goal}` plays that one.
 
     A command is `search[words]`, on any page, or `click[x]` with x of `info["available_actions"]["clickables"]`;
     anything else leaves the page as it is. Buying ends the episode: it pays 10 for a score of exactly 1, else 0.
