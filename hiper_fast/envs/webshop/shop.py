@@ -83,7 +83,7 @@ class WebShop:
         if "goal" in options:
             self.goal = dict(check_goal(options["goal"]))
         else:
-            self.goal = self.goals[int(self._random.choice(self.indices))]
+            self.goal = self.goals[int(self.indices[self._random.randrange(len(self.indices))])]
         instruction = self.goal["instruction_text"]
         self._heads = pages.search_head(instruction), pages.head(instruction)
         self._head_texts = [pages.joined(node.text for node in head) + pages.SEPARATOR for head in self._heads]
