@@ -136,6 +136,6 @@ def done(asin: str, options: Mapping[str, str], score: float) -> Page:
     ]
     texts += ["asin", asin, "options", chosen, "attrs", "None", "category", "None", "query", "None"]
     texts += ["product category", "None", "Target", "asin", "options", "attrs", "price upper", "instuction text"]
-    texts += ["category", "product category", "query", "Goal", "None", "Reward"]
-    texts += ["Your score (min 0.0, max 1.0)", str(score), "Reward Details", "None"]
+    texts += ["category", "product category", "query", "Goal ", "None", "Reward"]
+    texts += ["Your score (min 0.0, max 1.0)", str(score), "Reward Details ", "None"]
     return Page([Node(text) for text in texts], {})
