@@ -1,4 +1,4 @@
-"""Builds hiper_fast._C by driving CMake; CMakeLists.txt is the one list of sources and flags.
+"""Names the packages, and builds hiper_fast._C by driving CMake; CMakeLists.txt is the one list of sources and flags.
 
 The package works without the extension, on the slower torch reference. So a missing compiler does not
 fail the installation: the reason is printed here, and a warning comes when hiper_fast.ops is imported.
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -47,4 +47,10 @@ class CMakeBuild(build_ext):
             self.extensions = []
 
 
-setup(ext_modules=[Extension("hiper_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    # The Triton kernels lie in kernels/ops: a package `kernels` at the root would shadow Hugging Face's.
+    packages=[*find_packages(include=["hiper_fast*"]), "hiper_fast.kernels"],
+    package_dir={"hiper_fast.kernels": "kernels/ops"},
+    ext_modules=[Extension("hiper_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

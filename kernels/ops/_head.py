@@ -1,0 +1,246 @@
+"""The language-model head, a chunk of rows at a time: logits, what each row needs of them, and the gradients back.
+
+    z = (hidden @ weight.T + bias) / temperature;   per row peak = max z, log_sum = log sum exp(z - peak),
+    log p = z - peak - log_sum,   logprob = log p[target],   entropy = -sum p log p
+    d logprob / d z = onehot - p,   d entropy / d z = -p (log p + entropy)
+
+The products are torch's (cuBLAS); what lies between them are two row kernels:
+
+    logits [chunk, v], float32  --statistics-->  logprob, entropy  --the caller's loss-->  their gradients
+                                --gradient-->    rows appended to [capacity, v] of the inputs' dtype
+    when that is full: grad_hidden = rows @ weight, grad_weight += rows.T @ hidden (float32), grad_bias += rows.sum(0)
+
+Logits are float32 also for half-precision inputs: rounded to bfloat16 a log-prob of -20 would be off by up to 0.06,
+which PPO's ratio of two of them does not forgive. Gradients of logits are of the inputs' dtype. The second buffer is
+the larger one, for grad_weight (float32, [v, h]) is read and written once each time that it is full.
+
+Rows whose gradient is exactly 0 (with `compact`) are not appended: a prefix sum on the GPU gives each row its place.
+The host learns how many there are when the buffer may be full, by the only wait for the GPU there is, one to four times
+for each filling. Where rows cannot be 0, and under CUDA graph capture, the host knows the number and never waits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hiper_fast.kernels import _errors
+from hiper_fast.kernels._launch import on_device, wide
+
+SCRATCH_BYTES = 480_000_000  # both buffers together; a third of it for logits, or all of it without gradients
+_BLOCK = 4096
+_LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, so that no infinity is subtracted from another
+
+
+@triton.jit
+def _logits(logits, bias, column, vocabulary, HAS_BIAS: tl.constexpr):
+    x = tl.load(logits + column, mask=column < vocabulary, other=_LOWEST)
+    if HAS_BIAS:
+        x += tl.load(bias + column, mask=column < vocabulary, other=0.0)
+    return tl.where(x < _LOWEST, _LOWEST, x)  # NaN stays NaN
+
+
+@triton.jit
+def _target(targets, row, vocabulary, flags, SLOT: tl.constexpr):
+    target = tl.load(targets + row)
+    if (target < 0) | (target >= vocabulary):
+        tl.store(flags + SLOT, 1)
+    return tl.minimum(tl.maximum(target, 0), vocabulary - 1)
+
+
+@triton.jit(do_not_specialize=["first", "vocabulary"])
+def _statistics_kernel(
+    logits, bias, targets, peaks, log_sums, logprobs, entropies, flags, first, vocabulary, pitch,
+    inverse_temperature: tl.float64,
+    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * pitch
+    dtype: tl.constexpr = logits.dtype.element_ty
+    sharpness = tl.full([], inverse_temperature, dtype)
+    # Each lane keeps its own peak, sum of exp(x - peak) and, for the entropy, sum of exp(x - peak) (x - peak).
+    peak = tl.full([BLOCK], _LOWEST, dtype)
+    total = tl.zeros([BLOCK], dtype)
+    moment = tl.zeros([BLOCK], dtype)
+    for start in range(0, vocabulary, BLOCK):
+        x = _logits(logits, bias, start + tl.arange(0, BLOCK), vocabulary, HAS_BIAS)
+        step = x - peak
+        higher = step > 0
+        decay = tl.exp(-tl.abs(step) * sharpness)
+        if ENTROPY:
+            moment = tl.where(higher, decay * (moment - total * step), moment + decay * step)
+        total = tl.where(higher, total * decay + 1, total + decay)
+        peak = tl.where(higher, x, peak)
+
+    highest = tl.max(peak, axis=0)
+    step = peak - highest
+    decay = tl.exp(step * sharpness)
+    sum_all = tl.sum(total * decay, axis=0)
+    log_sum = tl.log(sum_all)
+    target = _target(targets, first + row, vocabulary, flags, SLOT)
+    chosen = _logits(logits, bias, target, vocabulary, HAS_BIAS)
+    logprob = (chosen - highest) * sharpness - log_sum
+    tl.store(peaks + row, highest)
+    tl.store(log_sums + row, log_sum)
+    # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
+    tl.store(logprobs + first + row, tl.where(logprob > 0, 0.0, logprob))
+    if ENTROPY:
+        mean = tl.sum((moment + total * step) * decay, axis=0) / sum_all
+        tl.store(entropies + first + row, log_sum - mean * sharpness)
+
+
+@triton.jit(do_not_specialize=["first", "place", "vocabulary"])
+def _gradient_kernel(
+    logits, bias, targets, peaks, log_sums, entropies, grad_logprobs, grad_entropies, places, index, out, flags,
+    first, place, vocabulary, pitch, inverse_temperature: tl.float64,
+    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, COMPACT: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    block = tl.program_id(1)
+    gradient = tl.load(grad_logprobs + first + row)
+    if COMPACT:
+        if gradient == 0:
+            return
+        place = tl.load(places + row) - 1
+        if block == 0:
+            tl.store(index + place, (first + row).to(tl.int64))
+    else:
+        place += row
+    logits += row.to(tl.int64) * pitch
+    out += place.to(tl.int64) * pitch
+    dtype: tl.constexpr = logits.dtype.element_ty
+    sharpness = tl.full([], inverse_temperature, dtype)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    x = _logits(logits, bias, column, vocabulary, HAS_BIAS)
+    log_p = (x - tl.load(peaks + row)) * sharpness - tl.load(log_sums + row)
+    target = _target(targets, first + row, vocabulary, flags, SLOT)
+    share = gradient
+    if ENTROPY:
+        share += tl.load(grad_entropies + first + row) * (log_p + tl.load(entropies + first + row))
+    result = tl.where(column == target, gradient, 0.0) - tl.exp(log_p) * share
+    tl.store(out + column, (result * sharpness).to(out.dtype.element_ty), mask=column < vocabulary)
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> None:
+    """out = beta out + alpha a @ b; a float32 `out` of half-precision factors is summed and written in float32."""
+    into = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out, **into)
+
+
+class Head:
+    """Logits of chunks of rows, and the gradients of `scale` times a sum of a loss over the rows.
+
+    Per slice of `chunks()` first `statistics`, then, if gradients are needed, `gradient`; in the end `gradients`.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+        needs: tuple[bool, bool, bool] = (False, False, False), scale: float = 1.0, compact: bool = False,
+    ):  # fmt: skip
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        self.hidden, self.weight, self.targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
+        self.bias = None if bias is None else bias.to(wide(dtype)).contiguous()
+        self.needs, self.scale, self.sharpness = needs, scale, 1.0 / temperature
+        self.compact = compact and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
+
+        self.count, self.vocabulary = hidden.shape[0], weight.shape[0]
+        self.pitch = triton.cdiv(self.vocabulary, 16) * 16  # aligned rows
+        self.chunk, capacity = row_counts(self.count, self.pitch, dtype, any(needs))
+        self.logits = hidden.new_empty(self.chunk, self.pitch, dtype=wide(dtype))
+        self.peaks, self.log_sums = self.logits.new_empty(2, self.chunk).unbind(0)
+        self.begun = False  # grad_weight holds a sum
+        self.first = 0  # row of hidden of the first pending row
+        self.pending = 0  # rows that wait for the products; with compact at most so many
+        self.rows = hidden.new_empty(capacity, self.pitch, dtype=dtype)
+        self.index = torch.empty(capacity if compact else 0, dtype=torch.int64, device=hidden.device)
+        self.places = torch.zeros(1, dtype=torch.int32, device=hidden.device)  # its last: how many are pending
+
+        need_hidden, need_weight, need_bias = needs
+        new = torch.zeros_like if self.compact else torch.empty_like
+        self.grad_hidden = new(self.hidden if need_hidden else hidden[:0, 0])
+        self.grad_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=wide(dtype))
+        self.grad_bias = weight.new_zeros(self.vocabulary if need_bias else 0, dtype=wide(dtype))
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of rows, each after its logits were made."""
+        for start in range(0, self.count, self.chunk):
+            part = slice(start, min(start + self.chunk, self.count))
+            logits = self.logits[: part.stop - part.start, : self.vocabulary]
+            product(logits, self.hidden[part], self.weight.T)
+            yield part
+
+    def statistics(self, part: slice, logprobs: Tensor, entropy: Tensor | None) -> None:
+        """Writes logprobs[part] and entropy[part]."""
+        with on_device(self.logits):
+            _statistics_kernel[(part.stop - part.start,)](
+                self.logits, self.bias, self.targets, self.peaks, self.log_sums, logprobs, entropy, _errors.flags(),
+                part.start, self.vocabulary, self.pitch, self.sharpness,
+                HAS_BIAS=self.bias is not None, ENTROPY=entropy is not None, SLOT=_errors.TARGETS, BLOCK=_BLOCK,
+                num_warps=8, enable_fp_fusion=True,
+            )  # fmt: skip
+
+    def gradient(self, part: slice, entropy: Tensor | None, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
+        """Takes in the gradients of part's log-probs and entropies; all vectors are over all rows."""
+        rows = part.stop - part.start
+        if self.pending + rows > len(self.rows):
+            self.pending = self._pending()
+        if self.pending + rows > len(self.rows):
+            self._multiply()
+        if self.compact:
+            self.places = torch.cumsum(grad_logprobs[part] != 0, 0, dtype=torch.int32).add_(self.places[-1])
+        with on_device(self.logits):
+            _gradient_kernel[(rows, triton.cdiv(self.vocabulary, _BLOCK))](
+                self.logits, self.bias, self.targets, self.peaks, self.log_sums, entropy, grad_logprobs, grad_entropy,
+                self.places, self.index, self.rows, _errors.flags(),
+                part.start, self.pending, self.vocabulary, self.pitch, self.sharpness,
+                HAS_BIAS=self.bias is not None, ENTROPY=grad_entropy is not None, COMPACT=self.compact,
+                SLOT=_errors.TARGETS, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
+            )  # fmt: skip
+        self.pending += rows
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden, weight and bias; empty where not needed."""
+        self.pending = self._pending()
+        self._multiply()
+        return self.grad_hidden, self.grad_weight if self.begun else self.grad_weight.zero_(), self.grad_bias
+
+    def _pending(self) -> int:
+        return int(self.places[-1]) if self.compact else self.pending
+
+    def _multiply(self) -> None:
+        count, (need_hidden, need_weight, need_bias) = self.pending, self.needs
+        if not count:
+            return
+        rows = self.rows[:count, : self.vocabulary]
+        if self.compact:
+            index = self.index[:count]
+            hidden, grad_hidden = self.hidden[index], torch.empty_like(self.hidden[:count])
+        else:
+            part = slice(self.first, self.first + count)
+            hidden, grad_hidden = self.hidden[part], self.grad_hidden[part]
+        if need_hidden:
+            product(grad_hidden, rows, self.weight, alpha=self.scale)
+            if self.compact:
+                self.grad_hidden[index] = grad_hidden
+        if need_weight:
+            product(self.grad_weight, rows.T, hidden, beta=float(self.begun), alpha=self.scale)
+        if need_bias:
+            self.grad_bias.add_(rows.sum(dim=0, dtype=self.grad_bias.dtype), alpha=self.scale)
+        self.begun, self.first, self.pending = True, self.first + count, 0
+        self.places = torch.zeros_like(self.places[-1:])
+
+
+def row_counts(rows: int, pitch: int, dtype: torch.dtype, gradients: bool) -> tuple[int, int]:
+    """(rows of a chunk of logits, rows of the buffer of gradients): as many as SCRATCH_BYTES hold, at least one."""
+
+    def fitting(room: int, row: int, step: int) -> int:
+        most = max(1, room // row)
+        return most - most % step if most > step else most
+
+    logits = pitch * wide(dtype).itemsize
+    chunk = fitting(SCRATCH_BYTES // 3 if gradients else SCRATCH_BYTES, logits, 128)
+    capacity = fitting(SCRATCH_BYTES - chunk * logits, pitch * dtype.itemsize, chunk) if gradients else 0
+    chunk = max(1, min(chunk, rows))
+    return chunk, max(chunk, min(capacity, rows)) if gradients else 0

@@ -1,0 +1,87 @@
+"""The policy loss of a token, forward and gradient; and the sums of its terms. Used by ppo_loss and linear_ppo.
+
+    r = exp(logprob - old), pg = max(-A r, -A clip(r)), for A < 0 at most -A dual_clip
+    d = ref - logprob, kl = clamp(exp(d) - d - 1, -10, 10);   loss = pg + kl_coef kl - entropy_coef entropy
+
+    d pg / d logprob = -A r where neither clip nor dual clip holds, else 0;   d kl / d logprob = 1 - exp(d)
+
+As on the CPU, the exponents are bounded at 20, where every branch is clipped long since.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hiper_fast.kernels._launch import on_device
+from hiper_fast.kernels._total import BLOCK, store_part
+
+METRICS = 6  # policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _terms_kernel(
+    logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient, gradient_entropy, tokens,
+    clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
+    scale: tl.float64,
+    HAS_REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    t = program * BLOCK + tl.arange(0, BLOCK)
+    counted = tl.load(loss_mask + t, mask=t < tokens, other=0) != 0
+    dtype: tl.constexpr = logprobs.dtype.element_ty
+    logprob = tl.load(logprobs + t, mask=counted, other=0.0)
+    old = tl.load(old_logprobs + t, mask=counted, other=0.0)
+    gain = tl.load(advantages + t, mask=counted, other=0.0)
+
+    log_ratio = logprob - old
+    ratio = tl.exp(tl.where(log_ratio > 20, 20.0, log_ratio))
+    near = tl.minimum(tl.maximum(ratio, tl.full([], 1 - clip_low, dtype)), tl.full([], 1 + clip_high, dtype))
+    plain, clipped = -gain * ratio, -gain * near
+    single = tl.where(clipped > plain, clipped, plain)
+    bound = tl.where(gain < 0, -gain * tl.full([], dual_clip, dtype), float("inf"))
+    policy = tl.where(single > bound, bound, single)
+    slope = tl.where((clipped > plain) | (single > bound) | (log_ratio > 20), 0.0, plain)
+    loss = policy
+    store_part(parts, program, 1, policy)
+    store_part(parts, program, 2, -log_ratio)
+    store_part(parts, program, 3, tl.where(clipped > plain, 1.0, 0.0))
+    store_part(parts, program, 4, tl.where(single > bound, 1.0, 0.0))
+    if HAS_REF:
+        d = tl.load(ref_logprobs + t, mask=counted, other=0.0) - logprob
+        far = d > 20
+        d = tl.where(far, 20.0, d)
+        kl = tl.exp(d) - d - 1
+        slope += tl.full([], kl_coef, dtype) * tl.where(far | (kl > 10), 0.0, 1 - tl.exp(d))
+        kl = tl.where(kl > 10, 10.0, kl)
+        loss += tl.full([], kl_coef, dtype) * kl
+        store_part(parts, program, 5, kl)
+    if HAS_ENTROPY:
+        spread = tl.load(entropy + t, mask=counted, other=0.0)
+        loss -= tl.full([], entropy_coef, dtype) * spread
+        store_part(parts, program, 6, spread)
+    store_part(parts, program, 0, loss)
+    store_part(parts, program, 7, tl.where(counted, 1.0, 0.0))
+
+    tl.store(gradient + t, tl.where(counted, slope * tl.full([], scale, dtype), 0.0), mask=t < tokens)
+    if HAS_ENTROPY:
+        push = tl.where(counted, tl.full([], -entropy_coef * scale, dtype), 0.0)
+        tl.store(gradient_entropy + t, push, mask=t < tokens)
+
+
+def terms(
+    parts: Tensor, gradient: Tensor, gradient_entropy: Tensor | None, scale: float,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, ref_logprobs: Tensor | None,
+    entropy: Tensor | None, clip_low: float, clip_high: float, dual_clip: float, kl_coef: float, entropy_coef: float,
+) -> None:  # fmt: skip
+    """Writes the terms' sums to parts [blocks, 8], and the gradients of the loss's sum times scale.
+
+    Tensors are contiguous and of one dtype, float32 or float64.
+    """
+    tokens = logprobs.shape[0]
+    if tokens:
+        with on_device(logprobs):
+            _terms_kernel[(triton.cdiv(tokens, BLOCK),)](
+                logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient,
+                gradient_entropy, tokens, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
+                HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK, enable_fp_fusion=True,
+            )  # fmt: skip

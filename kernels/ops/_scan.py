@@ -1,0 +1,48 @@
+"""What the scans over packed trajectories share.
+
+A tile holds ROWS trajectories and goes through their turns in blocks of BLOCK, from the last turn to the first. Column
+j of block c of a trajectory is its turn `end - 1 - c * BLOCK - j`: time runs backwards, so an ordinary forward scan
+over the columns is the recurrence, and what the last column holds is carried into the next block.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def compose(later_factor, later_offset, factor, offset):
+    """The affine map x -> later_factor x + later_offset, then x -> factor x + offset, as one; associative."""
+    return factor * later_factor, factor * later_offset + offset
+
+
+@triton.jit
+def scan(factor, offset, carried):
+    """y_j = factor_j y_{j-1} + offset_j along the columns, where `carried`, one per row, stands before the first."""
+    factor, offset = tl.associative_scan((factor, offset), 1, compose)
+    return factor * carried[:, None] + offset
+
+
+@triton.jit
+def last_column(x, column, BLOCK: tl.constexpr):
+    return tl.sum(tl.where(column == BLOCK - 1, x, 0.0), axis=1)
+
+
+@triton.jit
+def bounds(cu, row, rows, total, flags, SLOT: tl.constexpr):
+    """[begin, end) of each row, empty for rows past the last and within [0, total) whatever cu holds."""
+    exists = row < rows
+    begin = tl.load(cu + row, mask=exists, other=0)
+    end = tl.load(cu + row + 1, mask=exists, other=0)
+    bad = (begin < 0) | (end < begin) | (end > total)
+    bad |= exists & (((row == 0) & (begin != 0)) | ((row == rows - 1) & (end != total)))
+    tl.store(flags + SLOT + tl.zeros_like(row), 1, mask=bad)
+    begin = tl.minimum(tl.maximum(begin, 0), total)
+    return begin, tl.minimum(tl.maximum(end, begin), total)
+
+
+def tile(turns: int, trajectories: int) -> dict[str, int]:
+    """The tile's shape, from what the host knows: the mean length, and whether there are more rows than processors."""
+    mean = turns / trajectories
+    block = 64 if mean <= 64 else 256 if mean <= 256 else 1024
+    rows = 4 if trajectories > 1024 and block == 64 else 1
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 128)}

@@ -1,0 +1,70 @@
+"""The second half of a loss: sums of blocks -> loss and metrics over the denominator, always added in one order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hiper_fast.kernels._launch import on_device
+
+_COLUMNS = tl.constexpr(8)  # of the sums: loss, metrics, and in the last the count
+_ROWS = 128
+BLOCK = 1024  # tokens of a block
+
+
+@triton.jit
+def store_part(parts, program, column, x):
+    tl.store(parts + program * _COLUMNS + column, tl.sum(x.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=["number", "metric_count", "tokens"])
+def _finish_kernel(
+    parts, loss, metrics, gradient, gradient_2, number, metric_count, tokens, denominator: tl.float64,
+    BY_COUNT: tl.constexpr, GRADIENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, _COLUMNS)
+    sums = tl.zeros([_COLUMNS], tl.float64)
+    for start in range(0, number, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < number)[:, None]
+        sums += tl.sum(tl.load(parts + row[:, None] * _COLUMNS + column[None, :], mask=inside, other=0.0), axis=0)
+    divisor = denominator
+    if BY_COUNT:
+        divisor = tl.maximum(tl.sum(tl.where(column == _COLUMNS - 1, sums, 0.0)), 1.0)
+    program = tl.program_id(0)
+    if program == 0:
+        tl.store(loss + column, sums / divisor, mask=column == 0)
+        tl.store(metrics + column - 1, sums / divisor, mask=(column >= 1) & (column <= metric_count))
+    if GRADIENTS > 0:
+        t = program * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(gradient + t, mask=t < tokens, other=0.0)
+        tl.store(gradient + t, x / tl.full([], divisor, x.dtype), mask=t < tokens)
+        if GRADIENTS > 1:
+            x = tl.load(gradient_2 + t, mask=t < tokens, other=0.0)
+            tl.store(gradient_2 + t, x / tl.full([], divisor, x.dtype), mask=t < tokens)
+
+
+def part_sums(like: Tensor, tokens: int) -> Tensor:
+    """Room for the sums of the blocks of so many tokens; columns that no kernel writes are 0."""
+    return like.new_zeros(triton.cdiv(tokens, BLOCK), _COLUMNS.value, dtype=torch.float64)
+
+
+def finish(
+    parts: Tensor, metric_count: int, dtype: torch.dtype, denominator: float | None, gradients: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(loss 0-d, metrics [metric_count]) of `dtype`: the sums over the denominator.
+
+    None divides by the count, and the gradients, which then are those of the sums, in place too.
+    """
+    loss, metrics = parts.new_empty((), dtype=dtype), parts.new_empty(metric_count, dtype=dtype)
+    by_count = denominator is None
+    scaled = [x for x in gradients if by_count and x.shape[0]]
+    first, second = (scaled + [None, None])[:2]
+    tokens = scaled[0].shape[0] if scaled else 0
+    with on_device(parts):
+        _finish_kernel[(max(1, triton.cdiv(tokens, BLOCK)),)](
+            parts, loss, metrics, first, second, parts.shape[0], metric_count, tokens,
+            1.0 if by_count else denominator,
+            BY_COUNT=by_count, GRADIENTS=len(scaled), ROWS=_ROWS, BLOCK=BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
+    return loss, metrics

@@ -1,0 +1,34 @@
+"""Log-probabilities and entropies straight from hidden states; see _head.py."""
+
+from torch import Tensor
+
+from hiper_fast.kernels._head import Head
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    head = Head(hidden, weight, bias, targets, temperature)
+    logprobs = head.logits.new_empty(len(targets))
+    entropy = head.logits.new_empty(len(targets) if want_entropy else 0)
+    for part in head.chunks():
+        head.statistics(part, logprobs, entropy if want_entropy else None)
+    return logprobs, entropy
+
+
+def linear_logprobs_backward(
+    grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    temperature: float, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """grad_entropy [n], or [0] where the entropy was not used; then rows of gradient 0 are left out."""
+    through_entropy = len(grad_entropy) > 0
+    needs = (need_hidden, need_weight, need_bias)
+    head = Head(hidden, weight, bias, targets, temperature, needs, compact=not through_entropy)
+    logprobs = head.logits.new_empty(len(targets))
+    entropy = head.logits.new_empty(len(targets)) if through_entropy else None
+    grad_logprobs = grad_logprobs.contiguous()
+    grad_entropy = grad_entropy.contiguous() if through_entropy else None
+    for part in head.chunks():
+        head.statistics(part, logprobs, entropy)
+        head.gradient(part, entropy, grad_logprobs, grad_entropy)
+    return head.gradients()
