@@ -4,7 +4,6 @@
 // that the other terms brought close. Bounds are those of blocks of postings (block-max; Ding and Suel,
 // 2011). Nothing is approximate: the scores are those of adding up every posting.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "ops.h"
@@ -13,12 +12,10 @@ namespace hiper_fast {
 namespace {
 
 constexpr int32_t kWindow = 4096;  // documents
+constexpr int64_t kLookup = 16;    // postings that can be added in the time in which one is looked up
 
 // What one term adds to a document: grows with count and inverse length.
 float term_score(float weight, float impact) { return weight - weight / (1.0f + impact); }
-
-// Sums are formed in different orders; this covers what that can change in a bound.
-float bound_score(double sum) { return float(sum * (1.0 + 1e-12)); }
 
 struct Term {
   float weight;
@@ -26,7 +23,7 @@ struct Term {
   const uint16_t* counts;
   const int32_t* end;
   const float* block_bounds;
-  int64_t passed;             // postings behind the window
+  int64_t passed = 0;         // postings behind the window
   const int32_t* window_end;  // the postings in the window end here
   double bound;               // on what it adds to any document in the window
 
@@ -63,10 +60,11 @@ struct Hit {
 class TopK {
  public:
   explicit TopK(size_t k) : k_(k) { heap_.reserve(k); }
-  bool admits(float score) const { return heap_.size() < k_ || score > heap_.front().score; }
+  // What a document's sum must exceed, less what the order of summation can change in it.
+  double needed() const { return heap_.size() < k_ ? 0.0 : double(heap_.front().score) * (1.0 - 1e-12); }
   void offer(Hit hit) {
-    if (!admits(hit.score)) return;
     if (heap_.size() == k_) {
+      if (hit.score <= heap_.front().score) return;
       std::pop_heap(heap_.begin(), heap_.end());
       heap_.pop_back();
     }
@@ -83,6 +81,44 @@ class TopK {
   std::vector<Hit> heap_;  // the worst in front
 };
 
+// The scores so far of the documents base .. base + kWindow.
+class Window {
+ public:
+  Window(const uint8_t* norms, const float* inverse) : norms_(norms), inverse_(inverse), sums_(kWindow) {}
+  void move(int64_t base) {
+    base_ = int32_t(base);
+    std::fill(sums_.begin(), sums_.end(), 0.0);
+  }
+  double sum(int32_t document) const { return sums_[document - base_]; }
+
+  // Adds what the term gives to every document.
+  void add(const Term& term) {
+    const int64_t size = term.window_end - term.documents;
+    for (int64_t posting = 0; posting < size; ++posting) add(term, posting);
+  }
+
+  // The same for those documents only.
+  void look_up(const Term& term, const int32_t* wanted, size_t count) {
+    const int32_t* at = term.documents;
+    for (size_t i = 0; i < count; ++i) {
+      at = std::lower_bound(at, term.window_end, wanted[i]);
+      if (at == term.window_end) return;
+      if (*at == wanted[i]) add(term, at - term.documents);
+    }
+  }
+
+ private:
+  void add(const Term& term, int64_t posting) {
+    const int32_t document = term.documents[posting];
+    sums_[document - base_] += term_score(term.weight, term.counts[posting] * inverse_[norms_[document]]);
+  }
+
+  const uint8_t* norms_;
+  const float* inverse_;
+  int32_t base_ = 0;
+  std::vector<double> sums_;
+};
+
 }  // namespace
 
 int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const float* block_bounds,
@@ -91,19 +127,16 @@ int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const floa
                     float* out_scores, int64_t terms, int64_t total, int64_t k, int64_t block) {
   std::vector<Term> all(static_cast<size_t>(terms));
   for (int64_t t = 0; t < terms; ++t) {
-    all[t] = {weights[t],
-              documents + begins[t],
-              counts + begins[t],
-              documents + ends[t],
-              block_bounds + block_begins[t],
-              0,
-              nullptr,
-              0.0};
+    all[t].weight = weights[t];
+    all[t].documents = documents + begins[t];
+    all[t].counts = counts + begins[t];
+    all[t].end = documents + ends[t];
+    all[t].block_bounds = block_bounds + block_begins[t];
   }
   std::vector<Term*> active;
   std::vector<double> bounds;  // bounds[i]: on what the first i active terms add together
-  std::vector<double> sums(kWindow);
-  std::vector<int32_t> candidates;
+  std::vector<int32_t> candidates(kWindow);
+  Window window(norms, inverse);
   TopK best(static_cast<size_t>(k));
 
   for (int64_t base = 0; base < total; base += kWindow) {
@@ -115,40 +148,35 @@ int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const floa
     std::sort(active.begin(), active.end(), [](const Term* a, const Term* b) { return a->bound < b->bound; });
     bounds.assign(1, 0.0);
     for (const Term* term : active) bounds.push_back(bounds.back() + term->bound);
-    size_t optional = 0;  // so many terms cannot make a hit without the others
-    while (optional < active.size() && !best.admits(bound_score(bounds[optional + 1]))) ++optional;
 
+    const double needed = best.needed();
+    size_t optional = 0;  // so many terms cannot make a hit without the others
+    while (optional < active.size() && bounds[optional + 1] <= needed) ++optional;
     if (optional < active.size()) {
-      for (size_t i = optional; i < active.size(); ++i) {
-        const Term& term = *active[i];
-        const uint16_t* count = term.counts;
-        for (const int32_t* document = term.documents; document != term.window_end; ++document, ++count) {
-          sums[*document - base] += term_score(term.weight, float(*count) * inverse[norms[*document]]);
-        }
-      }
-      candidates.clear();
+      window.move(base);
+      for (size_t i = optional; i < active.size(); ++i) window.add(*active[i]);
+      // Selecting without branches, for which documents pass is unpredictable.
+      const double floor = std::max(0.0, needed - bounds[optional]);
+      size_t count = 0;
       for (int32_t document = int32_t(base); document < limit; ++document) {
-        const double sum = sums[document - base];
-        if (sum > 0.0 && best.admits(bound_score(sum + bounds[optional]))) candidates.push_back(document);
+        candidates[count] = document;
+        count += window.sum(document) > floor;
       }
-      for (size_t i = optional; i-- > 0 && !candidates.empty();) {
-        const Term& term = *active[i];
-        const int32_t* at = term.documents;
-        size_t kept = 0;
-        for (const int32_t document : candidates) {
-          double& sum = sums[document - base];
-          if (!best.admits(bound_score(sum + bounds[i + 1]))) continue;
-          at = std::lower_bound(at, term.window_end, document);
-          if (at != term.window_end && *at == document) {
-            const float count = term.counts[at - term.documents];
-            sum += term_score(term.weight, count * inverse[norms[document]]);
-          }
-          candidates[kept++] = document;
+      for (size_t i = optional; i-- > 0 && count > 0;) {
+        const size_t before = count;
+        count = 0;
+        for (size_t c = 0; c < before; ++c) {
+          candidates[count] = candidates[c];
+          count += window.sum(candidates[c]) + bounds[i + 1] > needed;
         }
-        candidates.resize(kept);
+        const Term& term = *active[i];
+        if (int64_t(count) * kLookup > term.window_end - term.documents) {
+          window.add(term);
+        } else {
+          window.look_up(term, candidates.data(), count);
+        }
       }
-      for (const int32_t document : candidates) best.offer({float(sums[document - base]), document});
-      std::fill(sums.begin(), sums.end(), 0.0);
+      for (size_t c = 0; c < count; ++c) best.offer({float(window.sum(candidates[c])), candidates[c]});
     }
     for (Term* term : active) term->leave();
   }

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
@@ -53,7 +55,7 @@ class Index:
     file into memory, or by forking.
     """
 
-    # In the order of the file; wide types first, so that each array is aligned.
+    # In the order of the file: wide types first, so that each array is aligned (the header fills whole 64 bytes).
     _ARRAYS = {
         "posting_offsets": np.int64,  # [terms + 1] into documents and counts
         "block_offsets": np.int64,  # [terms + 1] into block_bounds
@@ -73,6 +75,7 @@ class Index:
         for name in self._ARRAYS:
             setattr(self, f"_{name}", arrays[name])
         self._inverse = _inverse_lengths(filled, total_tokens)
+        self._entry = lru_cache(maxsize=1 << 16)(self._find_entry)
         shared = (self._documents, self._counts, self._block_bounds, self._norms, self._inverse)
         self._addresses = [array.ctypes.data for array in shared]
 
@@ -146,25 +149,25 @@ class Index:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        found = [(number, count) for term, count in Counter(tokens(query)).items() if (number := self._find(term)) >= 0]
+        found = [(count, *entry) for term, count in Counter(tokens(query)).items() if (entry := self._entry(term))]
         if not found:
             return np.empty(0, np.int32), np.empty(0, np.float32)
-        terms, repeated = (np.array(column) for column in zip(*found, strict=True))
-        sizes = self._posting_offsets[terms + 1] - self._posting_offsets[terms]
-        idf = np.log(1 + (self.filled - sizes + 0.5) / (sizes + 0.5)).astype(np.float32)
+        repeated, begins, ends, blocks, idf = (np.array(column) for column in zip(*found, strict=True))
         search = _search_numpy if extension is None else _search_cpp
-        return search(self, terms, repeated.astype(np.float32) * idf, min(k, len(self)))
+        return search(self, begins, ends, blocks, repeated.astype(np.float32) * idf, min(k, len(self)))
 
-    def _find(self, term: str) -> int:
-        """The term's number, -1 if no document has it."""
+    def _find_entry(self, term: str) -> tuple[int, int, int, np.float32] | None:
+        """(first posting, end of the postings, first block, idf) of a term; None if no document has it."""
         encoded = term.encode("utf-8", "surrogatepass")
         number = int(np.searchsorted(self._term_hashes, np.uint32(value := crc32(encoded))))
         while number < len(self._term_hashes) and self._term_hashes[number] == value:
             begin, end = self._term_offsets[number : number + 2]
             if self._term_bytes[begin:end].tobytes() == encoded:
-                return number
+                begin, end = map(int, self._posting_offsets[number : number + 2])
+                idf = np.float32(math.log(1 + (self.filled - (end - begin) + 0.5) / (end - begin + 0.5)))
+                return begin, end, int(self._block_offsets[number]), idf
             number += 1
-        return -1
+        return None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one file: a header and the arrays, each in the `.npy` format. It appears whole or not at all."""
@@ -180,7 +183,8 @@ class Index:
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False)
         try:
             with file:
-                np.save(file, np.frombuffer(json.dumps(header).encode(), np.uint8))
+                text = json.dumps(header)
+                np.save(file, np.frombuffer(text.ljust(-(-len(text) // 64) * 64).encode(), np.uint8))
                 for name in self._ARRAYS:
                     np.save(file, self._arrays[name])
             os.replace(file.name, path)
@@ -200,7 +204,7 @@ class Index:
         mend = f"; delete {path} and build the index anew"
         try:
             with path.open("rb") as file:
-                stored = np.memmap(file, np.uint8, "r")
+                stored = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain view: memmap slices are slow
                 header = json.loads(_read_array(file, stored).tobytes())
                 if header["format"] != FORMAT:
                     raise ValueError(f"its header says {header['format']!r}")
@@ -279,13 +283,12 @@ def _block_bounds(arrays: dict[str, np.ndarray], inverse: np.ndarray) -> np.ndar
     return np.maximum.reduceat(arrays["counts"] * inverse[arrays["norms"][arrays["documents"]]], begins)
 
 
-def _search_numpy(index: Index, terms: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_numpy(index: Index, begins, ends, blocks, weights, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Adds up every posting of every term."""
     totals = np.zeros(len(index))
-    for term, weight in zip(terms, weights, strict=True):
-        postings = slice(*index._posting_offsets[term : term + 2])
-        documents = index._documents[postings]
-        impacts = index._counts[postings] * index._inverse[index._norms[documents]]
+    for begin, end, weight in zip(begins, ends, weights, strict=True):
+        documents = index._documents[begin:end]
+        impacts = index._counts[begin:end] * index._inverse[index._norms[documents]]
         totals[documents] += weight - weight / (np.float32(1) + impacts)
     found = np.flatnonzero(totals)
     scores = totals[found].astype(np.float32)
@@ -296,13 +299,11 @@ def _search_numpy(index: Index, terms: np.ndarray, weights: np.ndarray, k: int) 
     return found[best].astype(np.int32), scores[best]
 
 
-def _search_cpp(index: Index, terms: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_cpp(index: Index, begins, ends, blocks, weights, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The same without the postings that cannot matter."""
     documents, scores = np.empty(k, np.int32), np.empty(k, np.float32)
-    begins, ends = index._posting_offsets[terms], index._posting_offsets[terms + 1]
-    blocks = index._block_offsets[terms]
     given = [array.ctypes.data for array in (begins, ends, blocks, weights, documents, scores)]
-    found = extension.bm25_search(*index._addresses, *given, len(terms), len(index), k, BLOCK)
+    found = extension.bm25_search(*index._addresses, *given, len(begins), len(index), k, BLOCK)
     return documents[:found], scores[:found]
 
 
@@ -314,11 +315,11 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read_array(file, stored: np.memmap) -> np.ndarray:
+def _read_array(file, stored: np.ndarray) -> np.ndarray:
     """The array in `.npy` format at the file's position, as a view of the mapped file."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not the .npy format 1.0")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     begin = file.tell()
     end = file.seek(begin + dtype.itemsize * shape[0])
-    return np.ndarray.view(stored[begin:end], dtype)
+    return stored[begin:end].view(dtype)
