@@ -174,6 +174,31 @@ def test_no_place_for_a_cache(folder, tmp_path):
     assert len(catalogue.search("lamp")) == 3
 
 
+def test_a_full_disk_keeps_the_shop_in_memory(load, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hiper_fast.envs.webshop.catalogue.Index.save", fail)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert len(load().search("lamp")) == 3
+    assert entries(tmp_path) == []
+
+
+def test_another_process_was_faster(load, tmp_path, monkeypatch):
+    from hiper_fast.envs.webshop.catalogue import Index
+
+    save = Index.save
+
+    def slow(index, path):
+        with monkeypatch.context() as patch:
+            patch.setattr(Index, "save", save)
+            load()
+        save(index, path)
+
+    monkeypatch.setattr(Index, "save", slow)
+    assert len(load().search("lamp")) == 3 and len(entries(tmp_path)) == 1
+
+
 def test_the_cache_honours_xdg(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     Catalogue.load(folder)

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -230,43 +231,40 @@ def _cache_folder(given: str | os.PathLike | None) -> Path:
 
 
 def _cached(files: Mapping[str, Path], folder: Path, progress: Progress) -> tuple[Store, Index]:
-    """The parsed products and their index from the cache, or built and put there, whole or not at all."""
+    """The parsed products and their index from the cache, or built and put there."""
     entry = folder / _digest(files, progress)
     if entry.exists():
         try:
             return Store.load(entry), Index.load(entry / "index")
         except Exception as error:  # whatever is wrong with a cache, building it again mends it
             warnings.warn(f"{entry}: the cache cannot be used and is built again ({error})", stacklevel=3)
+            shutil.rmtree(entry, ignore_errors=True)
     attributes = read_object(files["attributes"])
     human = read_object(files["human"]) if "human" in files else {}
-    source = records(read_items(files["items"]), attributes, human, source=str(files["items"]))
+
+    def source() -> Iterator[Record]:
+        return records(read_items(files["items"]), attributes, human, source=str(files["items"]))
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=folder))
+        return _build(source(), entry, progress)
     except OSError as error:
-        warnings.warn(f"{folder}: nothing can be cached there ({error}); the index is built anew", stacklevel=3)
-        store = Store.in_memory(source, progress)
+        warnings.warn(f"{folder}: nothing can be cached there ({error}); the shop is kept in memory", stacklevel=3)
+        store = Store.in_memory(source(), progress)
         return store, _index(store, progress)
-    try:
-        store = Store.on_disk(source, fresh, progress)
+
+
+def _build(source: Iterator[Record], entry: Path, progress: Progress) -> tuple[Store, Index]:
+    """Builds a shop beside `entry` and moves it there, so that an entry is whole or not there at all."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True) as fresh:
+        built = Path(fresh) / "entry"
+        built.mkdir()
+        store = Store.on_disk(source, built, progress)
         index = _index(store, progress)
-        index.save(fresh / "index")
-        _replace(fresh, entry)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return store, index
-
-
-def _replace(fresh: Path, entry: Path) -> None:
-    """Puts `fresh` in the place of `entry`, which may be there already: a damaged one, or another process's."""
-    try:
-        os.rename(fresh, entry)
-    except OSError:
-        shutil.rmtree(entry, ignore_errors=True)
-        try:
-            os.rename(fresh, entry)
-        except OSError as error:
-            warnings.warn(f"{entry}: the cache could not be replaced ({error})", stacklevel=4)
+        index.save(built / "index")
+        with suppress(OSError):  # another process was faster
+            os.rename(built, entry)
+        return store, index
 
 
 def _digest(files: Mapping[str, Path], progress: Progress) -> str:
