@@ -1,7 +1,10 @@
 // Which level trains each token, with the semantics of hiper_fast/response.py. The text is never put
 // together: a tag begins with '<', so only tokens that hold one are looked into; of all others a byte of
 // flags is read.
+#include <algorithm>
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "ops.h"
@@ -21,9 +24,9 @@ struct Block {
   Position content_begin{}, content_end{};  // between the tags
 };
 
-constexpr std::array<std::string_view, 3> kNames = {"action>", "subgoal>", "switch>"};
+constexpr std::array<std::string_view, 3> kOpening = {"<action>", "<subgoal>", "<switch>"};
+constexpr std::array<std::string_view, 3> kClosing = {"</action>", "</subgoal>", "</switch>"};
 constexpr std::array<uint8_t, 3> kRoles = {kAction, kSubgoal, kSwitch};
-constexpr size_t kLongestTag = 10;  // </subgoal>
 
 template <class Id>
 struct Response {
@@ -37,34 +40,37 @@ struct Response {
     return {reinterpret_cast<const char*>(bytes) + begin, size_t(offsets[ids[token] + 1] - begin)};
   }
 
-  // If a tag begins at the '<' at `start`, tell its block.
-  void read_tag(Position start, std::array<Block, 3>& blocks) const {
-    char window[kLongestTag];
-    Position from[kLongestTag];
-    size_t size = 0;
-    for (Position at = start; at.token < count && size < kLongestTag; ++at.token, at.byte = 0) {
-      for (const char c : piece(at.token).substr(size_t(at.byte))) {
-        if (size == kLongestTag) break;
-        from[size] = {at.token, at.byte++};
-        window[size++] = c;
+  // Whether the text from `at` on begins with `tag`; if so `at` becomes the position after it.
+  bool skip(std::string_view tag, Position& at) const {
+    for (Position next = at; next.token < count; ++next.token, next.byte = 0) {
+      const std::string_view text = piece(next.token).substr(size_t(next.byte));
+      const size_t size = std::min(text.size(), tag.size());
+      if (text.substr(0, size) != tag.substr(0, size)) return false;
+      tag.remove_prefix(size);
+      if (tag.empty()) {
+        at = {next.token, next.byte + int64_t(size)};
+        return true;
       }
     }
-    const bool closing = size > 1 && window[1] == '/';
-    const size_t skip = closing ? 2 : 1;
-    const std::string_view rest(window + skip, size - skip);
-    for (size_t i = 0; i < kNames.size(); ++i) {
-      if (rest.substr(0, kNames[i].size()) != kNames[i]) continue;
-      const Position end = from[skip + kNames[i].size() - 1];
+    return false;
+  }
+
+  // If a tag that can matter begins at the '<' at `start`, tell its block.
+  void read_tag(Position start, std::array<Block, 3>& blocks) const {
+    for (size_t i = 0; i < blocks.size(); ++i) {
       Block& block = blocks[i];
-      if (!closing && !block.open) {
+      Position end = start;
+      if (block.found || !skip(block.open ? kClosing[i] : kOpening[i], end)) continue;
+      if (!block.open) {
         block.open = true;
         block.first = start.token;
-        block.content_begin = {end.token, end.byte + 1};
-      } else if (closing && block.open && !block.found) {
+        block.content_begin = end;
+      } else {
         block.found = true;
         block.last = end.token;
         block.content_end = start;
       }
+      return;
     }
   }
 
@@ -121,64 +127,64 @@ bool has_cjk(const Response<Id>& response) {
 template <class Id>
 void find_roles(const Id* token_ids, const int32_t* cu_tokens, const uint8_t* piece_bytes,
                 const int32_t* piece_offsets, const uint8_t* piece_flags, int64_t tokens, int64_t turns,
-                int64_t vocabulary, uint8_t* roles, bool* switches, int32_t* value_index, bool* valid) {
+                int64_t vocabulary, uint8_t* roles, bool* switches, int32_t* value_index, bool* valid,
+                int threads) {
   check_prefix_sum("cu_tokens", cu_tokens, turns, tokens);
-  for (int64_t i = 0; i < tokens; ++i) {
-    if (token_ids[i] < 0 || token_ids[i] >= vocabulary) {
-      throw std::invalid_argument("token_ids: " + std::to_string(token_ids[i]) +
-                                  " is not in the vocabulary of " + std::to_string(vocabulary) + " pieces");
-    }
-  }
+  in_parallel(turns, tokens, threads, [=](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t base = cu_tokens[n];
+      const Response<Id> response{token_ids + base, cu_tokens[n + 1] - base, piece_bytes, piece_offsets};
+      std::array<Block, 3> blocks;
+      auto& [action, subgoal, decision] = blocks;
 
-  for (int64_t n = 0; n < turns; ++n) {
-    const int64_t base = cu_tokens[n];
-    const Response<Id> response{token_ids + base, cu_tokens[n + 1] - base, piece_bytes, piece_offsets};
-    std::array<Block, 3> blocks;
-    auto& [action, subgoal, decision] = blocks;
-
-    uint8_t seen = 0;
-    for (int64_t i = 0; i < response.count; ++i) {
-      const uint8_t flags = piece_flags[response.ids[i]];
-      seen |= flags;
-      if (flags & kHasAngle) {
+      // First the flags of all tokens, kept where their roles will be; then the few tokens that hold a '<'.
+      uint8_t* const flags = roles + base;
+      uint8_t seen = 0;
+      for (int64_t i = 0; i < response.count; ++i) {
+        const Id id = response.ids[i];
+        if (id < 0 || id >= vocabulary) {
+          throw std::invalid_argument("token_ids: " + std::to_string(id) + " is not in the vocabulary of " +
+                                      std::to_string(vocabulary) + " pieces");
+        }
+        seen |= flags[i] = piece_flags[id];
+      }
+      for (int64_t i = 0; i < response.count; ++i) {
+        if (!(flags[i] & kHasAngle)) continue;
         const std::string_view piece = response.piece(i);
         for (size_t at = piece.find('<'); at != piece.npos; at = piece.find('<', at + 1)) {
           response.read_tag({i, int64_t(at)}, blocks);
         }
       }
-    }
 
-    const Word word = decision.found ? read_word(response, decision) : Word::kEmpty;
-    switches[n] = word == Word::kSwitch || word == Word::kOther;
-    valid[n] = (word == Word::kKeep || word == Word::kSwitch) && subgoal.found && action.found &&
-               !((seen & kHasHighByte) && has_cjk(response));
+      const Word word = decision.found ? read_word(response, decision) : Word::kEmpty;
+      switches[n] = word == Word::kSwitch || word == Word::kOther;
+      valid[n] = (word == Word::kKeep || word == Word::kSwitch) && subgoal.found && action.found &&
+                 !((seen & kHasHighByte) && has_cjk(response));
 
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      if (!blocks[b].found) continue;
-      for (int64_t i = blocks[b].first; i <= blocks[b].last; ++i) {
-        if (!(piece_flags[response.ids[i]] & kEmpty)) roles[base + i] |= kRoles[b];
+      std::fill_n(roles + base, response.count, action.found ? uint8_t(0) : uint8_t(kAction));
+      for (size_t b = 0; b < blocks.size(); ++b) {
+        if (!blocks[b].found) continue;
+        for (int64_t i = blocks[b].first; i <= blocks[b].last; ++i) {
+          if (!(piece_flags[response.ids[i]] & kEmpty)) roles[base + i] |= kRoles[b];
+        }
       }
+      // The token after the one that holds a block's last byte is the first to start at or after the block's
+      // end.
+      int64_t low = 0;
+      if (subgoal.found && subgoal.last + 1 < response.count) {
+        low = subgoal.last + 1;
+      } else if (decision.found && decision.last + 1 < response.count) {
+        low = decision.last + 1;
+      }
+      value_index[3 * n] = int32_t(low);
+      value_index[3 * n + 1] = value_index[3 * n + 2] = 0;
     }
-    if (!action.found) {
-      for (int64_t i = 0; i < response.count; ++i) roles[base + i] |= kAction;
-    }
-
-    // The token after the one that holds a block's last byte is the first to start at or after the block's
-    // end.
-    int64_t low = 0;
-    if (subgoal.found && subgoal.last + 1 < response.count) {
-      low = subgoal.last + 1;
-    } else if (decision.found && decision.last + 1 < response.count) {
-      low = decision.last + 1;
-    }
-    value_index[3 * n] = int32_t(low);
-    value_index[3 * n + 1] = value_index[3 * n + 2] = 0;
-  }
+  });
 }
 
 template void find_roles(const int32_t*, const int32_t*, const uint8_t*, const int32_t*, const uint8_t*,
-                         int64_t, int64_t, int64_t, uint8_t*, bool*, int32_t*, bool*);
+                         int64_t, int64_t, int64_t, uint8_t*, bool*, int32_t*, bool*, int);
 template void find_roles(const int64_t*, const int32_t*, const uint8_t*, const int32_t*, const uint8_t*,
-                         int64_t, int64_t, int64_t, uint8_t*, bool*, int32_t*, bool*);
+                         int64_t, int64_t, int64_t, uint8_t*, bool*, int32_t*, bool*, int);
 
 }  // namespace hiper_fast

@@ -1,13 +1,16 @@
 // The CPU kernels: plain functions over contiguous raw buffers, so that one build serves every torch version.
-// Shapes and dtypes are checked in Python; what only the data can tell (prefix sums, token ids) is checked
-// here and thrown as std::invalid_argument, which Python sees as a ValueError.
+// Shapes and dtypes are checked in Python; what only the data can tell (prefix sums, ids) is checked here and
+// thrown as std::invalid_argument, which Python sees as a ValueError. Those with an Isa are compiled once for
+// each instruction set; `threads` is the most a kernel may use, where its size pays for them.
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+#include <optional>
 
 namespace hiper_fast {
+
+struct Portable;
+struct Avx2;  // and FMA
 
 enum Role : uint8_t { kAction = 1, kSubgoal = 2, kSwitch = 4 };
 
@@ -17,12 +20,13 @@ template <class T>
 void hae(const T* rewards, const T* values_low, const T* values_high, const T* values_switch,
          const bool* switches, const bool* terminated, const int32_t* cu_turns, const T* bootstrap_low,
          const T* bootstrap_high, int64_t turns, int64_t trajectories, double gamma, double lambda_turn,
-         double lambda_segment, T* out, bool* boundary);
+         double lambda_segment, T* out, bool* boundary, int threads);
 
 // out: [2, turns], rows advantages, returns. bootstrap may be null.
-template <class T>
+template <class Isa, class T>
 void gae(const T* rewards, const T* values, const bool* terminated, const int32_t* cu_turns,
-         const T* bootstrap, int64_t turns, int64_t trajectories, double gamma, double lambda, T* out);
+         const T* bootstrap, int64_t turns, int64_t trajectories, double gamma, double lambda, T* out,
+         int threads);
 
 // out: [turns], 0 off the mask.
 template <class T>
@@ -30,40 +34,80 @@ void normalize(const T* values, const bool* mask, int64_t turns, double eps, T* 
 
 enum PieceFlag : uint8_t { kHasAngle = 1, kHasHighByte = 2, kEmpty = 4 };
 
-// piece_offsets: [vocabulary + 1] into piece_bytes; piece_flags: [vocabulary]. roles must come in zeroed.
+// piece_offsets: [vocabulary + 1] into piece_bytes; piece_flags: [vocabulary].
 template <class Id>
 void find_roles(const Id* token_ids, const int32_t* cu_tokens, const uint8_t* piece_bytes,
                 const int32_t* piece_offsets, const uint8_t* piece_flags, int64_t tokens, int64_t turns,
-                int64_t vocabulary, uint8_t* roles, bool* switches, int32_t* value_index, bool* valid);
+                int64_t vocabulary, uint8_t* roles, bool* switches, int32_t* value_index, bool* valid,
+                int threads);
 
-template <class T>
+template <class Isa, class T>
 void scatter_advantages(const T* advantages_low, const T* advantages_high, const T* advantages_switch,
                         const bool* boundary, const uint8_t* roles, const int32_t* cu_tokens, int64_t tokens,
-                        int64_t turns, T* advantages, bool* loss_mask);
+                        int64_t turns, T* advantages, bool* loss_mask, int threads);
 
-// The k best documents of a query, best first; returns how many there are. documents, counts: all terms' postings;
-// block_bounds: the largest count * inverse of each block of a term's postings; norms: [total] into inverse [256].
-// begins, ends, block_begins, weights: [terms], where the query's terms have their postings and bounds. out_*: [k].
-int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const float* block_bounds, const uint8_t* norms,
-                    const float* inverse, const int64_t* begins, const int64_t* ends, const int64_t* block_begins,
-                    const float* weights, int32_t* out_documents, float* out_scores, int64_t terms, int64_t total,
-                    int64_t k, int64_t block);
+// Of each row of logits [rows, vocabulary]: the target's log-probability, at most 0, and the entropy.
+template <class Isa, class T>
+void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
+                     double temperature, T* logprobs, T* entropy, int threads);
+
+// The logits become their gradient, given that of each row's log-probability and entropy (may be null). Rows
+// whose gradient is zero throughout are left out: the others move up, and `live` [rows] tells which they are.
+// Returns their number.
+template <class Isa, class T>
+int64_t linear_logprobs_backward(T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
+                                 double temperature, const T* grad_logprobs, const T* grad_entropy,
+                                 int64_t* live, int threads);
+
+// loss: [1]; metrics: [6], policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy. ref_logprobs,
+// entropy and the gradients may be null; without a denominator it is the number of masked tokens.
+template <class Isa, class T>
+void ppo_loss(const T* logprobs, const T* old_logprobs, const T* advantages, const bool* loss_mask,
+              const T* ref_logprobs, const T* entropy, int64_t tokens, double clip_low, double clip_high,
+              double dual_clip, double kl_coef, double entropy_coef, std::optional<double> denominator,
+              T* loss, T* metrics, T* gradient, T* gradient_entropy);
+
+// The same over every row of logits [rows, vocabulary], added to sums [7] (loss, metrics); if a gradient is
+// wanted the logits become it, as in linear_logprobs_backward.
+template <class Isa, class T>
+int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, const T* advantages,
+                   const T* ref_logprobs, int64_t rows, int64_t vocabulary, double temperature,
+                   double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
+                   double denominator, bool want_gradient, double* sums, int64_t* live, int threads);
+
+// loss: [1]; metrics: [2], value, clip_fraction. gradient may be null.
+template <class Isa, class T>
+void value_loss(const T* values, const T* old_values, const T* returns, const bool* mask, int64_t turns,
+                double clip, std::optional<double> denominator, T* loss, T* metrics, T* gradient);
+
+// e^x as the float kernels have it.
+template <class Isa>
+void exp(const float* x, int64_t count, float* out);
+
+// The k best documents of a query, best first; returns how many there are. documents, counts: all terms'
+// postings; block_bounds: the largest count * inverse of each block of a term's postings; norms: [total] into
+// inverse [256]. begins, ends, block_begins, weights: [terms], where the query's terms have their postings
+// and bounds. out_*: [k].
+int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const float* block_bounds,
+                    const uint8_t* norms, const float* inverse, const int64_t* begins, const int64_t* ends,
+                    const int64_t* block_begins, const float* weights, int32_t* out_documents,
+                    float* out_scores, int64_t terms, int64_t total, int64_t k, int64_t block);
 
 // cu must be an exclusive prefix sum: 0, then never falling, `total` at its end.
-inline void check_prefix_sum(const char* name, const int32_t* cu, int64_t segments, int64_t total) {
-  if (cu[0] != 0)
-    throw std::invalid_argument(std::string(name) + " must begin with 0, got " + std::to_string(cu[0]));
-  for (int64_t i = 0; i < segments; ++i) {
-    if (cu[i + 1] < cu[i]) {
-      throw std::invalid_argument(std::string(name) + " must never fall, but falls from " +
-                                  std::to_string(cu[i]) + " to " + std::to_string(cu[i + 1]) + " at index " +
-                                  std::to_string(i + 1));
-    }
-  }
-  if (cu[segments] != total) {
-    throw std::invalid_argument(std::string(name) + " must end with " + std::to_string(total) + ", got " +
-                                std::to_string(cu[segments]));
-  }
+void check_prefix_sum(const char* name, const int32_t* cu, int64_t segments, int64_t total);
+
+void check_targets(const int64_t* targets, int64_t count, int64_t vocabulary);
+
+// Calls body(context, begin, end) on parts of [0, count), in up to `threads` threads if `elements`, all that
+// is to be touched, are many.
+void in_parallel(int64_t count, int64_t elements, int threads, void (*body)(void*, int64_t, int64_t),
+                 void* context);
+
+template <class Body>
+void in_parallel(int64_t count, int64_t elements, int threads, Body body) {
+  in_parallel(
+      count, elements, threads,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
 }  // namespace hiper_fast

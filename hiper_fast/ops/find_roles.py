@@ -128,13 +128,13 @@ def byte_level_alphabet() -> list[str]:
 def _cpu(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
     token_ids, cu_tokens = token_ids.contiguous(), cu_tokens.contiguous()
     tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
-    roles = torch.zeros(tokens, dtype=torch.uint8)
+    roles = torch.empty(tokens, dtype=torch.uint8)
     switch, valid = torch.empty(turns, dtype=torch.bool), torch.empty(turns, dtype=torch.bool)
     value_index = torch.empty((turns, 3), dtype=torch.int32)
     _library.kernel("find_roles", token_ids.dtype)(
         token_ids.data_ptr(), cu_tokens.data_ptr(), piece_bytes.data_ptr(), piece_offsets.data_ptr(),
         piece_flags.data_ptr(), tokens, turns, piece_flags.shape[0],
-        roles.data_ptr(), switch.data_ptr(), value_index.data_ptr(), valid.data_ptr(),
+        roles.data_ptr(), switch.data_ptr(), value_index.data_ptr(), valid.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return roles, switch, value_index, valid
 

@@ -16,7 +16,7 @@ def _cpu(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
     out = rewards.new_empty(2, turns)
     _library.kernel("gae", rewards.dtype)(
         rewards.data_ptr(), values.data_ptr(), terminated.data_ptr(), cu_turns.data_ptr(), address(bootstrap),
-        turns, terminated.shape[0], gamma, lambda_, out.data_ptr(),
+        turns, terminated.shape[0], gamma, lambda_, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

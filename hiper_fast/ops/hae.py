@@ -23,6 +23,7 @@ def _cpu(
         rewards.data_ptr(), values_low.data_ptr(), values_high.data_ptr(), address(values_switch), switch.data_ptr(),
         terminated.data_ptr(), cu_turns.data_ptr(), address(bootstrap_low), address(bootstrap_high),
         turns, terminated.shape[0], gamma, lambda_turn, lambda_segment, levels.data_ptr(), boundary.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return levels, boundary
 

@@ -99,7 +99,7 @@ def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, t
 _op = _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
     "bool want_entropy) -> (Tensor, Tensor)",
-    cpp=_torch,
+    cpp=_cpu,
     plain=_torch,
     cuda=True,
     fake=_fake,
@@ -108,7 +108,7 @@ _op_backward = _library.define(
     "linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor targets, float temperature, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor)",
-    cpp=_torch_backward,
+    cpp=_cpu_backward,
     plain=_torch_backward,
     cuda=True,
     fake=_fake_backward,

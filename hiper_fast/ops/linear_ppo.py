@@ -81,7 +81,7 @@ _op = _library.define(
     "Tensor? ref_logprobs, float temperature, float clip_low, float clip_high, float dual_clip, float kl_coef, "
     "float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpp=_torch,
+    cpp=_cpu,
     plain=_torch,
     cuda=True,
     fake=_fake,

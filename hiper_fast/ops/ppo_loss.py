@@ -39,7 +39,7 @@ _op = _library.define(
     "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor loss_mask, Tensor? ref_logprobs, "
     "Tensor? entropy, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef, "
     "float? denominator, bool want_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpp=ppo_terms,
+    cpp=_cpu,
     plain=ppo_terms,
     cuda=True,
     fake=_fake,

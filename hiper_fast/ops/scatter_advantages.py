@@ -18,6 +18,7 @@ def _cpu(advantages_low, advantages_high, advantages_switch, boundary, roles, cu
     _library.kernel("scatter_advantages", low.dtype)(
         low.data_ptr(), high.data_ptr(), switch.data_ptr(), boundary.data_ptr(), roles.data_ptr(),
         cu_tokens.data_ptr(), tokens, boundary.shape[0], advantages.data_ptr(), loss_mask.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return advantages, loss_mask
 

@@ -47,7 +47,7 @@ def _fake(values, old_values, returns, mask, clip, denominator, want_gradient):
 _op = _library.define(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip, float? denominator, "
     "bool want_gradient) -> (Tensor, Tensor, Tensor)",
-    cpp=_torch,
+    cpp=_cpu,
     plain=_torch,
     cuda=True,
     fake=_fake,

@@ -1,0 +1,105 @@
+// A row of logits: its softmax's statistics in one pass, and the gradient of what is made of them in a
+// second.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace hiper_fast {
+namespace {
+
+// Below this e^x is 0, in either precision; the bound keeps 0 * -inf out of the entropy of rows with masked
+// logits.
+template <class T>
+constexpr T kNothing = std::is_same_v<T, float> ? T(-104) : T(-746);
+
+template <class T>
+class Softmax {
+ public:
+  Softmax(const T* logits, int64_t size, double temperature) : size_(size), scale_(T(1 / temperature)) {
+    // Sums of e^d and d e^d with d = (logit - top) / temperature, block by block, so that memory is read
+    // once: where a block has a new top, the sums so far move to it.
+    constexpr int64_t kBlock = 1024;
+    for (int64_t begin = 0; begin < size; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, size);
+      const T top = std::max(top_, largest(logits + begin, end - begin));
+      if (top > top_ && sum_ > 0) {
+        const double shift = (double(top_) - top) * scale_, factor = std::exp(shift);
+        weighted_ = factor > 0 ? factor * (weighted_ + shift * sum_) : 0;
+        sum_ *= factor;
+      }
+      top_ = top;
+      Vec<T> sum{}, weighted{};
+      for (int64_t i = begin; i < end; i += kLanes<T>) {
+        const Vec<T> d = shifted(load(logits + i, end - i, std::numeric_limits<T>::lowest()));
+        const Vec<T> e = exponential(d);
+        sum += e;
+        weighted += e * d;
+      }
+      sum_ += total(sum);
+      weighted_ += total(weighted);
+    }
+    log_sum_ = std::log(sum_);
+  }
+
+  // Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
+  double logprob(T logit) const {
+    const double x = (double(logit) - top_) * scale_ - log_sum_;
+    return x > 0 ? 0 : x;
+  }
+
+  double entropy() const { return log_sum_ - weighted_ / sum_; }
+
+  // Given the gradients of the target's log-prob and of the entropy H, that of the logits z (of which it may
+  // take the place): with p = softmax(z / temperature) it is (onehot - p) / temperature and -p (log p + H) /
+  // temperature.
+  void gradient(const T* logits, int64_t target, double of_logprob, double of_entropy, T* out) const {
+    const T constant = T(-(of_logprob + of_entropy * (entropy() - log_sum_)) * scale_ / sum_);
+    const T linear = T(-of_entropy * scale_ / sum_);
+    for (int64_t i = 0; i < size_; i += kLanes<T>) {
+      const Vec<T> d = shifted(load(logits + i, size_ - i));
+      store(out + i, size_ - i, exponential(d) * (d * linear + constant));
+    }
+    out[target] += T(of_logprob) * scale_;
+  }
+
+ private:
+  Vec<T> shifted(Vec<T> logit) const {
+    const Vec<T> d = (logit - top_) * scale_;
+    return select(d < kNothing<T>, Vec<T>{} + kNothing<T>, d);
+  }
+
+  static T largest(const T* x, int64_t count) {
+    constexpr T kLowest = std::numeric_limits<T>::lowest();
+    Vec<T> most = Vec<T>{} + kLowest;
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const Vec<T> next = load(x + i, count - i, kLowest);
+      most = select(next > most, next, most);
+    }
+    T lanes[size_t(kLanes<T>)];
+    store(lanes, kLanes<T>, most);
+    return *std::max_element(lanes, lanes + kLanes<T>);
+  }
+
+  int64_t size_;
+  T scale_, top_ = std::numeric_limits<T>::lowest();
+  double sum_ = 0, weighted_ = 0, log_sum_ = 0;
+};
+
+// Moves the rows that `live` [rows] marks with 1 to the front and lists their numbers there; returns how
+// many.
+template <class T>
+int64_t keep_live(T* matrix, int64_t rows, int64_t columns, int64_t* live) {
+  int64_t kept = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!live[row]) continue;
+    if (kept != row)
+      std::memcpy(matrix + kept * columns, matrix + row * columns, size_t(columns) * sizeof(T));
+    live[kept++] = row;
+  }
+  return kept;
+}
+
+}  // namespace
+}  // namespace hiper_fast
