@@ -18,29 +18,32 @@ STOP_WORDS = frozenset(
     "to was will with".split()
 )
 
+# Marks cling to whatever precedes them. Skin tones are emoji here, though Unicode calls them marks since 11.0.
+_MARK = r"[[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]--[\U0001F3FB-\U0001F3FF]]"
+
 
 def _word_pattern() -> regex.Pattern:
     letter, hebrew = r"\p{WB=ALetter}", r"\p{WB=Hebrew_Letter}"
     katakana, joiner = r"\p{WB=Katakana}", r"\p{WB=ExtendNumLet}"
-    # Marks cling to whatever precedes them. Emoji modifiers are emoji here, though Unicode calls them marks since 11.0.
-    mark = r"[[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]--[\U0001F3FB-\U0001F3FF]]"
-    marks, marked_letters = rf"{mark}*+", rf"[{letter}{mark}]*+"
+    marks, marked_letters = rf"{_MARK}*+", rf"[{letter}{_MARK}]*+"
     in_word = rf"[\p{{WB=MidLetter}}\p{{WB=MidNumLet}}']{marks}"
     in_number = rf"[\p{{WB=MidNum}}\p{{WB=MidNumLet}}']{marks}"
 
-    latin = rf"{letter}{marked_letters}(?:{in_word}[{letter}{hebrew}]{marked_letters})*+"
-    semitic = rf"{hebrew}{marks}(?:\"{marks}{hebrew}{marks}|'{marks}|(?:{in_word}[{letter}{hebrew}]{marked_letters})*+)"
+    alphabetic = rf"{letter}{marked_letters}(?:{in_word}[{letter}{hebrew}]{marked_letters})*+"
+    hebrew_word = (
+        rf"{hebrew}{marks}(?:\"{marks}{hebrew}{marks}|'{marks}|(?:{in_word}[{letter}{hebrew}]{marked_letters})*+)"
+    )
     number = rf"\p{{Nd}}{marks}(?:(?:{in_number})?\p{{Nd}}{marks})*+"
-    run = rf"(?:(?:{latin}|{number}|{semitic})++|(?:{katakana}{marks})++)"
+    run = rf"(?:(?:{alphabetic}|{number}|{hebrew_word})++|(?:{katakana}{marks})++)"
     word = rf"(?:{run}|(?:{joiner}{marks})++{run}?+)(?:(?:{joiner}{marks})++{run}?+)*+"
 
     # Today's property holds fewer symbols than that of Unicode 12.1, which Lucene has.
     pictograph = (
         r"[\p{Extended_Pictographic}\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2763-\u2767]"
     )
-    modifier = r"[\U0001F3FB-\U0001F3FF]"
-    emoji_marks = rf"[{mark}--[\uFE0E\uFE0F]]*+"
-    picture = rf"(?:\p{{Emoji_Modifier_Base}}{emoji_marks}{modifier}|{pictograph}|{modifier}){emoji_marks}\uFE0F?+"
+    skin_tone = r"[\U0001F3FB-\U0001F3FF]"
+    emoji_marks = rf"[{_MARK}--[\uFE0E\uFE0F]]*+"
+    picture = rf"(?:\p{{Emoji_Modifier_Base}}{emoji_marks}{skin_tone}|{pictograph}|{skin_tone}){emoji_marks}\uFE0F?+"
     emoji = rf"(?:(?<!\u200D)\u200D++)?+{picture}(?:\u200D*+(?<=\u200D){picture})*+"
     key_cap = r"[#*]\uFE0F?+\u20E3" + emoji_marks
     flag = rf"(?:\p{{WB=Regional_Indicator}}{marks}){{2}}"
@@ -51,7 +54,7 @@ def _word_pattern() -> regex.Pattern:
 
 
 _WORD = _word_pattern()
-_JOINERS_ALONE = regex.compile(r"[\p{WB=ExtendNumLet}\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]+", regex.V1)
+_JOINERS_ALONE = regex.compile(rf"[\p{{WB=ExtendNumLet}}{_MARK}]+", regex.V1)
 
 
 def words(text: str) -> list[str]:

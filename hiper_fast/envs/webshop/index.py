@@ -177,8 +177,8 @@ class Index:
             "version": VERSION,
             "filled": self.filled,
             "total_tokens": self.total_tokens,
-            "digest": _digest(self._arrays[name] for name in self._ARRAYS),
         }
+        header["digest"] = _digest(header, self._arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False)
         try:
@@ -204,19 +204,20 @@ class Index:
         mend = f"; delete {path} and build the index anew"
         try:
             with path.open("rb") as file:
-                stored = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain view: memmap slices are slow
+                stored = np.asarray(np.memmap(path, np.uint8, "r"))
                 header = json.loads(_read_array(file, stored).tobytes())
                 if header["format"] != FORMAT:
                     raise ValueError(f"its header says {header['format']!r}")
-                if header["version"] == VERSION:
+                if current := header["version"] == VERSION:
                     arrays = {name: _read_array(file, stored) for name in cls._ARRAYS}
-                    complete = file.tell() == len(stored)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no search index, or it is damaged ({error}){mend}") from error
-        if header["version"] != VERSION:
+                    if file.tell() != len(stored) or header.pop("digest") != _digest(header, arrays):
+                        raise ValueError("its content does not fit its digest")
+        except OSError:
+            raise
+        except Exception as error:  # damage shows in every way
+            raise ValueError(f"{path} is no search index, or it is damaged: {error}{mend}") from error
+        if not current:
             raise ValueError(f"{path} is a search index of version {header['version']}, not {VERSION}{mend}")
-        if not complete or header["digest"] != _digest(arrays.values()):
-            raise ValueError(f"{path} is damaged: its content does not fit its digest{mend}")
         return cls(arrays, header["filled"], header["total_tokens"])
 
 
@@ -307,11 +308,11 @@ def _search_cpp(index: Index, begins, ends, blocks, weights, k: int) -> tuple[np
     return documents[:found], scores[:found]
 
 
-def _digest(arrays: Iterable[np.ndarray]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for values in arrays:
-        digest.update(f"{values.dtype.str} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values))
+def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(json.dumps(header).encode(), digest_size=16)
+    for name in Index._ARRAYS:
+        digest.update(f"{arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(arrays[name])
     return digest.hexdigest()
 
 
@@ -319,7 +320,10 @@ def _read_array(file, stored: np.ndarray) -> np.ndarray:
     """The array in `.npy` format at the file's position, as a view of the mapped file."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not the .npy format 1.0")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    (size,), _, dtype = np.lib.format.read_array_header_1_0(file)
     begin = file.tell()
-    end = file.seek(begin + dtype.itemsize * shape[0])
+    end = begin + dtype.itemsize * size
+    if not begin <= end <= len(stored):
+        raise ValueError("an array ends outside of the file")
+    file.seek(end)
     return stored[begin:end].view(dtype)
