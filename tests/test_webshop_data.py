@@ -5,10 +5,9 @@ import json
 import lzma
 import random
 
-import numpy as np
 import pytest
 
-from hiper_fast.envs import make, webshop
+from hiper_fast.envs import make
 from hiper_fast.envs.webshop import Catalogue, DataError, WebShop
 from hiper_fast.envs.webshop.items import read_items, read_object, records
 
@@ -378,7 +377,11 @@ def test_make_plays_data_or_the_embedded_shop(folder, monkeypatch, tmp_path):
         make("webshop", engine="native")
 
 
-def test_prices_do_not_change_a_shared_store(folder, load):
+def test_what_is_shared_cannot_change(folder, load):
     one, other = load(prices={"B000000001": 1.0}), load()
     assert one["B000000001"].price == 1.0 and other["B000000001"].price >= 10
-    assert isinstance(other.prices, np.ndarray) and webshop.Catalogue is Catalogue
+    with pytest.raises(ValueError, match="read-only"):
+        other.prices[0] = 1.0
+    with pytest.raises(ValueError, match="read-only"):
+        other.goals().split("all")[0] = 1
+    assert other.goals() is other.goals("synthetic")

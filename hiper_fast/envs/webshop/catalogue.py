@@ -101,9 +101,10 @@ class Catalogue:
         self._drawn = rng.getstate()
         for asin, price in (prices or {}).items():
             self.prices[self._known(asin, "prices")] = _checked_price(asin, price)
+        self.prices.setflags(write=False)
         self.product = lru_cache(maxsize=_KEPT_PRODUCTS)(self._product)
         self.hits = lru_cache(maxsize=_KEPT_SEARCHES)(self._hits)
-        self.goals = lru_cache(maxsize=None)(self._goals)
+        self._goals: dict[str, Goals] = {}
 
     @classmethod
     def load(
@@ -165,6 +166,14 @@ class Catalogue:
         chosen = options.values() if isinstance(options, Mapping) else options
         return self.reward(product, goal, product.price, chosen)[0] == 1
 
+    def goals(self, kind: str = "synthetic") -> Goals:
+        """All goals of a kind, "synthetic" or "human". Made once."""
+        if kind not in self._goals:
+            rng = random.Random()
+            rng.setstate(self._drawn)
+            self._goals[kind] = Goals(self, kind, rng)
+        return self._goals[kind]
+
     def _product(self, number: int) -> Product:
         """Product `number`, in file order. Products are parsed when they are needed, and the last ones are kept."""
         return Product(number=number, price=float(self.prices[number]), **self.store.record(number))
@@ -172,12 +181,6 @@ class Catalogue:
     def _hits(self, query: str, k: int = HITS) -> tuple[int, ...]:
         """As `search`, but product numbers. The last answers are kept."""
         return tuple(self.store.by_asin[self.index.search(encodable(query), k)].tolist())
-
-    def _goals(self, kind: str = "synthetic") -> Goals:
-        """All goals of a kind, "synthetic" or "human". Made once."""
-        rng = random.Random()
-        rng.setstate(self._drawn)
-        return Goals(self, kind, rng)
 
     def _known(self, asin: str, argument: str) -> int:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +56,7 @@ class Goals(Sequence):
         drawn_for = np.repeat(self._products, draws)
         self._limits = np.array([_limit(rng, price) for price in prices[drawn_for].tolist()])
         self._reachable: dict[int, bool] = {}
-        self.split = cache(self._split)
+        self._splits: dict[tuple[str, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -99,7 +98,7 @@ class Goals(Sequence):
             self._reachable[index] = self.catalogue.reachable(self[index])
         return self._reachable[index]
 
-    def _split(self, name: str, by: str = "goal") -> np.ndarray:
+    def split(self, name: str, by: str = "goal") -> np.ndarray:
         """The indices of the goals in a split, in its fixed order.
 
         One shuffle with seed 233, for everyone: by "goal", its first 500 are the test panel, the next 1,000 are for
@@ -110,6 +109,11 @@ class Goals(Sequence):
             raise ValueError(f"split: {name!r} is none of {', '.join(SPLITS)}")
         if by not in SPLIT_BY:
             raise ValueError(f"split_by: {by!r} is none of {', '.join(SPLIT_BY)}")
+        if (name, by) not in self._splits:
+            self._splits[name, by] = self._deal(name, by)
+        return self._splits[name, by]
+
+    def _deal(self, name: str, by: str) -> np.ndarray:
         order = _shuffled(len(self))
         test, validation = (PANEL, VALIDATION) if len(self) > PANEL + VALIDATION else (len(self) // 4,) * 2
         if name == "all":
@@ -132,6 +136,7 @@ class Goals(Sequence):
             raise ValueError(
                 f"split: there is no {name!r} goal; {len(self)} {self.kind} goals split by {by} leave none for it"
             )
+        part.setflags(write=False)
         return part
 
 
