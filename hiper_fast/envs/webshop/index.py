@@ -152,9 +152,10 @@ class Index:
         found = [(count, *entry) for term, count in Counter(tokens(query)).items() if (entry := self._entry(term))]
         if not found:
             return np.empty(0, np.int32), np.empty(0, np.float32)
-        repeated, begins, ends, blocks, idf = (np.array(column) for column in zip(*found, strict=True))
+        repeated, *places, idf = zip(*found, strict=True)
+        weights = np.array(repeated, np.float32) * np.array(idf, np.float32)
         search = _search_numpy if extension is None else _search_cpp
-        return search(self, begins, ends, blocks, repeated.astype(np.float32) * idf, min(k, len(self)))
+        return search(self, *np.array(places, np.int64), weights, min(k, len(self)))
 
     def _find_entry(self, term: str) -> tuple[int, int, int, np.float32] | None:
         """(first posting, end of the postings, first block, idf) of a term; None if no document has it."""
