@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+RECIPES = Path(__file__).parent / "recipes"
+
 
 class ConfigError(ValueError):
     """A bad option, value or configuration file; the message names it and how to mend it."""
@@ -27,12 +29,17 @@ def option(default, help: str):
 
 @dataclass(slots=True)
 class EnvConfig:
-    name: str = option("auto", "household, alfworld, or auto: alfworld if $ALFWORLD_DATA is set, else household")
+    name: str = option(
+        "auto", "household, alfworld, webshop, or auto: alfworld if $ALFWORLD_DATA is set, else household"
+    )
     engine: str = option("native", "native, or textworld: the same games through the real TextWorld")
     size: str = option("small", "household games: small, medium or large rooms")
     task_types: list[str] | None = option(None, "household games: only these task types (default: all six)")
-    split: str = option("train", "alfworld games: the split to train on")
-    eval_split: str = option("valid_seen", "alfworld games: the split to evaluate on")
+    split: str = option("train", "alfworld, webshop: the split to train on")
+    eval_split: str = option("valid_seen", "alfworld, webshop: the split to evaluate on")
+    data: str | None = option(None, "webshop: the folder of its files (default: $WEBSHOP_DATA, else the embedded shop)")
+    goals: str = option("synthetic", "webshop: synthetic or human instructions")
+    split_by: str = option("goal", "webshop: goal, as the original, or product: no product in two splits")
     max_turns: int = option(20, "turns after which an episode is truncated")
 
 
@@ -44,6 +51,7 @@ class AgentConfig:
     )
     max_prompt_tokens: int = option(384, "longer prompts drop history, then the observation's tail")
     max_response_tokens: int = option(28, "tokens sampled at most in a turn")
+    fallback: int = option(30, "a response without action block acts by its last characters, so many")
     temperature: float = option(1.0, "sampling temperature in training")
 
 
@@ -154,9 +162,11 @@ SHORT = {
     "resume": "run.resume",
 }
 CHOICES = {
-    "env.name": ("auto", "household", "alfworld"),
+    "env.name": ("auto", "household", "alfworld", "webshop"),
     "env.engine": ("native", "textworld"),
     "env.size": ("small", "medium", "large"),
+    "env.goals": ("synthetic", "human"),
+    "env.split_by": ("goal", "product"),
     "agent.style": ("auto", "reference", "compact"),
     "model.critic": ("separate", "shared"),
     "model.dtype": ("float32", "bfloat16"),
@@ -172,7 +182,7 @@ POSITIVE = (
     "warm_start.batch_turns eval.every eval.episodes run.save_every run.keep"
 ).split()
 NON_NEGATIVE = (
-    "agent.history train.updates train.critic_updates train.warmup_updates train.lr train.critic_lr "
+    "agent.history agent.fallback train.updates train.critic_updates train.warmup_updates train.lr train.critic_lr "
     "train.weight_decay train.grad_clip train.clip_low train.clip_high train.kl_coef train.entropy_coef "
     "train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
 ).split()
@@ -329,13 +339,21 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
 
 
 def resolve(files: list[str | Path], given: dict[str, typing.Any]) -> Config:
-    """Defaults, then `files`, then the options `given` on the command line; checked."""
+    """Defaults, those of the environment over them, then `files`, then the options `given`; checked."""
+    config = layered(files, given)
+    own = RECIPES / f"default-{config.env.name}.yaml"
+    if own.exists():
+        config = layered([own, *files], given)
+    check(config)
+    return config
+
+
+def layered(files: list[str | Path], given: dict[str, typing.Any]) -> Config:
     config = Config()
     for file in files:
         read_file(config, file)
     for name, value in given.items():
         set_option(config, name, value, "command line")
-    check(config)
     return config
 
 

@@ -18,7 +18,7 @@ from hiper_fast.games import Games
 from hiper_fast.metrics import wilson
 from hiper_fast.policy import Agent, configure_torch, load
 from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import Play, rollout, sampled
+from hiper_fast.rollout import Play, rollout, sampled, scores
 from hiper_fast.trajectory import Trajectories, pack
 
 
@@ -40,6 +40,7 @@ def evaluate(
         "eval/low": low,
         "eval/high": high,
         "eval/episodes": len(tasks),
+        **scores("eval", t.episodes),
         "eval/turns": t.turns / len(tasks),
         "eval/valid_rate": float(t.valid.float().mean()),
         "time/eval": time.perf_counter() - started,
@@ -59,6 +60,12 @@ def table(metrics: dict) -> str:
     for name, success, count in rows:
         low, high = wilson(round(success * count), count)
         lines.append(f"{name:<32}{count:>6}{success:>9.1%}   {low:.1%} to {high:.1%}")
+    if "eval/score" in metrics:
+        score, reachable, success, reachable_score = (
+            metrics[f"eval/{name}"] for name in ("score", "reachable", "success_reachable", "score_reachable")
+        )
+        lines.append(f"score {score:.3f}; over the {reachable:.1%} of goals that can be met to the full: "
+                     f"success {success:.1%}, score {reachable_score:.3f}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -91,13 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     style = configuration.prompt_style(config)
     try:
         games, agent = Games(config), load(config.model, config.run.seed)
-        metrics, _ = evaluate(
-            agent, games, Prompter(agent.tokenizer, config.agent, style), config, seed=arguments.sampling_seed
-        )
+        prompter = Prompter(agent.tokenizer, config.agent, style, games.family.styles)
+        metrics, _ = evaluate(agent, games, prompter, config, seed=arguments.sampling_seed)
     except (ConfigError, GameError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(table(metrics))
+    if provenance := games.family.provenance():
+        print(", ".join(f"{key}: {value}" for key, value in provenance.items()))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from hiper_fast.envs.household import CHANGES, subgoal_phrases
 
@@ -15,6 +16,19 @@ class Move:
 
     subgoal: str
     action: str
+
+
+class Player(Protocol):
+    """Plays one game; `observe`, then `move`, turn after turn."""
+
+    def observe(self, action: str | None, observation: str, commands: list[str]) -> None:
+        """Takes in the result of `action` (None at the start)."""
+
+    def move(self, commands: list[str]) -> Move:
+        """The best it knows."""
+
+    def stumble(self, move: Move, commands: list[str], rng: random.Random) -> Move:
+        """A mistake instead of `move`, so that it can be seen how to go on from one."""
 
 
 def type_of(name: str) -> str:
@@ -121,6 +135,14 @@ class Searcher:
             self.unexplored = list(self.receptacles)
         return self.first(commands, *(f"{verb} {r}" for verb in ("open", "go to") for r in self.unexplored))
 
+    def stumble(self, move: Move, commands: list[str], rng: random.Random) -> Move:
+        """A random command, half of them with a random number so that it may be inadmissible, or another subgoal."""
+        action = rng.choice(commands)
+        if rng.random() < 0.5:
+            action = re.sub(r"\d+", lambda _: str(rng.randint(1, 4)), action, count=1)
+        subgoal = move.subgoal if rng.random() < 0.5 else rng.choice(list(self.phrases.values()))
+        return Move(subgoal, action)
+
     def first(self, commands: list[str], *wanted: str) -> str:
         return next((c for c in wanted if c in commands), "look")
 
@@ -136,6 +158,10 @@ class Walkthrough:
 
     def move(self, commands: list[str]) -> Move:
         return next(self.moves)
+
+    def stumble(self, move: Move, commands: list[str], rng: random.Random) -> Move:
+        """Never: the solution holds only from where it was made."""
+        return move
 
 
 def serves(goal, walkthrough) -> list[str]:

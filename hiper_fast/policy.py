@@ -106,8 +106,8 @@ def configure_torch(config: RunConfig) -> None:
     torch.set_flush_denormal(True)
 
 
-def load(config: ModelConfig, seed: int) -> Agent:
-    """The policy of `model.path`: "tiny" is built here with random weights; anything else goes through transformers."""
+def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
+    """The policy of `model.path`, any causal LM; "tiny" is built here with random weights for a family of games."""
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"model.device: {name} asked for, but torch sees no GPU; use --model.device cpu")
@@ -116,7 +116,7 @@ def load(config: ModelConfig, seed: int) -> Agent:
     except RuntimeError:
         raise ConfigError(f"model.device: {name!r} is no device; use cpu, cuda or auto") from None
     if config.path == "tiny":
-        tokenizer = tiny.load_tokenizer()
+        tokenizer = tiny.load_tokenizer(family)
         return Agent(tiny.build_model(tokenizer, seed).to(device), tokenizer, config, tiny=True)
     where = config.path if Path(config.path).exists() else f"{config.path} (no such folder here, so taken as a hub id)"
     try:

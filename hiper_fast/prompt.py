@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -79,8 +80,14 @@ STYLES = {"reference": reference, "compact": compact}
 class Prompter:
     """States -> token ids, through the tokenizer's chat template where it has one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: AgentConfig, style: str):
-        self.tokenizer, self.config, self.render = tokenizer, config, STYLES[style]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: AgentConfig,
+        style: str,
+        styles: Mapping[str, Callable[[State], str]] = STYLES,
+    ):
+        self.tokenizer, self.config, self.render = tokenizer, config, styles[style]
 
     def __call__(self, states: list[State]) -> list[tuple[list[int], bool]]:
         """Per state (ids, truncated). A prompt over the limit loses its history, then its observation's tail."""

@@ -24,7 +24,7 @@ class Play:
         observation, info = env.reset(**task)
         self.info = info
         self.state = State(info["task"], opening(observation), info["admissible_commands"])
-        self.episode = Episode(info["task"], info["task_type"])
+        self.episode = Episode(info["task"], info["task_type"], reachable=getattr(env, "reachable", True))
         self.over = False
 
     def see(self, prompt: tuple[list[int], bool]) -> None:
@@ -35,20 +35,29 @@ class Play:
     def step(self, answer: Answer, text: bytes) -> None:
         """Sends the response's action to the environment and stores the turn."""
         parsed = response.parse(text)
-        action = response.command(text).lower()
+        action = response.command(text, self.config.agent.fallback).lower()
         state, episode = self.state, self.episode
         if parsed.subgoal and (parsed.switch or not episode.responses):
             state.subgoal = parsed.subgoal
         episode.turns.append(Turn(state.observation, text.decode(errors="replace"), state.subgoal, action))
-        reward = 0.0 if action.strip() in state.commands else self.config.reward.inadmissible
+        reward = 0.0 if listed(action.strip(), state.commands) else self.config.reward.inadmissible
         observation, _, terminated, _, self.info = self.env.step(action)
         episode.responses.append(answer[0])
         episode.logprobs.append(answer[1])
         episode.rewards.append(reward + (self.config.reward.success if self.info["won"] else 0.0))
         episode.won, episode.terminated = self.info["won"], terminated
+        episode.score = self.info.get("task_score")
         state.history.append((state.observation, action))
         state.observation, state.commands = observation.strip(), self.info["admissible_commands"]
         self.over = terminated or len(episode.responses) == self.config.env.max_turns
+
+
+def listed(action: str, commands: list[str]) -> bool:
+    """Whether `action` is among the commands; `<your query>` in one of them stands for any text."""
+    if action in commands:
+        return True
+    patterns = (c.split("<your query>") for c in commands if "<your query>" in c)
+    return any(action.startswith(a) and action.endswith(b) and len(action) > len(a + b) for a, b in patterns)
 
 
 def opening(observation: str) -> str:
@@ -95,6 +104,19 @@ def sampled(agent: Agent, config: Config, temperature: float, seed: int) -> Call
     return respond
 
 
+def scores(stage: str, episodes: list[Episode]) -> dict[str, float]:
+    """Beside success, for environments that give a score in [0, 1]: its mean, and both over goals that can be met."""
+    if any(e.score is None for e in episodes):
+        return {}
+    reachable = [e for e in episodes if e.reachable]
+    return {
+        f"{stage}/score": sum(e.score for e in episodes) / len(episodes),
+        f"{stage}/reachable": len(reachable) / len(episodes),
+        f"{stage}/success_reachable": sum(e.won for e in reachable) / max(1, len(reachable)),
+        f"{stage}/score_reachable": sum(e.score for e in reachable) / max(1, len(reachable)),
+    }
+
+
 def summary(t: Trajectories) -> dict[str, float]:
     """What a person wants to know of a batch of episodes, under `rollout/`; rates are per turn, success per episode."""
     episodes, turns = len(t.episodes), t.turns
@@ -102,6 +124,7 @@ def summary(t: Trajectories) -> dict[str, float]:
     segments = t.switch.index_fill(0, first_turns, True).sum().item()
     return {
         "rollout/success": t.won.float().mean().item(),
+        **scores("rollout", t.episodes),
         "rollout/reward": t.rewards.sum().item() / episodes,
         "rollout/turns": turns / episodes,
         "rollout/segment_length": turns / segments,

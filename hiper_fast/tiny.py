@@ -1,6 +1,6 @@
 """The embedded default model: a Llama-type causal LM of 0.4 million parameters and a word tokenizer, from scratch.
 
-`python -m hiper_fast.tiny` writes the shipped tokenizer anew.
+`python -m hiper_fast.tiny` writes the shipped tokenizers anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hiper_fast.ops.find_roles import byte_level_alphabet
 
-FOLDER = Path(__file__).parent / "tiny_tokenizer"
+HERE = Path(__file__).parent
+FOLDERS = {"household": HERE / "tiny_tokenizer", "webshop": HERE / "tiny_tokenizer_webshop"}
 END, PAD = "<|end|>", "<|pad|>"
 TAGS = [f"<{slash}{name}>" for name in ("switch", "subgoal", "action") for slash in ("", "/")]
 SPLIT = r"</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
@@ -36,10 +37,10 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def load_tokenizer() -> PreTrainedTokenizerFast:
-    """The shipped tokenizer."""
+def load_tokenizer(family: str = "household") -> PreTrainedTokenizerFast:
+    """The shipped tokenizer of a family of environments."""
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(FOLDER / "tokenizer.json"),
+        tokenizer_file=str(FOLDERS[family] / "tokenizer.json"),
         eos_token=END,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
@@ -68,14 +69,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         return LlamaForCausalLM(config)
 
 
-def vocabulary() -> list[str]:
-    """All words of the household texts and of the compact prompt, most general first."""
-    from hiper_fast.envs import household
-    from hiper_fast.prompt import COMPACT_WORDS
-
-    return list(dict.fromkeys([*COMPACT_WORDS, *household.vocabulary()]))
+def vocabulary(family: str = "household") -> list[str]:
+    """All words of the family's texts and of its compact prompt, most general first."""
+    if family == "webshop":
+        from hiper_fast.envs.webshop.generate import vocabulary
+        from hiper_fast.shop_prompt import COMPACT_WORDS
+    else:
+        from hiper_fast.envs.household import vocabulary
+        from hiper_fast.prompt import COMPACT_WORDS
+    return list(dict.fromkeys([*COMPACT_WORDS, *vocabulary()]))
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    build_tokenizer(vocabulary()).backend_tokenizer.save(str(FOLDER / "tokenizer.json"))
+    for family, folder in FOLDERS.items():
+        folder.mkdir(exist_ok=True)
+        build_tokenizer(vocabulary(family)).backend_tokenizer.save(str(folder / "tokenizer.json"))

@@ -34,8 +34,8 @@ def train(config: Config) -> None:
     configure_torch(config.run)
     games = Games(config)
     envs = games.make(config.train.episodes)
-    agent = load(config.model, config.run.seed)
-    prompter = Prompter(agent.tokenizer, config.agent, prompt_style(config))
+    agent = load(config.model, config.run.seed, games.family.tokenizer)
+    prompter = Prompter(agent.tokenizer, config.agent, prompt_style(config), games.family.styles)
     folder = run_folder(config)
     checkpoints, episodes = folder / "checkpoints", folder / "episodes"
     reference = folder / "reference.safetensors"
@@ -45,6 +45,8 @@ def train(config: Config) -> None:
 
     with Logger(folder, resume_step=start, display=config.run.display, total_steps=c.updates) as logger:
         write_file(resolved(config), folder / "config.yaml")
+        if provenance := games.family.provenance():
+            logger.message(", ".join(f"{key}: {value}" for key, value in provenance.items()))
         if saved and reference.exists():
             load_model(agent.model, reference)
         elif not saved and warm_start(agent, games, prompter, config, logger):

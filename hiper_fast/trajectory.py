@@ -32,6 +32,8 @@ class Episode:
     rewards: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     truncated_prompts: int = 0
+    score: float | None = None  # the environment's own score in [0, 1], where it gives one
+    reachable: bool = True  # whether the best score can be had at all
 
 
 @dataclass(slots=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 
 import torch
 
 from hiper_fast.batch import microbatches
 from hiper_fast.config import Config
-from hiper_fast.expert import Move, player
+from hiper_fast.expert import Move
 from hiper_fast.games import Games
 from hiper_fast.hiper import Rows
 from hiper_fast.metrics import Logger
@@ -68,25 +67,17 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
             stumbles = c.demonstrations == "search" and rng.random() < c.noise
             own[id(play)].append(not stumbles)
             if stumbles:
-                move = stumble(move, expert.phrases, play.state.commands, rng)
+                move = expert.stumble(move, play.state.commands, rng)
             texts.append(response_text(move, play.state.subgoal))
         ids = agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [(row + [agent.stop_ids[0]], [0.0] * (len(row) + 1)) for row in ids]
 
     tasks = games.training("warm start", c.episodes)
     plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
-    players = {id(p): player(c.demonstrations, p.env.game, random.Random(rng.random())) for p in plays}
+    players = {id(p): games.family.player(c.demonstrations, p.env, random.Random(rng.random())) for p in plays}
     own |= {id(p): [] for p in plays}
     episodes = rollout(plays, prompter, respond, agent.decode)
     return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in own[id(p)]])
-
-
-def stumble(move: Move, phrases: dict[str, str], commands: list[str], rng: random.Random) -> Move:
-    """A random command, every other time with a random number so that it may not be admissible, or another subgoal."""
-    action = rng.choice(commands)
-    if rng.random() < 0.5:
-        action = re.sub(r"\d+", lambda _: str(rng.randint(1, 4)), action, count=1)
-    return Move(move.subgoal if rng.random() < 0.5 else rng.choice(list(phrases.values())), action)
 
 
 def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):

@@ -131,7 +131,7 @@ def _instruction(rng: random.Random, family: Json, chosen: list[str]) -> Json:
 
 
 def vocabulary() -> list[str]:
-    """Every word, in the cases it is written in, and the numbers that texts of generated shops may hold."""
+    """Every word, in lower case, and the numbers that texts of generated shops may hold."""
     items, attributes = generate(0, 4)
     shop = _shop()
     families = list(chain.from_iterable(d["families"] for d in shop["departments"]))
@@ -145,5 +145,5 @@ def vocabulary() -> list[str]:
         *shop["options"],
         *(family["code"] for family in families),
     ]
-    words = {word for text in texts for w in re.findall("[A-Za-z]+", text) for word in (w, w.lower())}
+    words = {word for text in texts for word in re.findall("[a-z]+", text.lower())}
     return sorted(words) + [str(n) for n in (*range(100), 100, 110, 120, 130)]

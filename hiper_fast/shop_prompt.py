@@ -1,0 +1,68 @@
+"""What the model reads at a turn of WebShop, in the two styles of `hiper_fast.prompt`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+from hiper_fast import prompt
+from hiper_fast.prompt import State
+from hiper_fast.shopper import Wish
+
+LIMIT = 13_000  # characters; a longer reference prompt drops its history
+COMPACT_WORDS = (
+    "KEEP SWITCH None task did see subgoal can page total results search click next prev back to buy now price "
+    "description features reviews rating N A choose product options find me with for and lower than dollars "
+    "of by from nothing , . : ; [ ] < > $ - | ="
+).split()
+NAVIGATION = ("search", "buy now", "next >", "< prev", "back to search")
+INFORMATION = ("description", "features", "reviews", "attributes", "rating: n.a.")
+
+
+def page(observation: str, task: str) -> list[str]:
+    """The page's segments after the task, which the prompt gives in its own place."""
+    segments = observation.split(" [SEP] ")
+    return segments[segments.index(task) + 1 :] if task in segments else segments
+
+
+def reference(state: State) -> str:
+    """The paper's: quoted segments joined by [SEP], a list of actions; past the limit the history goes."""
+
+    def quoted(observation: str) -> str:
+        return " [SEP] ".join(f"'{segment}'" for segment in page(observation, state.task))
+
+    shown = replace(
+        state,
+        observation=quoted(state.observation),
+        history=[(quoted(observation), action) for observation, action in state.history],
+    )
+    text = prompt.reference(shown)
+    return text if len(text) <= LIMIT else prompt.reference(replace(shown, history=[]))
+
+
+def compact(state: State) -> str:
+    """For small models: past actions only, lower case, few filling words, whole dollars; clickables in brackets.
+
+    Pages that only inform (description, features, reviews) stay possible but are not listed.
+    """
+    wish = Wish(state.task)
+    options = "".join(f" {name}={value}" for name, value in wish.options.items())
+    limit = "" if math.isinf(wish.limit) else f" price {math.ceil(wish.limit)}"
+    clicks = {c[6:-1] for c in state.commands if c.startswith("click[")}
+    segments = [s.lower() for s in page(state.observation, state.task)]
+    see = "".join(
+        f"[{s}]" if s in clicks else f" {shortened(s)}" for s in segments if s not in NAVIGATION + INFORMATION
+    )
+    can = "".join(f"[{c}]" for c in NAVIGATION if c in clicks)
+    did = "".join(action.removeprefix("click") for _, action in state.history)
+    return f"task:{wish.request}{options}{limit}\ndid: {did}\nsee:{see}\ncan: {can}\nsubgoal: {state.subgoal}\n"
+
+
+def shortened(text: str) -> str:
+    """Without "with", "for", commas and the number of results; "$18.49" as "19", rounded up as a limit asks."""
+    text = re.sub(r" \(total results: \d+\)|,| (?:with|for)(?= )", "", text)
+    return re.sub(r"\$(\d+\.?\d*)", lambda m: str(math.ceil(float(m[1]))), text)
+
+
+STYLES = {"reference": reference, "compact": compact}

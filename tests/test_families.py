@@ -1,0 +1,166 @@
+"""Each family of environments brings its games, prompts, players and defaults; WebShop through all of the loop."""
+
+import random
+
+import pytest
+
+from hiper_fast import config as configuration
+from hiper_fast import policy
+from hiper_fast.config import Config, ConfigError, ModelConfig, resolve
+from hiper_fast.eval import evaluate, table
+from hiper_fast.families import FAMILIES
+from hiper_fast.games import Games
+from hiper_fast.prompt import Prompter
+from hiper_fast.rollout import Play, listed, scores
+from hiper_fast.trajectory import Episode
+from hiper_fast.warm_start import demonstrate
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(**options):
+    return resolve([], {"env.name": "webshop", **{name.replace("__", "."): value for name, value in options.items()}})
+
+
+def prompter(agent, games, config):
+    return Prompter(agent.tokenizer, config.agent, "compact", games.family.styles)
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return policy.load(ModelConfig(), 0, "webshop")
+
+
+def test_every_environment_has_a_family():
+    assert {*FAMILIES, "auto"} == set(configuration.CHOICES["env.name"])
+    for family in FAMILIES.values():
+        assert set(family.styles) == {"reference", "compact"}
+
+
+@pytest.mark.parametrize("name", ["household", "webshop"])
+def test_a_family_plays(name):
+    config = resolve([], {"env.name": name})
+    family = FAMILIES[name](config.env)
+    env = family.make()
+    env.reset(**family.named("3"))
+    player = family.player("search", env, random.Random(0))
+    observation, info = env.reset(**family.named("3"))
+    player.observe(None, observation, info["admissible_commands"])
+    assert listed(player.move(info["admissible_commands"]).action, info["admissible_commands"])
+    with pytest.raises(ValueError, match="from 0 on"):
+        family.named("-1")
+
+
+# WebShop.
+
+
+def test_webshop_has_defaults_of_its_own_which_files_and_the_command_line_overrule(tmp_path):
+    config = settings()
+    assert (config.env.eval_split, config.env.max_turns, config.agent.fallback) == ("test", 15, 20)
+    assert Config().env.max_turns != 15 and resolve([], {"env.name": "household"}) == resolve([], {"env": "household"})
+    file = tmp_path / "own.yaml"
+    file.write_text("env: {name: webshop, max_turns: 9}\nagent: {fallback: 7}\n")
+    config = resolve([file], {"agent.fallback": "8"})
+    assert (config.env.max_turns, config.agent.fallback, config.env.eval_split) == (9, 8, "test")
+
+
+def test_the_papers_recipe():
+    config = resolve([configuration.RECIPES / "webshop.yaml"], {})
+    assert config.env.name == "webshop" and config.env.max_turns == 15
+    assert (config.reward.keep, config.reward.keep_mode, config.reward.consistency) == (-3.5, "normalized", -0.3)
+    assert not config.advantage.bootstrap and config.agent.max_prompt_tokens == 4096 and config.agent.fallback == 20
+
+
+@pytest.mark.parametrize("by", ["goal", "product"])
+def test_the_panel_is_fixed_distinct_and_never_trained_on(by):
+    config = settings(env__split_by=by, eval__episodes="500")
+    games = Games(config)
+    panel = [task["options"]["goal"] for task in games.panel()]
+    texts = {goal["instruction_text"] for goal in panel}
+    config.run.seed = 5
+    assert [t["options"]["goal"] for t in Games(config).panel()] == panel and len(panel) >= 490
+    env = games.make(1)[0]
+    trained = []
+    for task in games.training("update 1", 300):
+        env.reset(**task)
+        trained.append(env.goal)
+    assert len({goal["instruction_text"] for goal in trained}) > 200
+    if by == "product":
+        assert not {goal["asin"] for goal in trained} & {goal["asin"] for goal in panel}
+    else:
+        pairs = {(goal["asin"], goal["instruction_text"]) for goal in panel}
+        assert not pairs & {(goal["asin"], goal["instruction_text"]) for goal in trained}
+        assert len(pairs) == len(panel) >= len(texts)
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ConfigError, match="nowhere"):
+        Games(settings(env__data="nowhere"))
+    with pytest.raises(ConfigError, match="split"):
+        Games(settings(env__eval_split="valid_seen"))
+    with pytest.raises(ConfigError, match="env.goals"):
+        settings(env__goals="mixed")
+
+
+def test_demonstrations_of_webshop(agent):
+    config = settings(warm_start__episodes="20", warm_start__noise="0.1")
+    games = Games(config)
+    t, own = demonstrate(agent, games, prompter(agent, games, config), config)
+    assert t.valid.all() and 0.8 < own.float().mean() < 1
+    assert t.won.float().mean() > 0.7
+    assert max(t.cu_prompts.diff()) <= config.agent.max_prompt_tokens
+    assert sum(e.truncated_prompts for e in t.episodes) == 0
+
+
+def test_evaluation_gives_scores_and_reachable_goals(agent):
+    config = settings(eval__episodes="4", env__max_turns="2", agent__max_response_tokens="4")
+    games = Games(config)
+    metrics, t = evaluate(agent, games, prompter(agent, games, config), config)
+    assert metrics["eval/score"] == 0 and metrics["eval/reachable"] == 1
+    assert "score 0.000; over the 100.0% of goals" in table(metrics)
+    assert games.family.provenance()["split"] == "test"
+
+
+def test_scores_over_goals_that_can_be_met():
+    episodes = [Episode("", "", won=won, score=score, reachable=reachable) for won, score, reachable in
+                [(True, 1.0, True), (False, 0.5, True), (False, 0.2, False)]]  # fmt: skip
+    assert scores("eval", episodes) == pytest.approx(
+        {"eval/score": 1.7 / 3, "eval/reachable": 2 / 3, "eval/success_reachable": 0.5, "eval/score_reachable": 0.75}
+    )
+    assert scores("eval", [Episode("", "")]) == {}
+    assert scores("eval", [Episode("", "", score=0.0, reachable=False)])["eval/success_reachable"] == 0
+
+
+@pytest.mark.parametrize(
+    "action, allowed",
+    [
+        ("click[buy now]", True),
+        ("search[tea]", True),
+        ("search[<your query>]", True),
+        ("search[]", False),
+        ("search[tea", False),
+        ("click[tea]", False),
+        ("", False),
+    ],
+)
+def test_a_search_is_listed_whatever_its_words(action, allowed):
+    assert listed(action, ["search[<your query>]", "click[buy now]"]) is allowed
+    assert not listed("search[tea]", ["click[buy now]"])
+
+
+def test_an_episode_has_the_environments_score(agent):
+    config = settings()
+    games = Games(config)
+    env = games.make(1)[0]
+    play = Play(env, games.panel()[0], config)
+    goal = env.goal
+    for action in ("search[x]", f"search[{goal['name']}]", f"click[{goal['asin']}]", "click[buy now]"):
+        play.step(([], []), f"<action>{action}</action>".encode())
+    assert play.over and play.episode.terminated and play.episode.reachable
+    assert play.episode.score == play.info["task_score"]
+    assert play.episode.rewards[0] == 0 and len(play.episode.rewards) == 4
+    assert play.episode.rewards[1] == config.reward.inadmissible, "a search works there, but is not listed"

@@ -1,0 +1,89 @@
+"""What the model reads of WebShop."""
+
+import pytest
+
+from hiper_fast import tiny
+from hiper_fast.config import AgentConfig
+from hiper_fast.prompt import Prompter, State
+from hiper_fast.shop_prompt import LIMIT, STYLES, compact, page, reference
+
+TASK = "Find me gluten free teas with flavor: mint, and pack: triple, and price lower than 20.00 dollars"
+HEAD = f"Instruction: [SEP] {TASK} [SEP] "
+RESULTS = HEAD + (
+    "Back to Search [SEP] Page 1 (Total results: 50) [SEP] Next > [SEP] "
+    "TEA12 [SEP] Orla Tea, Gluten Free for Daily Wear [SEP] $18.49 [SEP] B07 [SEP] Fern's Tea [SEP] $3.0 to $10.99"
+)
+RESULT_CLICKS = ["back to search", "next >", "tea12", "b07"]
+ITEM = HEAD + (
+    "Back to Search [SEP] < Prev [SEP] flavor [SEP] lemon [SEP] mint [SEP] Orla Tea [SEP] Price: $18.0 [SEP] "
+    "Rating: N.A. [SEP] Description [SEP] Features [SEP] Reviews [SEP] Buy Now"
+)
+ITEM_CLICKS = ["back to search", "< prev", "description", "features", "reviews", "buy now", "lemon", "mint"]
+SEARCHED = ("WebShop [SEP] " + HEAD + "Search", "search[gluten free teas]")
+
+
+def state(observation=RESULTS, clicks=RESULT_CLICKS, **changes):
+    return State(**{"task": TASK, "observation": observation, "commands": [f"click[{c}]" for c in clicks], **changes})
+
+
+def test_page_begins_after_the_task():
+    assert page(SEARCHED[0], TASK) == ["Search"]
+    assert page("Thank you [SEP] Your code:", TASK) == ["Thank you", "Your code:"]
+
+
+def test_reference_quotes_segments_and_lists_actions():
+    text = reference(state(history=[SEARCHED], subgoal="search"))
+    assert "'Back to Search' [SEP] 'Page 1 (Total results: 50)' [SEP] 'Next >' [SEP] 'TEA12' [SEP]" in text
+    assert "'click[tea12]'" in text and "Observation: 'Search'\nAction: search[gluten free teas]" in text
+    assert text.count(TASK) == 1, "the task stands once"
+
+
+def test_reference_lists_the_search_bar_first():
+    text = reference(state(SEARCHED[0], [], commands=["search[<your query>]", "click[search]"]))
+    assert text.index("'search[<your query>]'") < text.index("'click[search]'")
+
+
+def test_a_long_reference_prompt_drops_its_history():
+    history = [(HEAD + "x" * LIMIT, "click[next >]")]
+    assert len(reference(state(history=history))) < LIMIT
+    assert "x" * 100 in reference(state(history=[(HEAD + "x" * 1000, "click[next >]")]))
+
+
+def test_compact_results():
+    text = compact(state(history=[SEARCHED], subgoal="search"))
+    assert text == (
+        "task:gluten free teas flavor=mint pack=triple price 20\n"
+        "did: search[gluten free teas]\n"
+        "see: page 1[tea12] orla tea gluten free daily wear 19[b07] fern's tea 3 to 11\n"
+        "can: [next >][back to search]\n"
+        "subgoal: search\n"
+    )
+
+
+def test_compact_item():
+    history = [SEARCHED, (RESULTS, "click[tea12]"), (ITEM, "click[mint]")]
+    text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose options"))
+    assert "did: search[gluten free teas][tea12][mint]\n" in text
+    assert "see: flavor[lemon][mint] orla tea price: 18\n" in text
+    assert "can: [buy now][< prev][back to search]\n" in text
+
+
+def test_compact_search_page():
+    text = compact(state(SEARCHED[0], ["search"]))
+    assert text.endswith("did: \nsee:\ncan: [search]\nsubgoal: None\n")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("observation", ["", "[SEP]", "no [SEP] instruction", RESULTS])
+def test_any_state_can_be_shown(style, observation):
+    assert STYLES[style](state(observation, [], task=""))
+    assert STYLES[style](state(observation, [], task="i want tea."))
+
+
+def test_the_tokenizer_of_the_shop_has_every_word_of_its_prompts_whole():
+    tokenizer = tiny.load_tokenizer("webshop")
+    prompter = Prompter(tokenizer, AgentConfig(max_prompt_tokens=400), "compact", STYLES)
+    [(ids, truncated)] = prompter([state(ITEM, ITEM_CLICKS, history=[SEARCHED], subgoal="choose options")])
+    assert not truncated
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert not [p for p in pieces if len(p) == 1 and p.isalpha() and p not in ("Ċ", "Ġ")]
