@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PADDING = 0.1  # at most this share of a microbatch's tokens may be added as padding
+
 
 @dataclass(slots=True)
 class Microbatch:
@@ -33,6 +35,9 @@ def microbatches(
     while start < order.numel():
         longest = int(lengths[order[start]])
         chosen = order[start : start + max(1, token_budget // longest)]
+        tokens = lengths[chosen].cumsum(0)
+        padding = longest * torch.arange(1, chosen.numel() + 1) - tokens
+        chosen = chosen[: int((padding <= tokens * PADDING).sum())]
         start += chosen.numel()
         offsets = torch.arange(longest)
         inside = offsets < lengths[chosen, None]

@@ -82,6 +82,9 @@ class AdvantageConfig:
     lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)")
     normalize: bool = option(True, "normalise each level over the turns that carry it")
     bootstrap: bool = option(False, "bootstrap truncated episodes from the state after them")
+    malformed: bool = option(
+        True, "tokens outside the blocks of an invalid turn train as its action (reference: false)"
+    )
 
 
 @dataclass(slots=True)
@@ -114,7 +117,7 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(2000, "scripted episodes")
+    episodes: int = option(1200, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
@@ -124,7 +127,7 @@ class WarmStartConfig:
 @dataclass(slots=True)
 class EvalConfig:
     every: int = option(10, "updates between evaluations (the first and last state are always evaluated)")
-    episodes: int = option(256, "games of the fixed panel; alfworld: at most the whole split, each game once")
+    episodes: int = option(512, "games of the fixed panel; alfworld: at most the whole split, each game once")
     temperature: float = option(1.0, "sampling temperature in evaluation (reference: 0.4)")
 
 

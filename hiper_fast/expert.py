@@ -37,7 +37,7 @@ def type_of(name: str) -> str:
 
 
 class Searcher:
-    """Plays from the text alone: visits receptacles as they are listed until it sees what it needs, and remembers."""
+    """Plays from the text alone: visits receptacles as listed, its destination last, and remembers what it saw."""
 
     def __init__(self, goal, rng: random.Random):
         self.goal, self.rng = goal, rng
@@ -54,7 +54,8 @@ class Searcher:
     def observe(self, action: str | None, observation: str, commands: list[str]) -> None:
         """Takes in the result of `action` (None at the start)."""
         if not self.receptacles:
-            self.receptacles = [c.removeprefix("go to ") for c in commands if c.startswith("go to ")]
+            places = [c.removeprefix("go to ") for c in commands if c.startswith("go to ")]
+            self.receptacles = sorted(places, key=lambda r: type_of(r) == self.goal.receptacle_type)
             self.unexplored = list(self.receptacles)
         if observation.startswith("Nothing happens") or action is None:
             return
@@ -137,7 +138,7 @@ class Searcher:
 
     def stumble(self, move: Move, commands: list[str], rng: random.Random) -> Move:
         """A random command, half of them with a random number so that it may be inadmissible, or another subgoal."""
-        action = rng.choice(commands)
+        action = rng.choice([c for c in commands if c != "help"])  # whose answer is long, and never shown again
         if rng.random() < 0.5:
             action = re.sub(r"\d+", lambda _: str(rng.randint(1, 4)), action, count=1)
         subgoal = move.subgoal if rng.random() < 0.5 else rng.choice(list(self.phrases.values()))

@@ -57,6 +57,15 @@ def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
     return rewards
 
 
+def train_malformed(t: Trajectories) -> None:
+    """Gives the tokens outside every block of an invalid turn the action's role.
+
+    Else nothing teaches a policy not to sample them again: a block counts only with both its tags.
+    """
+    stray = (t.roles == 0) & ~t.valid.repeat_interleave(t.cu_tokens.diff())
+    t.roles = t.roles.masked_fill(stray, ops.reference.ACTION)
+
+
 @torch.no_grad()
 def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
     """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0: terminated), ref log-probs [tokens]."""
@@ -168,7 +177,20 @@ def update(
     ]
     done = [s for s in steps if s is not None]
     metrics = {key: math.fsum(s[key] for s in done) / len(done) for key in (done[0] if done else {})}
-    return metrics | {"optim/skipped_steps": len(steps) - len(done)}
+    return metrics | explained_variance(targets) | {"optim/skipped_steps": len(steps) - len(done)}
+
+
+def explained_variance(targets: Targets) -> dict[str, float]:
+    """1 - Var(returns - values) / Var(returns) of each level that has values: 1 is a perfect critic, 0 a constant."""
+    metrics = {}
+    for head, name in ((LOW, "low"), (HIGH, "high"), (SWITCH, "switch")):
+        mask = targets.value_mask[:, head]
+        if mask.any():
+            returns, values = targets.returns[mask, head], targets.old_values[mask, head]
+            spread = returns.var(unbiased=False).item()
+            left = (returns - values).var(unbiased=False).item()
+            metrics[f"value/explained_{name}"] = 1 - left / spread if spread else 0.0
+    return metrics
 
 
 def step(agent, optimizers, t: Trajectories, targets: Targets, index: Tensor, config: Config, train_policy: bool):

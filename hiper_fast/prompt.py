@@ -20,6 +20,7 @@ class State:
     commands: list[str]  # admissible now
     subgoal: str | None = None  # None before the first one
     history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
+    sent: set[str] = field(default_factory=set)  # all actions of the episode
 
 
 def reference(state: State) -> str:
@@ -51,27 +52,36 @@ COMPACT_WORDS = (
     "KEEP SWITCH None task did see subgoal can go to take open close move use heat cool clean slice put from with in "
     "on find second examine look inventory some a an two it and , . : ; 's"
 ).split()
-COMMAND = re.compile(
-    r"(go to|take|open|close|move|put|use|heat|cool|clean|slice) (.+?)((?: from| to| with| in| on) .+)?"
-)
-
+VERBS = ["open", "go to", "take", "move", "put", "use", "heat", "cool", "clean", "slice", "close"]
+COMMAND = re.compile(rf"({'|'.join(VERBS)}) (.+?)((?: from| to| with| in| on) .+)?")
+WORD = re.compile("[a-z]+")
+PREPOSITIONS = {"to", "from", "with"}
 LIST_ITEM = re.compile(r",? (?:and )?an? (?=[a-z]+ \d)")
 
 
 def compact(state: State) -> str:
     """For small models: places visited instead of past observations, lists without articles, commands grouped by verb.
 
-    Commands that only look (examine, look, inventory, help) stay possible but are not listed.
+    New commands come before those already sent. Commands that share a word with the task stand at the end, next to
+    the response, in full, the new ones and those that share most last. Commands that only look (examine, look,
+    inventory, help) stay possible, but are not listed.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
+    task = set(WORD.findall(state.task)) - PREPOSITIONS
+    groups: dict[tuple, list[str]] = {}
+    fitting: list[tuple[bool, int, str]] = []
     for command in state.commands:
         if match := COMMAND.fullmatch(command):
+            again, shared = command in state.sent, len(task.intersection(WORD.findall(command)))
             verb, thing, rest = match.groups(default="")
-            groups.setdefault((verb, rest), []).append(thing)
+            if shared:
+                fitting.append((not again, shared, command))
+            else:
+                groups.setdefault((again, VERBS.index(verb), rest), []).append(thing)
     did = "; ".join(action.removeprefix("go to ") for _, action in state.history)
     see = LIST_ITEM.sub(" ", state.observation)
-    can = "; ".join(f"{verb} {' '.join(things)}{rest}" for (verb, rest), things in groups.items())
-    return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n"
+    can = "; ".join(f"{VERBS[verb]} {' '.join(things)}{rest}" for (_, verb, rest), things in sorted(groups.items()))
+    best = "; ".join(command for *_, command in sorted(fitting))
+    return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n{best}\n"
 
 
 STYLES = {"reference": reference, "compact": compact}
@@ -102,7 +112,7 @@ class Prompter:
         return state.history[-self.config.history :] if self.config.history else []
 
     def text(self, state: State, history: list[tuple[str, str]], observation: str) -> str:
-        shown = State(state.task, observation, state.commands, state.subgoal, history)
+        shown = State(state.task, observation, state.commands, state.subgoal, history, state.sent)
         text = self.render(shown)
         if self.tokenizer.chat_template is None:
             return text

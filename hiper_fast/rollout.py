@@ -48,6 +48,7 @@ class Play:
         episode.won, episode.terminated = self.info["won"], terminated
         episode.score = self.info.get("task_score")
         state.history.append((state.observation, action))
+        state.sent.add(action.strip())
         state.observation, state.commands = observation.strip(), self.info["admissible_commands"]
         self.over = terminated or len(episode.responses) == self.config.env.max_turns
 

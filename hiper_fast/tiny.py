@@ -58,6 +58,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         num_key_value_heads=2,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        attention_bias=True,
         tie_word_embeddings=True,
         initializer_range=0.04,
         eos_token_id=tokenizer.eos_token_id,

@@ -72,6 +72,8 @@ def train(config: Config) -> None:
                     respond = sampled(agent, config, config.agent.temperature, seed_of(config, step))
                     t = pack(rollout(plays, prompter, respond, agent.decode), agent.find_roles)
                 with logger.stage("advantages"):
+                    if config.advantage.malformed:
+                        hiper.train_malformed(t)
                     t.rewards = hiper.shape_rewards(t, config.reward)
                     targets = hiper.estimate(t, *hiper.score(agent, t, config), config.advantage)
                 with logger.stage("update"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hiper_fast.batch import microbatches
+from hiper_fast.batch import PADDING, microbatches
 from hiper_fast.trajectory import prefix_sums
 
 
@@ -51,6 +51,13 @@ def test_longest_first_so_that_padding_is_little():
     batches = list(microbatches(ids, cu, 27))
     assert [b.lengths.tolist() for b in batches] == [[9, 9, 9], [3, 3, 3]]
     assert sum(b.input_ids.numel() for b in batches) == ids.numel()
+
+
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
+def test_one_long_sequence_does_not_pad_the_others(lengths):
+    ids, cu = packed(lengths)
+    for batch in microbatches(ids, cu, 10_000):
+        assert batch.input_ids.numel() <= batch.lengths.sum() * (1 + PADDING)
 
 
 def test_only_the_chosen_sequences():

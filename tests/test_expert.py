@@ -61,6 +61,20 @@ def test_searcher_names_the_goals_own_subgoals_in_order():
         assert not won or moves[-1].subgoal == phrases[-1]
 
 
+def test_searcher_looks_where_the_thing_shall_go_last_of_all():
+    env = Household("small", ["pick_and_place_simple"])
+    env.reset(seed=3)
+    kind = env.game.goal.receptacle_type
+    commands = [f"go to {kind} 1", f"go to {kind} 2", "go to zebra 1", "look"]
+    searcher, visited = player("search", env.game, random.Random(0)), []
+    searcher.observe(None, "", commands)
+    for _ in range(3):
+        visited.append(searcher.move(commands).action)
+        place = visited[-1].removeprefix("go to ")
+        searcher.observe(visited[-1], f"You arrive at {place}. On the {place}, you see nothing.", commands)
+    assert visited == ["go to zebra 1", f"go to {kind} 1", f"go to {kind} 2"]
+
+
 def test_searcher_does_the_same_for_the_same_random_state():
     env = Household("small")
     assert play(env, "search", 7, 40) == play(env, "search", 7, 40)

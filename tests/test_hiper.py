@@ -171,6 +171,38 @@ def test_consistency_needs_both_subgoals_and_never_crosses_episodes(agent):
 # Values and log-probs.
 
 
+def test_malformed_turns_train_whole_when_asked(agent):
+    """Tokens of no block carry loss only where the turn is invalid: the end token of a valid turn stays out."""
+    t = build(agent)
+    before, cu = t.roles.clone(), bounds(t.cu_tokens)
+    hiper.train_malformed(t)
+    stray = 0
+    for (start, end), valid in zip(cu, t.valid.tolist(), strict=True):
+        if valid:
+            assert torch.equal(t.roles[start:end], before[start:end])
+        else:
+            stray += int((before[start:end] == 0).sum())
+            assert (t.roles[start:end] > 0).all()
+            kept = before[start:end] > 0
+            assert torch.equal(t.roles[start:end][kept], before[start:end][kept])
+    assert stray
+
+
+def test_explained_variance_by_numbers(agent):
+    t = build(agent)
+    targets = estimate(t, *score(agent, t, settings()), AdvantageConfig())
+    mask = targets.value_mask
+    perfect = hiper.explained_variance(replace(targets, old_values=targets.returns))
+    constant = hiper.explained_variance(replace(targets, old_values=torch.full_like(targets.returns, 3.0)))
+    half = hiper.explained_variance(replace(targets, old_values=targets.returns / 2))
+    assert list(perfect) == ["value/explained_low", "value/explained_high", "value/explained_switch"]
+    assert [*perfect.values()] == pytest.approx([1, 1, 1])
+    assert [*constant.values()] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert [*half.values()] == pytest.approx([0.75] * 3)
+    flat = replace(targets, returns=torch.ones_like(targets.returns), value_mask=mask)
+    assert [*hiper.explained_variance(flat).values()] == [0, 0, 0], "nothing varies, so nothing is explained"
+
+
 def value_positions(agent, t):
     """The value positions by hand, as indices into each turn's sequence: low, high, switch."""
     rows = []

@@ -65,17 +65,45 @@ def test_reference_shows_pairs_oldest_first():
     assert "The last 3 observations" in text
 
 
+def lists(text):
+    """(the grouped commands, the fitting ones) of a compact prompt."""
+    return tuple(text.split("can: ")[1].split("\n")[::2][:2])
+
+
 def test_compact_groups_commands_by_verb_and_drops_those_that_only_look():
-    text = compact(state(commands=[*COMMANDS, "take mug 2 from shelf 1", "open fridge 1"]))
-    can = text.split("can: ")[1].split("\n")[0]
-    assert can == "go to fridge 1 shelf 2; take apple 1 mug 2 from shelf 1; open fridge 1"
+    commands = [*COMMANDS, "take mug 1 from shelf 1", "take mug 2 from shelf 1", "open drawer 1", "go to shelf 3"]
+    text = compact(state(commands=commands))
+    can, fitting = lists(text)
+    assert can == "open drawer 1; go to shelf 2 shelf 3; take mug 1 mug 2 from shelf 1"
+    assert fitting == "go to fridge 1; take apple 1 from shelf 1"
     assert "you see apple 1 bread 1." in text
     assert "did: cabinet 1; cabinet 2; cabinet 3" in text
 
 
+def test_compact_puts_new_commands_first_and_the_best_fitting_last():
+    commands = ["go to desk 1", "go to fridge 1", "go to shelf 2", "move apple 1 to desk 1", "move apple 1 to fridge 1"]
+    can, fitting = lists(compact(state(commands=commands)))
+    assert can == "go to desk 1 shelf 2"
+    assert fitting == "go to fridge 1; move apple 1 to desk 1; move apple 1 to fridge 1"
+    can, fitting = lists(compact(state(commands=commands, sent={"go to desk 1", "move apple 1 to fridge 1"})))
+    assert can == "go to shelf 2; go to desk 1"
+    assert fitting == "move apple 1 to fridge 1; go to fridge 1; move apple 1 to desk 1"
+
+
+def test_compact_takes_no_preposition_for_a_word_of_the_task():
+    _, fitting = lists(compact(state(task="examine the mug with the lamp.", commands=["heat egg 1 with microwave 1"])))
+    assert fitting == ""
+
+
 def test_compact_without_commands_or_history():
     text = compact(state(commands=[], history=[], observation="", subgoal=None))
-    assert text == "task: put a apple in fridge.\ndid: \nsee: \ncan: \nsubgoal: None\n"
+    assert text == "task: put a apple in fridge.\ndid: \nsee: \ncan: \nsubgoal: None\n\n"
+
+
+def test_what_was_sent_is_known_beyond_the_history_window():
+    forgetful = prompter("compact", history=1)
+    text, *_ = read(forgetful, state(commands=["go to cabinet 1", "go to shelf 2"], sent={"go to cabinet 1"}))
+    assert lists(text)[0] == "go to shelf 2; go to cabinet 1"
 
 
 @pytest.mark.parametrize("style", STYLES)
