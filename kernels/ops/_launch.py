@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def on_device(tensor: Tensor):
-    """Triton launches on the current GPU: make it the tensor's. (On the CPU the interpreter runs, and nothing is due.)"""
+    """Triton launches on the current GPU: make it the tensor's. On the CPU the interpreter runs, and nothing is due."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -37,7 +37,7 @@ _KEEP, _CHANGE = map(_word, ("KEEP", "SWITCH"))
 @triton.jit
 def _piece(token_ids, token, inside, offsets, vocabulary):
     """[begin, end) of each token's bytes; none for tokens that are not `inside` and for ids that do not exist."""
-    id = tl.load(token_ids + token, mask=inside, other=0)
+    id = tl.load(token_ids + token, mask=inside, other=0).to(tl.int64)
     inside &= (id >= 0) & (id < vocabulary)
     begin = tl.load(offsets + id, mask=inside, other=0)
     return begin, tl.load(offsets + id + 1, mask=inside, other=0)
@@ -114,7 +114,7 @@ def _kernel(
     while start < count:
         lane_token = start + tl.arange(0, BLOCK)
         inside = lane_token < count
-        id = tl.load(token_ids + lane_token, mask=inside, other=0)
+        id = tl.load(token_ids + lane_token, mask=inside, other=0).to(tl.int64)
         known = inside & (id >= 0) & (id < vocabulary)
         tl.store(flags + IDS_SLOT + tl.zeros([BLOCK], tl.int32), 1, mask=inside & ~known)
         interesting = (tl.load(piece_flags + id, mask=known, other=0).to(tl.int32) & _ANGLE_OR_HIGH) != 0
@@ -223,7 +223,7 @@ def _kernel(
     while start < count:
         token = start + tl.arange(0, BLOCK)
         inside = token < count
-        id = tl.load(token_ids + token, mask=inside, other=0)
+        id = tl.load(token_ids + token, mask=inside, other=0).to(tl.int64)
         known = inside & (id >= 0) & (id < vocabulary)
         spelled = (tl.load(piece_flags + id, mask=known, other=_EMPTY).to(tl.int32) & _EMPTY) == 0
         role = tl.where((token >= action_first) & (token <= action_last), _ACTION, 0)

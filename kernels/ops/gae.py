@@ -5,7 +5,6 @@
 The recurrence is a scan of affine maps A -> gamma lambda A + delta_t; see _scan.py for the tiles.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""(values - mean) / (std + eps) over a mask, in two launches: the moments of blocks, then all of them and the result."""
+"""(values - mean) / (std + eps) over a mask, in two launches: the moments of blocks, then their pool and the result."""
 
 import torch
 import triton

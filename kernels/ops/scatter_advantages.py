@@ -17,7 +17,9 @@ from hiper_fast.kernels._moments import MOST_PARTS, merge, moments, part_block, 
 from hiper_fast.kernels._scan import bounds
 
 _ACTION, _SUBGOAL, _SWITCH = (tl.constexpr(bit) for bit in (1, 2, 4))
-_MOMENT_TURNS = 32
+_TOKENS = 128
+_TURNS = 16  # of a tile that scatters
+_MOMENT_TURNS = 32  # of one that finds moments: all of them are read again by every tile that scatters
 
 
 @triton.jit
@@ -109,12 +111,6 @@ def _scatter_kernel(
         start += TOKENS
 
 
-def _token_block(tokens: int, turns: int) -> int:
-    """Tokens of a tile: those of a mean turn or a little more."""
-    mean = tokens / turns
-    return 64 if mean <= 64 else 512
-
-
 def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps):
     turns, tokens = boundary.shape[0], roles.shape[0]
     advantages = low.new_empty(tokens)
@@ -122,14 +118,12 @@ def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps):
     normalizes = parts is not None
     number = parts.shape[1] if normalizes else 0
     if turns:
-        block = _token_block(tokens, turns)
-        per_tile = 4096 // block
         with on_device(low):
-            _scatter_kernel[(triton.cdiv(turns, per_tile),)](
+            _scatter_kernel[(triton.cdiv(turns, _TURNS),)](
                 low, high, switch, boundary, roles, cu_tokens, parts if normalizes else low, advantages, loss_mask,
                 levels if normalizes else advantages, _errors.flags(), tokens, turns, number, eps,
                 SLOT=_errors.SCATTER_TOKENS, NORMALIZE=normalizes, PARTS=part_block(number),
-                TURNS=per_tile, TOKENS=block, num_warps=8, enable_fp_fusion=True,
+                TURNS=_TURNS, TOKENS=_TOKENS, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
     return advantages, loss_mask
 
@@ -164,7 +158,7 @@ def normalize_and_scatter(
         with on_device(low):
             _moments_kernel[(parts.shape[1],)](
                 low, high, switch, boundary, roles, cu_tokens, parts, _errors.flags(), tokens, turns, steps,
-                SLOT=_errors.SCATTER_TOKENS, TURNS=_MOMENT_TURNS, TOKENS=_token_block(tokens, turns),
+                SLOT=_errors.SCATTER_TOKENS, TURNS=_MOMENT_TURNS, TOKENS=_TOKENS,
                 num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
     return *_scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps), levels

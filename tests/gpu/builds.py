@@ -1,0 +1,156 @@
+"""Compiles every kernel in every configuration that its op can launch, for a GPU that need not be here.
+
+    python tests/gpu/builds.py 90     # compute capability 9.0; prints one JSON object a build
+
+The launches are taken from the ops themselves: they are called with small CPU tensors, while Triton's launcher only
+writes down what it would compile. Registers and stack are read from the machine code by the wheel's own cuobjdump.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import hiper_fast.kernels._head as head
+from hiper_fast.kernels.find_roles import find_roles
+from hiper_fast.kernels.gae import gae
+from hiper_fast.kernels.hae import hae
+from hiper_fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_backward
+from hiper_fast.kernels.linear_ppo import linear_ppo
+from hiper_fast.kernels.normalize import normalize
+from hiper_fast.kernels.ppo_loss import ppo_loss
+from hiper_fast.kernels.scatter_advantages import normalize_and_scatter, scatter_advantages
+from hiper_fast.kernels.value_loss import value_loss
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+NOT_OPTIONS = {"grid", "warmup"}
+
+
+class Launches:
+    """What JITFunction.run was asked to launch: kernel, signature, constants and options, each once."""
+
+    def __init__(self):
+        self.found: dict[str, tuple] = {}
+
+    def run(self, kernel: JITFunction, *arguments, **keywords) -> None:
+        names = [p.name for p in kernel.params]
+        bound = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
+        options = {k: v for k, v in keywords.items() if k not in names and k not in NOT_OPTIONS}
+        signature, constants, aligned = {}, {}, []
+        for i, parameter in enumerate(kernel.params):
+            value = bound[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+                aligned.append(i)
+            elif parameter.annotation_type:
+                signature[parameter.name] = parameter.annotation_type
+            else:
+                assert isinstance(value, int), f"{kernel.__name__}: {parameter.name} is a {type(value)}"
+                signature[parameter.name] = "i32"
+                if not parameter.do_not_specialize:
+                    assert value % 16 == 0, f"{kernel.__name__}: {parameter.name} = {value} would be built apart"
+                    aligned.append(i)
+        key = f"{kernel.module}.{kernel.__name__} {list(signature.values())} {constants} {options}"
+        self.found[key] = (kernel, signature, constants, aligned, options)
+
+
+def launch_all() -> None:
+    """Every op in every combination that gives another kernel."""
+    for dtype in (torch.float32, torch.float64):
+        for turns, trajectories in ((100, 10), (2000, 2000), (200, 1), (2000, 1)):
+            x = torch.zeros(turns, dtype=dtype)
+            ended, cu_turns = torch.zeros(trajectories).bool(), torch.zeros(trajectories + 1, dtype=torch.int32)
+            hae(x, x, x, None, x > 0, ended, cu_turns, None, x, 1.0, 1.0, 1.0)
+            gae(x, x, ended, cu_turns, None, 1.0, 1.0)
+        x, mask = torch.zeros(2**20, dtype=dtype), torch.zeros(2**20).bool()
+        for turns in (5, 2**20):
+            normalize(x[:turns], mask[:turns], 1e-8)
+        cu_tokens, roles = torch.zeros(9000, dtype=torch.int32), torch.zeros(9, dtype=torch.uint8)
+        for turns in (5, 8999):
+            arguments = (*(x[:turns],) * 3, mask[:turns], roles, cu_tokens[: turns + 1])
+            scatter_advantages(*arguments)
+            normalize_and_scatter(*arguments)
+        for tokens, ref, entropy, denominator in itertools.product((0, 3), (True, False), (True, False), (None, 2.0)):
+            y, terms = x[:tokens], (x[:tokens] if ref else None, x[:tokens] if entropy else None)
+            ppo_loss(y, y, y, mask[:tokens], *terms, 0.2, 0.2, 3.0, 0.01, 0.01, denominator, True)
+        value_loss(x[:3], x[:3], x[:3], mask[:3], 0.5, None, True)
+
+    for dtype, with_bias in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False)
+    ):
+        x = torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32))
+        hidden, weight, targets = torch.zeros(3, 4, dtype=dtype), torch.zeros(5, 4, dtype=dtype), torch.zeros(3).long()
+        bias = torch.zeros(5, dtype=dtype) if with_bias else None
+        for entropy in (True, False):
+            linear_logprobs(hidden, weight, bias, targets, 1.0, entropy)
+            linear_logprobs_backward(
+                x, x if entropy else x[:0], hidden, weight, bias, targets, 1.0, True, True, with_bias
+            )
+            for kl_coef, ref in ((0.1, x), (0.0, None)):
+                options = (1.0, 0.2, 0.2, 3.0, kl_coef, 0.01 if entropy else 0.0, None)
+                linear_ppo(hidden, weight, bias, targets, x, x, ref, *options, True, True, with_bias)
+    for ids in (torch.int32, torch.int64):
+        cu_tokens, offsets = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        byte = torch.tensor([60], dtype=torch.uint8)
+        find_roles(torch.zeros(3, dtype=ids), cu_tokens, byte, offsets, byte)
+
+
+def build(launch: tuple, capability: int, whole: bool) -> dict:
+    """Compile one launch; `whole`: with all pointers aligned to 16 bytes, as whole tensors are, else with none."""
+    kernel, signature, constants, aligned, options = launch
+    pointers = [i for i in aligned if list(signature.values())[i].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if whole or i not in pointers}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return {
+        "kernel": f"{kernel.module.rsplit('.', 1)[-1]}.{kernel.__name__}",
+        "dtypes": sorted({t for t in signature.values() if t.startswith(("*fp", "*bf"))}),
+        "constants": {list(signature)[i]: v for (i,), v in constants.items()},
+        "aligned": whole,
+        "warps": options.get("num_warps", 4),
+        "registers": used["REG"],
+        "stack": used["STACK"] + used["LOCAL"],
+        "shared": used["SHARED"],
+    }
+
+
+def main(capability: int) -> None:
+    assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
+    launches = Launches()
+    JITFunction.run = lambda self, *arguments, **keywords: launches.run(self, *arguments, **keywords)
+    head.product = lambda *arguments, **keywords: None
+    head.Head._multiply = lambda self: None
+    launch_all()
+    unaligned = {}  # slices of tensors begin anywhere: one such build for each kernel
+    for launch in launches.found.values():
+        unaligned.setdefault(launch[0], launch)
+        print(json.dumps(build(launch, capability, whole=True), default=str), flush=True)
+    for launch in unaligned.values():
+        print(json.dumps(build(launch, capability, whole=False), default=str), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

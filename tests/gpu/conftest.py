@@ -1,0 +1,34 @@
+"""Where the kernels' tests run: on the GPU, else under Triton's interpreter, by tests/test_triton_interpreter.py.
+
+On a GPU machine, once for each change of a kernel, also `compute-sanitizer --tool memcheck python -m pytest tests/gpu
+-k "not compiled"`, then with `--tool racecheck` and `--tool initcheck`: out-of-bounds reads and races go unseen
+elsewhere. PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes every tensor an allocation of its own, so that none is out of sight.
+"""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="session")
+def device(interpreted) -> torch.device:
+    if interpreted:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here; tests/test_triton_interpreter.py runs this under Triton's interpreter")
+    return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def no_pending_error(device):
+    """An error that a kernel reports comes with a later call: it must not come in a later test."""
+    yield
+    from hiper_fast.kernels import raise_pending
+
+    raise_pending()
