@@ -16,7 +16,7 @@ from hiper_fast.envs.webshop.index import CHUNK, Index
 
 TINY = os.environ.get("HIPER_FAST_BENCH") == "tiny"
 DOCUMENTS, VOCABULARY = (2_000, 20_000) if TINY else (1_000_000, 1_000_000)
-TEXTS = 200 if TINY else 10_000
+TEXTS = 200 if TINY else 2_000
 PEER_DOCUMENTS = 500 if TINY else 100_000
 QUERIES = 5 if TINY else 100
 
