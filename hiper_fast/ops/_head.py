@@ -12,7 +12,7 @@ from hiper_fast.ops._library import FLOATS, check_vector
 
 # What is held beside arguments, results and gradients: a chunk of logits, which its own gradient replaces, and for a
 # weight of half precision a tile of it in float32.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 TILE_BYTES = 2**24
 
 
@@ -32,7 +32,7 @@ class Head:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows with their logits [rows, v], which the caller may overwrite."""
         n, v = len(self.hidden), len(self.weight)
-        most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**27) // (v * self.dtype.itemsize))
+        most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**25) // (v * self.dtype.itemsize))
         count = -(-n // most)
         buffer = self.hidden.new_empty((-(-n // count) if count else 0, v), dtype=self.dtype)
         for i in range(count):

@@ -1,0 +1,225 @@
+"""What holds for every op: registration, torch.compile, dtypes, strides, gradients made once, errors that name."""
+
+import pytest
+import torch
+
+from hiper_fast import bench, ops
+from hiper_fast.ops import _head
+
+SIZE = bench.Size(3, 7, 40, 9, 6, 30)
+LOSSES = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
+
+
+@pytest.fixture(scope="module")
+def x():
+    return bench.step_inputs(SIZE)
+
+
+def raw_calls(x):
+    """Raw op -> its arguments."""
+    detached = {k: v.detach() for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
+    hidden, weight, logprobs, entropy = (detached[k] for k in ("hidden", "weight", "logprobs", "entropy"))
+    bias = torch.randn(len(weight))
+    ppo = (0.2, 0.2, 3.0, 0.01, 0.001)
+    return {
+        "hae": (
+            x.rewards, x.values_low, x.values_high, None, x.switch, x.terminated, x.cu_turns, None, None, 1.0, 1.0, 0.9,
+        ),
+        "gae": (x.rewards, x.values_low, x.terminated, x.cu_turns, None, 1.0, 0.9),
+        "normalize": (x.rewards, x.switch, 1e-8),
+        "find_roles": (x.token_ids, x.cu_tokens, x.pieces.bytes, x.pieces.offsets, x.pieces.flags),
+        "scatter_advantages": (*x.levels[:5:2], x.levels.boundary, x.roles, x.cu_tokens),
+        "linear_logprobs": (hidden, weight, bias, x.targets, 0.7, True),
+        "linear_logprobs_backward": (
+            torch.randn(SIZE.rows), torch.randn(SIZE.rows), hidden, weight, None, x.targets, 0.7, True, True, False,
+        ),
+        "ppo_loss": (logprobs, x.old_logprobs, x.advantages, x.loss_mask, None, entropy, *ppo, None, True),
+        "value_loss": (x.values.detach(), x.values_low, x.rewards, x.switch, 0.5, 3.0, True),
+        "linear_ppo": (
+            hidden, weight, None, x.targets, x.row_old, x.row_advantages, x.row_ref, 1.0, *ppo, None, True, True, False,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "op",
+    ["hae", "gae", "normalize", "find_roles", "scatter_advantages", "linear_logprobs", "linear_logprobs_backward",
+     "ppo_loss", "value_loss", "linear_ppo"],
+)  # fmt: skip
+def test_opcheck(x, op):
+    torch.library.opcheck(getattr(torch.ops.hiper_fast, op).default, raw_calls(x)[op])
+
+
+@pytest.mark.parametrize("op", ops.implementations())
+def test_compiles_in_one_graph(x, op):
+    """Forward; the losses' gradients come from the compiled backward."""
+    call = bench.calls(x)[op]
+    if op in LOSSES:
+
+        def loss():
+            given = {
+                "linear_logprobs": lambda: ops.linear_logprobs(x.hidden, x.weight, x.targets),
+                "ppo_loss": lambda: ops.ppo_loss(x.logprobs, x.old_logprobs, x.advantages, x.loss_mask)[0],
+                "value_loss": lambda: ops.value_loss(x.values, x.values_low, x.rewards, x.switch)[0],
+                "linear_ppo": lambda: ops.linear_ppo(x.hidden, x.weight, x.targets, x.row_old, x.row_advantages)[0],
+            }
+            return 2 * given[op]().sum()
+
+        leaves = {"ppo_loss": (x.logprobs,), "value_loss": (x.values,)}.get(op, (x.hidden, x.weight))
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        result, expected = (torch.autograd.grad(f(), leaves) for f in (compiled, loss))
+    else:
+        compiled = torch.compile(lambda: call(ops), fullgraph=True, backend="aot_eager")
+        result, expected = compiled(), call(ops)
+    torch.testing.assert_close(result, expected)
+
+
+def cast(tensors, dtype):
+    return [t.detach().to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_what_its_values_give_in_float32(x, dtype):
+    options = dict(gamma=0.9, lambda_turn=0.8)
+    turns = (x.rewards, x.values_low, x.values_high, x.switch, x.terminated, x.cu_turns)
+    for run, arguments in {
+        (lambda *a: ops.hae(*a, **options)): turns,
+        ops.gae: (x.rewards, x.values_low, x.terminated, x.cu_turns),
+        ops.normalize: (x.rewards, x.switch),
+        (lambda low, high, switch: ops.scatter_advantages(
+            ops.HAE(low, None, high, None, switch, None, x.levels.boundary), x.roles, x.cu_tokens
+        )): x.levels[:5:2],
+        (lambda *a: ops.ppo_loss(*a)[0]): (x.logprobs, x.old_logprobs, x.advantages, x.loss_mask),
+        (lambda *a: ops.value_loss(*a)[0]): (x.values, x.values_low, x.rewards, x.switch),
+        ops.linear_logprobs: (x.hidden, x.weight, x.targets),
+    }.items():  # fmt: skip
+        half = cast(arguments, dtype)
+        result, expected = run(*half), run(*cast(half, torch.float32))
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_have_the_dtype_of_their_input(x, dtype):
+    logprobs, values, hidden, weight = (
+        t.detach().to(dtype).requires_grad_() for t in (x.logprobs, x.values, x.hidden, x.weight)
+    )
+    old, advantages, values_old, returns = cast((x.old_logprobs, x.advantages, x.values_low, x.rewards), dtype)
+    for loss, leaves in (
+        (ops.ppo_loss(logprobs, old, advantages, x.loss_mask)[0], (logprobs,)),
+        (ops.value_loss(values, values_old, returns, x.switch)[0], (values,)),
+        (ops.linear_ppo(hidden, weight, x.targets, x.row_old, x.row_advantages)[0], (hidden, weight)),
+    ):
+        assert loss.dtype == torch.float32
+        for gradient in torch.autograd.grad(loss, leaves):
+            assert gradient.dtype == dtype and gradient.abs().sum() > 0
+
+
+def losses(x):
+    yield ops.linear_ppo(x.hidden, x.weight, x.targets, x.row_old, x.row_advantages)[0], (x.hidden, x.weight)
+    yield ops.ppo_loss(x.logprobs, x.old_logprobs, x.advantages, x.loss_mask)[0], (x.logprobs,)
+    yield ops.value_loss(x.values, x.values_low, x.rewards, x.switch)[0], (x.values,)
+    yield ops.linear_logprobs(x.hidden, x.weight, x.targets).sum(), (x.hidden, x.weight)
+
+
+def test_gradients_are_scaled_and_can_be_taken_again(x):
+    for loss, leaves in losses(x):
+        once = torch.autograd.grad(loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(loss, leaves, retain_graph=True)
+        thrice = torch.autograd.grad(3 * loss, leaves)
+        for a, b, c in zip(once, again, thrice, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(3 * a, c)
+
+
+def test_double_backward_is_refused(x):
+    for loss, leaves in losses(x):
+        gradient = torch.autograd.grad(loss, leaves, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            torch.autograd.grad(gradient.sum(), leaves)
+
+
+def test_without_need_no_gradient_is_made(x, monkeypatch):
+    made = []
+    backward = _head.Head.backward
+    monkeypatch.setattr(_head.Head, "backward", lambda self, *a: made.append(self) or backward(self, *a))
+    arguments = x.targets, x.row_old, x.row_advantages
+    with torch.no_grad():
+        assert not ops.linear_ppo(x.hidden, x.weight, *arguments)[0].requires_grad
+    ops.linear_ppo(x.hidden.detach(), x.weight.detach(), *arguments)
+    assert not made
+    ops.linear_ppo(x.hidden, x.weight.detach(), *arguments)
+    assert made and len(made[0].grad_weight) == 0 and len(made[0].grad_hidden)
+
+
+def test_a_denominator_as_number_or_tensor(x):
+    for run, leaf in (
+        (lambda d: ops.linear_ppo(x.hidden, x.weight, x.targets, x.row_old, x.row_advantages, denominator=d), x.hidden),
+        (lambda d: ops.ppo_loss(x.logprobs, x.old_logprobs, x.advantages, x.loss_mask, denominator=d), x.logprobs),
+        (lambda d: ops.value_loss(x.values, x.values_low, x.rewards, x.switch, denominator=d), x.values),
+    ):
+        (number, its), (tensor, others) = run(7.0), run(torch.tensor(7))
+        torch.testing.assert_close(number, tensor)
+        torch.testing.assert_close(its, others)
+        torch.testing.assert_close(torch.autograd.grad(number, leaf), torch.autograd.grad(tensor, leaf))
+
+
+def test_linear_ppo_equals_its_two_ops_in_everything(x):
+    bias = torch.randn(SIZE.vocabulary, requires_grad=True)
+    leaves = x.hidden, x.weight, bias
+    options = {"clip_high": 0.3, "dual_clip": 2.0, "kl_coef": 0.4, "entropy_coef": 0.2, "denominator": 5.0}
+    loss, metrics = ops.linear_ppo(
+        x.hidden, x.weight, x.targets, x.row_old, 2 * x.row_advantages, ref_logprobs=x.row_ref, temperature=0.8,
+        bias=bias, **options,
+    )  # fmt: skip
+    logprobs, entropy = ops.linear_logprobs(x.hidden, x.weight, x.targets, temperature=0.8, bias=bias, entropy=True)
+    expected, expected_metrics = ops.ppo_loss(
+        logprobs, x.row_old, 2 * x.row_advantages, torch.ones_like(x.targets, dtype=torch.bool),
+        ref_logprobs=x.row_ref, entropy=entropy, **options,
+    )  # fmt: skip
+    assert list(metrics) == list(expected_metrics)
+    torch.testing.assert_close((loss, metrics), (expected, expected_metrics))
+    for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_strided_inputs(x):
+    def spread(t):
+        return torch.stack([t.detach(), t.detach()], -1)[..., 0]
+
+    old, advantages, ref = map(spread, (x.row_old, x.row_advantages, x.row_ref))
+    hidden, weight = (spread(t).requires_grad_() for t in (x.hidden, x.weight))
+    loss = ops.linear_ppo(hidden, weight, spread(x.targets), old, advantages, ref_logprobs=ref)[0]
+    expected = ops.linear_ppo(x.hidden, x.weight, x.targets, x.row_old, x.row_advantages, ref_logprobs=x.row_ref)[0]
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (x.hidden, x.weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    tokens = [spread(t) for t in (x.logprobs, x.old_logprobs, x.advantages, x.loss_mask)]
+    torch.testing.assert_close(
+        ops.ppo_loss(*tokens)[0], ops.ppo_loss(x.logprobs, x.old_logprobs, x.advantages, x.loss_mask)[0].detach()
+    )
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("hidden", {"hidden": [[0.0]]}),
+        ("weight", {"weight": torch.zeros(5, 3)}),
+        ("targets", {"targets": torch.tensor([0, 1, 5])}),
+        ("targets", {"targets": torch.tensor([0, -1, 1])}),
+        ("targets", {"targets": torch.tensor([0.0, 1.0, 1.0])}),
+        ("old_logprobs", {"old_logprobs": torch.zeros(2)}),
+        ("advantages", {"advantages": torch.zeros(3, dtype=torch.float64)}),
+        ("ref_logprobs", {"ref_logprobs": torch.zeros(3, device="meta")}),
+        ("bias", {"bias": torch.zeros(4)}),
+        ("temperature", {"temperature": -1.0}),
+    ],
+)
+def test_linear_ppo_names_what_is_wrong(name, change):
+    given = {
+        "hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "targets": torch.tensor([0, 1, 2]),
+        "old_logprobs": torch.zeros(3), "advantages": torch.zeros(3),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=name):
+        ops.linear_ppo(**(given | change))
