@@ -179,6 +179,14 @@ def test_implementations_agree_where_postings_are_left_out(monkeypatch, count):
         assert fast[0].tolist() == plain[0].tolist() and fast[1].tolist() == plain[1].tolist()
 
 
+@pytest.mark.parametrize("best", [4096, 5000, 8191])
+def test_a_bound_covers_every_block_of_a_window(implementation, best):
+    """One document is far better than the rest of the second window, wherever in it; windows begin within blocks."""
+    documents = ["red red box"] + [""] * 50 + ["red box box box box box"] * 8141
+    documents[best] = "red " * 20
+    assert Index.build(documents).search("red", 1).tolist() == [best]
+
+
 def test_no_documents_and_no_matches(implementation):
     for documents in ([], [""], ["the of", "--"], ["red shoe"]):
         built = Index.build(documents)
