@@ -30,7 +30,9 @@ def option(default, help: str):
 @dataclass(slots=True)
 class EnvConfig:
     name: str = option(
-        "auto", "household, alfworld, webshop, or auto: alfworld if $ALFWORLD_DATA is set, else household"
+        "auto",
+        "household, alfworld, webshop (which lays recipes/default-webshop.yaml over the defaults), or auto: alfworld if "
+        "$ALFWORLD_DATA is set, else household",
     )
     engine: str = option("native", "native, or textworld: the same games through the real TextWorld")
     size: str = option("small", "household games: small, medium or large rooms")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 from hiper_fast import prompt
@@ -44,19 +45,41 @@ def reference(state: State) -> str:
 def compact(state: State) -> str:
     """For small models: past actions only, lower case, few filling words, whole dollars; clickables in brackets.
 
-    Pages that only inform (description, features, reviews) stay possible but are not listed.
+    Clickables that share a word with the task and were not yet clicked stand at the end, next to the response, those
+    that share most last. Pages that only inform (description, features, reviews) stay possible but are not listed.
     """
     wish = Wish(state.task)
     options = "".join(f" {name}={value}" for name, value in wish.options.items())
     limit = "" if math.isinf(wish.limit) else f" price {math.ceil(wish.limit)}"
+    wanted = {*wish.words, *wish.options.values()}
     clicks = {c[6:-1] for c in state.commands if c.startswith("click[")}
-    segments = [s.lower() for s in page(state.observation, state.task)]
-    see = "".join(
-        f"[{s}]" if s in clicks else f" {shortened(s)}" for s in segments if s not in NAVIGATION + INFORMATION
-    )
+    see: list[str] = []
+    fitting: list[tuple[int, int, str]] = []
+    for place, entry in enumerate(entries(page(state.observation, state.task), clicks)):
+        name = entry[0]
+        if name in NAVIGATION + INFORMATION:
+            continue
+        text = " ".join([f"[{name}]" if name in clicks else shortened(name), *map(shortened, entry[1:])])
+        shared = len(wanted.intersection([name, *entry[1].split()] if len(entry) > 1 else [name]))
+        if name in clicks and shared and f"click[{name}]" not in state.sent:
+            fitting.append((shared, -place, text))
+        else:
+            see.append(text)
     can = "".join(f"[{c}]" for c in NAVIGATION if c in clicks)
     did = "".join(action.removeprefix("click") for _, action in state.history)
-    return f"task:{wish.request}{options}{limit}\ndid: {did}\nsee:{see}\ncan: {can}\nsubgoal: {state.subgoal}\n"
+    best = "\n".join(text for *_, text in sorted(fitting))
+    return (
+        f"task:{wish.request}{options}{limit}\ndid: {did}\nsee: {' '.join(see)}\ncan: {can}\n"
+        f"subgoal: {state.subgoal}\n{best}\n"
+    )
+
+
+def entries(segments: list[str], clicks: set[str]) -> Iterator[list[str]]:
+    """The segments in lower case, those of a result (ASIN, title, price) together."""
+    segments = [s.lower() for s in segments]
+    start = segments.index("next >") + 1 if "next >" in clicks and "next >" in segments else len(segments)
+    yield from ([s] for s in segments[:start])
+    yield from (segments[i : i + 3] for i in range(start, len(segments), 3))
 
 
 def shortened(text: str) -> str:

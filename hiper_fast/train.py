@@ -2,6 +2,7 @@
 
 python -m hiper_fast.train                      # embedded default: household games, a tiny model, this machine
 ALFWORLD_DATA=... python -m hiper_fast.train    # the official ALFWorld games
+python -m hiper_fast.train --env webshop        # a generated shop; WEBSHOP_DATA=... the real one
 python -m hiper_fast.train --model Qwen/Qwen2.5-1.5B-Instruct --config my.yaml --train.lr 1e-6
 """
 

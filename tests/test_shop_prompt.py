@@ -54,23 +54,38 @@ def test_compact_results():
     assert text == (
         "task:gluten free teas flavor=mint pack=triple price 20\n"
         "did: search[gluten free teas]\n"
-        "see: page 1[tea12] orla tea gluten free daily wear 19[b07] fern's tea 3 to 11\n"
+        "see: page 1 [b07] fern's tea 3 to 11\n"
         "can: [next >][back to search]\n"
         "subgoal: search\n"
+        "[tea12] orla tea gluten free daily wear 19\n"
     )
 
 
+def test_compact_puts_last_what_shares_most_and_what_was_clicked_back():
+    rows = (
+        "A1 [SEP] Free Teas [SEP] $5.0 [SEP] A2 [SEP] Gluten Free Teas [SEP] $6.0 [SEP] A3 [SEP] Free Teas [SEP] $7.0"
+    )
+    shown = state(HEAD + "Page 1 (Total results: 3) [SEP] Next > [SEP] " + rows, ["next >", "a1", "a2", "a3"])
+    assert compact(shown).endswith("\n[a3] free teas 7\n[a1] free teas 5\n[a2] gluten free teas 6\n")
+    shown.sent.add("click[a2]")
+    assert compact(shown).endswith("\n[a3] free teas 7\n[a1] free teas 5\n")
+    assert "see: page 1 [a2] gluten free teas 6\n" in compact(shown)
+
+
 def test_compact_item():
-    history = [SEARCHED, (RESULTS, "click[tea12]"), (ITEM, "click[mint]")]
-    text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose options"))
-    assert "did: search[gluten free teas][tea12][mint]\n" in text
-    assert "see: flavor[lemon][mint] orla tea price: 18\n" in text
-    assert "can: [buy now][< prev][back to search]\n" in text
+    history = [SEARCHED, (RESULTS, "click[tea12]")]
+    text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose product"))
+    assert "did: search[gluten free teas][tea12]\n" in text
+    assert "see: flavor [lemon] orla tea price: 18\n" in text
+    assert text.endswith("can: [buy now][< prev][back to search]\nsubgoal: choose product\n[mint]\n")
+    text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose options", sent={"click[mint]"}))
+    assert "see: flavor [lemon] [mint] orla tea price: 18\n" in text
+    assert text.endswith("subgoal: choose options\n\n")
 
 
 def test_compact_search_page():
     text = compact(state(SEARCHED[0], ["search"]))
-    assert text.endswith("did: \nsee:\ncan: [search]\nsubgoal: None\n")
+    assert text.endswith("did: \nsee: \ncan: [search]\nsubgoal: None\n\n")
 
 
 @pytest.mark.parametrize("style", STYLES)
