@@ -31,7 +31,7 @@ def option(default, help: str):
 class EnvConfig:
     name: str = option(
         "auto",
-        "household, alfworld, webshop (which lays recipes/default-webshop.yaml over the defaults), or auto: alfworld if "
+        "household, alfworld, webshop (recipes/default-webshop.yaml lies over the defaults), or auto: alfworld if "
         "$ALFWORLD_DATA is set, else household",
     )
     engine: str = option("native", "native, or textworld: the same games through the real TextWorld")

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hiper_fast import prompt
+from hiper_fast.envs.webshop.pages import SEARCH_COMMAND
 from hiper_fast.prompt import State
-from hiper_fast.shopper import Wish
+from hiper_fast.shopper import WORD, Wish
 
 LIMIT = 13_000  # characters; a longer reference prompt drops its history
 COMPACT_WORDS = (
@@ -45,8 +46,9 @@ def reference(state: State) -> str:
 def compact(state: State) -> str:
     """For small models: past actions only, lower case, few filling words, whole dollars; clickables in brackets.
 
-    Clickables that share a word with the task and were not yet clicked stand at the end, next to the response, those
-    that share most last. Pages that only inform (description, features, reviews) stay possible but are not listed.
+    What shares a word with the task and was not yet clicked stands at the end, next to the response, what shares most
+    last; before a search that is the instruction's words. An ASIN follows its title and price. Pages that only inform
+    (description, features, reviews) stay possible but are not listed.
     """
     wish = Wish(state.task)
     options = "".join(f" {name}={value}" for name, value in wish.options.items())
@@ -55,12 +57,11 @@ def compact(state: State) -> str:
     clicks = {c[6:-1] for c in state.commands if c.startswith("click[")}
     see: list[str] = []
     fitting: list[tuple[int, int, str]] = []
-    for place, entry in enumerate(entries(page(state.observation, state.task), clicks)):
-        name = entry[0]
+    for place, (name, *title_and_price) in enumerate(entries(page(state.observation, state.task), clicks)):
         if name in NAVIGATION + INFORMATION:
             continue
-        text = " ".join([f"[{name}]" if name in clicks else shortened(name), *map(shortened, entry[1:])])
-        shared = len(wanted.intersection([name, *entry[1].split()] if len(entry) > 1 else [name]))
+        text = " ".join([*map(shortened, title_and_price), f"[{name}]" if name in clicks else shortened(name)])
+        shared = len(wanted.intersection([name, *WORD.findall(" ".join(title_and_price))]))
         if name in clicks and shared and f"click[{name}]" not in state.sent:
             fitting.append((shared, -place, text))
         else:
@@ -68,6 +69,8 @@ def compact(state: State) -> str:
     can = "".join(f"[{c}]" for c in NAVIGATION if c in clicks)
     did = "".join(action.removeprefix("click") for _, action in state.history)
     best = "\n".join(text for *_, text in sorted(fitting))
+    if SEARCH_COMMAND in state.commands:
+        best = f"search[{' '.join(wish.words)}]"
     return (
         f"task:{wish.request}{options}{limit}\ndid: {did}\nsee: {' '.join(see)}\ncan: {can}\n"
         f"subgoal: {state.subgoal}\n{best}\n"

@@ -10,6 +10,7 @@ from hiper_fast.envs.webshop.pages import SEARCH_COMMAND as SEARCH
 from hiper_fast.expert import Move
 
 PHRASES = {"search": "search", "choose": "choose product", "options": "choose options", "buy": "buy"}
+WORD = re.compile(r"[\w'&%-]+")
 NOT_SEARCHED = set(
     "a an and are by can find for i in is it looking me need of on please some that the to want with".split()
 )
@@ -32,7 +33,7 @@ class Wish:
             text = text[: match.start()]
             self.options = dict(re.findall(r"(?:^|, and )([^:]+): (.+?)(?=, and [^:]+: |$)", match[1]))
         self.request = re.sub("^find me ", "", text).replace(",", "")
-        self.words = [w for w in re.findall(r"[\w'&%-]+", text) if w not in NOT_SEARCHED]
+        self.words = [w for w in WORD.findall(text) if w not in NOT_SEARCHED]
 
 
 class Shopper:
@@ -111,7 +112,7 @@ class Shopper:
 
         def fit(row):
             asin, title, price = row
-            words = re.findall(r"[\w'&%-]+", title.lower())
+            words = WORD.findall(title.lower())
             found = sum(any(w.startswith(wanted[:4]) for w in words) for wanted in self.wish.words)
             return asin.lower() not in self.rejected, dollars(price) <= self.wish.limit, found
 

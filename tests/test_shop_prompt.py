@@ -54,10 +54,10 @@ def test_compact_results():
     assert text == (
         "task:gluten free teas flavor=mint pack=triple price 20\n"
         "did: search[gluten free teas]\n"
-        "see: page 1 [b07] fern's tea 3 to 11\n"
+        "see: page 1 fern's tea 3 to 11 [b07]\n"
         "can: [next >][back to search]\n"
         "subgoal: search\n"
-        "[tea12] orla tea gluten free daily wear 19\n"
+        "orla tea gluten free daily wear 19 [tea12]\n"
     )
 
 
@@ -66,10 +66,10 @@ def test_compact_puts_last_what_shares_most_and_what_was_clicked_back():
         "A1 [SEP] Free Teas [SEP] $5.0 [SEP] A2 [SEP] Gluten Free Teas [SEP] $6.0 [SEP] A3 [SEP] Free Teas [SEP] $7.0"
     )
     shown = state(HEAD + "Page 1 (Total results: 3) [SEP] Next > [SEP] " + rows, ["next >", "a1", "a2", "a3"])
-    assert compact(shown).endswith("\n[a3] free teas 7\n[a1] free teas 5\n[a2] gluten free teas 6\n")
+    assert compact(shown).endswith("\nfree teas 7 [a3]\nfree teas 5 [a1]\ngluten free teas 6 [a2]\n")
     shown.sent.add("click[a2]")
-    assert compact(shown).endswith("\n[a3] free teas 7\n[a1] free teas 5\n")
-    assert "see: page 1 [a2] gluten free teas 6\n" in compact(shown)
+    assert compact(shown).endswith("\nfree teas 7 [a3]\nfree teas 5 [a1]\n")
+    assert "see: page 1 gluten free teas 6 [a2]\n" in compact(shown)
 
 
 def test_compact_item():
@@ -84,8 +84,8 @@ def test_compact_item():
 
 
 def test_compact_search_page():
-    text = compact(state(SEARCHED[0], ["search"]))
-    assert text.endswith("did: \nsee: \ncan: [search]\nsubgoal: None\n\n")
+    text = compact(state(SEARCHED[0], commands=["search[<your query>]", "click[search]"]))
+    assert text.endswith("did: \nsee: \ncan: [search]\nsubgoal: None\nsearch[gluten free teas]\n")
 
 
 @pytest.mark.parametrize("style", STYLES)
