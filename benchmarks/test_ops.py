@@ -1,15 +1,267 @@
-"""Time of each op beside its reference, on one thread, and only after the two were found to agree.
+"""Each op beside what one would use in its place, on one thread, and only after the two were found to agree.
 
-The inputs are those of `python -m hiper_fast.bench`: one HiPER step, 128 trajectories of 50 turns, 290 tokens a
-response. HIPER_FAST_BENCH=tiny makes it small enough to test the benchmarks themselves.
+Beside the time stand the bytes that must at least be moved (inputs read once, results written once) or the operations
+that must be made, and what this machine reached in the same run when copying and when multiplying matrices, so that
+`benchmarks/report.py` can tell shares of the roofline. HIPER_FAST_BENCH=tiny makes it small enough to test the
+benchmarks themselves. On a machine with other work, --benchmark-timer=time.process_time leaves that out.
 """
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from hiper_fast import bench, ops
 
-SIZE = bench.SIZES[bench.default_size()]
+sys.path.insert(0, str(Path(__file__).parent))  # for the functions of peak_memory.py
+import peak_memory
+from peak_memory import torch_ppo_loss
+
+TINY = bench.default_size() == "tiny"
+STEPS = {"1,280 x 290": (128, 10, 290), "6,400 x 512": (128, 50, 512)} if not TINY else {"20 x 40": (4, 5, 40)}
+ROWS = {"128 x 50": (128, 50), "1,024 x 50": (1024, 50), "8,192 x 128": (8192, 128)} if not TINY else {"4 x 9": (4, 9)}
+COUNTS = {"6,400": 6_400, "1,856,000": 1_856_000} if not TINY else {"50": 50}
+HEADS = {"1,024 x 128 x 4,096": (1024, 128, 4096), "256 x 1,536 x 151,936": (256, 1536, 151_936)}
+HEADS = HEADS if not TINY else {"5 x 8 x 50": (5, 8, 50)}
+
+
+@dataclass
+class Case:
+    calls: dict[str, Callable[[], object]]  # by whom; "hiper_fast" is the op
+    bytes: int = 0
+    operations: int = 0
+    rounds: int = 20
+    rtol: float = 1e-4
+
+
+def step_inputs(size: str):
+    return bench.step_inputs(bench.Size(*STEPS[size], 8, 8, 50))
+
+
+def find_roles(size: str) -> Case:
+    x = step_inputs(size)
+    calls = {"hiper_fast": lambda: ops.find_roles(x.token_ids, x.cu_tokens, x.pieces)}
+    if len(x.token_ids) < 1_000_000:
+        calls["reference"] = lambda: ops.reference.find_roles(x.token_ids, x.cu_tokens, x.pieces)
+    return Case(calls, bytes=x.token_ids.nbytes + len(x.token_ids))
+
+
+def hae(size: str) -> Case:
+    x = step_inputs(size)
+    calls = {"hiper_fast": lambda: bench.levels(ops, x), "reference": lambda: bench.levels(ops.reference, x)}
+    return Case(calls, bytes=len(x.rewards) * (4 * 4 + 1 + 6 * 4 + 1))
+
+
+def scatter_advantages(size: str) -> Case:
+    x = step_inputs(size)
+    calls = {"hiper_fast": lambda: ops.scatter_advantages(x.levels, x.roles, x.cu_tokens)}
+    # A gather per role, as one would write it in torch.
+    turn = torch.arange(len(x.rewards)).repeat_interleave(x.cu_tokens.diff())
+
+    def gathers():
+        high = torch.where(x.levels.boundary, x.levels.advantages_high, 0)
+        columns = x.levels.advantages_low, high, x.levels.advantages_switch
+        carries = [(x.roles & bit) > 0 for bit in (1, 2, 4)]
+        advantages = sum(torch.where(c, a[turn], 0) for c, a in zip(carries, columns, strict=True))
+        return advantages, carries[0] | carries[1] & x.levels.boundary[turn] | carries[2]
+
+    return Case(calls | {"torch": gathers}, bytes=len(x.roles) * (1 + 4 + 1))
+
+
+def pipeline(size: str) -> Case:
+    """From token ids and values to each token's advantage: find_roles, hae, scatter_advantages."""
+    x = step_inputs(size)
+
+    def run(which):
+        roles, switch, _, _ = which.find_roles(x.token_ids, x.cu_tokens, x.pieces)
+        levels = which.hae(x.rewards, x.values_low, x.values_high, switch, x.terminated, x.cu_turns)
+        return which.scatter_advantages(levels, roles, x.cu_tokens)
+
+    calls = {"hiper_fast": lambda: run(ops)}
+    if len(x.token_ids) < 1_000_000:
+        calls["reference"] = lambda: run(ops.reference)
+    return Case(calls, bytes=x.token_ids.nbytes + len(x.token_ids) * (1 + 1 + 4 + 1))
+
+
+def gae(size: str) -> Case:
+    n, length = ROWS[size]
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, n, length, generator=g)
+    terminated, bootstrap = torch.rand(n, generator=g) < 0.5, torch.randn(n, generator=g)
+    cu_turns = torch.arange(n + 1, dtype=torch.int32) * length
+    flat = rewards.reshape(-1), values.reshape(-1), terminated, cu_turns
+    after = torch.where(terminated, 0.0, bootstrap)
+
+    def loop():
+        """The usual loop over time, all trajectories at once."""
+        advantages, carried, following = torch.empty_like(rewards), 0.0, after
+        for t in reversed(range(length)):
+            carried = rewards[:, t] + 0.99 * following - values[:, t] + 0.99 * 0.95 * carried
+            advantages[:, t] = carried
+            following = values[:, t]
+        return advantages.flatten(), (advantages + values).flatten()
+
+    calls = {
+        "hiper_fast": lambda: ops.gae(*flat, bootstrap=bootstrap, gamma=0.99, lambda_=0.95),
+        "torch": loop,
+        "torch.compile": compiled(loop),
+    }
+    try:
+        from torchrl.objectives.value.functional import vec_generalized_advantage_estimate as torchrl_gae
+    except ImportError:
+        calls["torchrl"] = lambda: pytest.skip("torchrl is not installed; pip install -e '.[bench]'")
+    else:
+        next_values = torch.cat([values[:, 1:], after[:, None]], 1)[..., None]
+        done = torch.zeros(n, length, 1, dtype=torch.bool)
+        done[:, -1] = True
+
+        def torchrl():
+            advantages, returns = torchrl_gae(
+                0.99, 0.95, values[..., None], next_values, rewards[..., None], done=done,
+                terminated=torch.zeros_like(done),
+            )  # fmt: skip
+            return advantages.flatten(), returns.flatten()
+
+        calls["torchrl"] = torchrl
+    return Case(calls, bytes=4 * 4 * n * length)
+
+
+def normalize(size: str) -> Case:
+    count = COUNTS[size]
+    g = torch.Generator().manual_seed(0)
+    values, mask = torch.randn(count, generator=g), torch.rand(count, generator=g) < 0.6
+
+    def usual():
+        chosen = values[mask]
+        return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
+
+    calls = {"hiper_fast": lambda: ops.normalize(values, mask), "torch": usual}
+    return Case(calls, bytes=count * (4 + 1 + 4))
+
+
+def ppo_loss(size: str) -> Case:
+    count = COUNTS[size]
+    g = torch.Generator().manual_seed(0)
+    old, advantages, ref, entropy = torch.randn(4, count, generator=g)
+    logprobs = (old + 0.2 * torch.randn(count, generator=g)).requires_grad_()
+    ref = (old + 0.1 * ref).requires_grad_(False)
+    entropy.requires_grad_()
+    mask = torch.ones(count, dtype=torch.bool)
+
+    def run(loss):
+        return lambda: bench.with_gradients(loss(), logprobs, entropy)
+
+    usual = functools.partial(torch_ppo_loss, logprobs, old, advantages, ref, entropy)
+    return Case(
+        {
+            "hiper_fast": run(lambda: ops.ppo_loss(logprobs, old, advantages, mask, ref_logprobs=ref, entropy=entropy)),
+            "torch": run(usual),
+            "torch.compile": run(compiled(usual)),
+        },
+        bytes=count * (5 * 4 + 1 + 2 * 4),
+    )
+
+
+def value_loss(size: str) -> Case:
+    count = COUNTS[size]
+    g = torch.Generator().manual_seed(0)
+    values, old, returns = torch.randn(3, count, generator=g)
+    values.requires_grad_()
+    mask = torch.rand(count, generator=g) < 0.7
+
+    def usual():
+        clipped = values.clamp(old - 0.5, old + 0.5)
+        worst = torch.maximum((values - returns).square(), (clipped - returns).square())
+        return torch.where(mask, worst, 0).sum() / mask.sum()
+
+    def run(loss):
+        return lambda: bench.with_gradients(loss(), values)
+
+    return Case(
+        {
+            "hiper_fast": run(lambda: ops.value_loss(values, old, returns, mask)),
+            "torch": run(usual),
+            "torch.compile": run(compiled(usual)),
+        },
+        bytes=count * (3 * 4 + 1 + 4),
+    )
+
+
+def linear_logprobs(size: str) -> Case:
+    """Log-probs without gradient, as old and reference log-probs are made."""
+    n, h, v = HEADS[size]
+    x = peak_memory.head_inputs(n, h, v)
+
+    @torch.no_grad()
+    def usual():
+        return torch.log_softmax(x.hidden @ x.weight.T, dim=1).gather(1, x.targets[:, None]).squeeze(1)
+
+    calls = {
+        "hiper_fast": torch.no_grad()(lambda: ops.linear_logprobs(x.hidden, x.weight, x.targets)),
+        "torch": usual,
+        "torch.compile": compiled(usual),
+    }
+    return Case(calls, operations=2 * n * h * v, rounds=5 if n * h * v < 1e9 else 2)
+
+
+def linear_ppo(size: str) -> Case:
+    n, h, v = HEADS[size]
+    x = peak_memory.head_inputs(n, h, v)
+
+    def run(loss):
+        return lambda: bench.with_gradients(loss(), x.hidden, x.weight)
+
+    calls = {
+        "hiper_fast": run(functools.partial(peak_memory.loss, "op", x)),
+        "torch": run(functools.partial(peak_memory.loss, "materialised", x)),
+        "torch.compile": run(compiled(functools.partial(peak_memory.loss, "materialised", x))),
+    }
+    return Case(calls, operations=3 * 2 * n * h * v, rounds=5 if n * h * v < 1e9 else 2, rtol=1e-3)
+
+
+def compiled(function: Callable) -> Callable:
+    """The function through torch.compile; skips where there is no compiler to compile with."""
+    faster = torch.compile(function)
+
+    def run(*arguments):
+        if TINY:
+            pytest.skip("HIPER_FAST_BENCH=tiny: to compile takes longer than all else")
+        try:
+            return faster(*arguments)
+        except Exception as error:
+            if "compiler" in str(error).lower():
+                pytest.skip(f"torch.compile finds no C++ compiler ({str(error).splitlines()[0]})")
+            raise
+
+    return run
+
+
+SIZES = {find_roles: STEPS, hae: STEPS, scatter_advantages: STEPS, pipeline: STEPS, gae: ROWS, normalize: COUNTS}
+SIZES |= {ppo_loss: COUNTS, value_loss: COUNTS, linear_logprobs: HEADS, linear_ppo: HEADS}
+PEERS = {find_roles: ["reference"], hae: ["reference"], pipeline: ["reference"], scatter_advantages: ["torch"]}
+PEERS |= {normalize: ["torch"], gae: ["torch", "torch.compile", "torchrl"]}
+RUNS = [
+    pytest.param(make, size, by, id=f"{make.__name__}-{size}-{by}".replace(", ", ""))
+    for make, sizes in SIZES.items()
+    for size in sizes
+    for by in ("hiper_fast", *PEERS.get(make, ["torch", "torch.compile"]))
+]
+
+
+@functools.lru_cache(maxsize=1)
+def case(make: Callable[[str], Case], size: str) -> tuple[Case, object]:
+    """The case and what the op gives for it."""
+    made = make(size)
+    return made, made.calls["hiper_fast"]()
 
 
 @pytest.fixture(autouse=True)
@@ -20,58 +272,58 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def inputs():
-    return bench.step_inputs(SIZE)
+@pytest.fixture(scope="session")
+def roofline() -> dict[str, float]:
+    """Bytes and operations a second on one thread: a copy between buffers beyond the caches, a matrix product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source, square = torch.ones(2**16 if TINY else 2**25), torch.ones(*[64 if TINY else 1024] * 2)
+    target, product = torch.empty_like(source), torch.empty_like(square)
+    rates = {
+        "bytes": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "operations": 2 * len(square) ** 3 / best(lambda: torch.mm(square, square, out=product)),
+    }
+    torch.set_num_threads(threads)
+    return rates
 
 
-def pipeline(which, x):
-    """From token ids and values to each token's advantage."""
-    roles, switch, _, _ = which.find_roles(x.token_ids, x.cu_tokens, x.pieces)
-    hae = which.hae(x.rewards, x.values_low, x.values_high, switch, x.terminated, x.cu_turns)
-    return which.scatter_advantages(hae, roles, x.cu_tokens)
+def best(run: Callable[[], object], rounds: int = 5) -> float:
+    def once():
+        began = time.process_time()
+        run()
+        return time.process_time() - began
+
+    return min(once() for _ in range(rounds + 1))
 
 
-def numpy_gae(rewards, values, terminated, gamma, lambda_):
-    """The usual loop over time, all trajectories (of one length) at once."""
-    rewards, values = (x.reshape(SIZE.trajectories, SIZE.turns) for x in (rewards, values))
-    advantages, carried, following = rewards.copy(), 0.0, 0.0
-    for t in reversed(range(SIZE.turns)):
-        carried = rewards[:, t] + gamma * following - values[:, t] + gamma * lambda_ * carried
-        advantages[:, t] = carried
-        following = values[:, t]
-    return advantages.reshape(-1), (advantages + values).reshape(-1)
-
-
-def assert_agree(result, expected):
+def assert_agree(result, expected, rtol: float) -> None:
     result, expected = ([x] if isinstance(x, torch.Tensor) else x for x in (result, expected))
     for x, y in zip(result, expected, strict=True):
-        torch.testing.assert_close(x, torch.as_tensor(y), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x, y, rtol=rtol, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", ["hae", "gae", "normalize", "find_roles", "scatter_advantages", "pipeline"])
-@pytest.mark.parametrize("which", [ops, ops.reference], ids=["op", "reference"])
-def test_op(benchmark, inputs, op, which):
-    run = (bench.calls(inputs) | {"pipeline": lambda which: pipeline(which, inputs)})[op]
-    benchmark.group = op
-    if which is ops:
-        assert_agree(run(ops), run(ops.reference))
-        benchmark.pedantic(run, (ops,), rounds=30, warmup_rounds=3)
-    else:
-        benchmark.pedantic(run, (ops.reference,), rounds=1)
+@pytest.mark.parametrize("make, size, by", RUNS)
+def test_op(benchmark, roofline, make, size, by):
+    made, expected = case(make, size)
+    if by not in made.calls:
+        pytest.skip("takes many seconds at this size")
+    run = made.calls[by]
+    assert_agree(run(), expected, made.rtol)
+    benchmark.group = f"{make.__name__} {size}"
+    benchmark.extra_info |= {"op": make.__name__, "size": size, "by": by, "torch": torch.__version__}
+    benchmark.extra_info |= {"bytes": made.bytes, "operations": made.operations, "roofline": roofline}
+    benchmark.pedantic(run, rounds=1 if by == "reference" else made.rounds, warmup_rounds=1)
 
 
-def test_numpy_gae(benchmark, inputs):
-    arrays = inputs.rewards.numpy(), inputs.values_low.numpy(), inputs.terminated.numpy(), 0.99, 0.9
-    benchmark.group = "gae"
-    assert_agree(bench.calls(inputs)["gae"](ops), numpy_gae(*arrays))
-    benchmark.pedantic(numpy_gae, arrays, rounds=30, warmup_rounds=3)
-
-
-@pytest.mark.parametrize("which", [ops, ops.reference], ids=["op", "reference"])
-def test_linear_logprobs(benchmark, inputs, which):
-    """Forward and backward; the op trades some time for never holding [n, v]."""
-    run = bench.calls(inputs)["linear_logprobs"]
-    benchmark.group = "linear_logprobs"
-    assert_agree(run(ops), run(ops.reference))
-    benchmark.pedantic(run, (which,), rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("size", HEADS)
+def test_peak_memory(benchmark, size):
+    """linear_ppo holds at most a quarter of what the materialised logits take, where these are large."""
+    benchmark.group = f"peak memory of linear_ppo {size}"
+    held = {}
+    for which in ("op", "materialised"):
+        command = [sys.executable, peak_memory.__file__, which, *map(str, HEADS[size])]
+        held[which] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    benchmark.extra_info |= {"op": "linear_ppo", "size": size, "peak": held}
+    benchmark.pedantic(lambda: None, rounds=1)
+    if HEADS[size][2] > 100_000:
+        assert held["op"]["beyond_gradients"] <= held["materialised"]["beyond_gradients"] / 4

@@ -6,7 +6,7 @@ import torch
 from hiper_fast import bench, ops
 from hiper_fast.ops import _head
 
-SIZE = bench.Size(3, 7, 40, 9, 6, 30)
+SIZE = bench.Size(3, 7, 40, 9, 14, 30)
 LOSSES = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
 
 
@@ -163,7 +163,9 @@ def test_a_denominator_as_number_or_tensor(x):
         torch.testing.assert_close(torch.autograd.grad(number, leaf), torch.autograd.grad(tensor, leaf))
 
 
-def test_linear_ppo_equals_its_two_ops_in_everything(x):
+@pytest.mark.parametrize("chunk", [1, 300, 2**27], ids=["row by row", "some rows", "at once"])
+def test_linear_ppo_equals_its_two_ops_in_everything(x, chunk, monkeypatch):
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", chunk)  # small ones lend the weight's gradient to the first chunk
     bias = torch.randn(SIZE.vocabulary, requires_grad=True)
     leaves = x.hidden, x.weight, bias
     options = {"clip_high": 0.3, "dual_clip": 2.0, "kl_coef": 0.4, "entropy_coef": 0.2, "denominator": 5.0}

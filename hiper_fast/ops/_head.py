@@ -10,9 +10,10 @@ from torch import Tensor
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector
 
-# What is held beside arguments, results and gradients: a chunk of logits, which its own gradient replaces, and for a
-# weight of half precision a tile of it in float32.
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+# What is held beside arguments, results and gradients: a chunk of logits, which its own gradient replaces (the first
+# may lie in the weight's gradient, at the price of a copy of a sixteenth of that), and for a weight of half precision
+# a tile of it in float32.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 TILE_BYTES = 2**24
 
 
@@ -28,23 +29,32 @@ class Head:
         self.grad_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=self.dtype)
         self.grad_bias = weight.new_zeros(len(weight) if need_bias else 0, dtype=self.dtype)
         self.begun = False  # grad_weight holds a sum
+        self.lent = 0  # its last rows, where the first chunk's logits are
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows with their logits [rows, v], which the caller may overwrite."""
-        n, v = len(self.hidden), len(self.weight)
-        most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**25) // (v * self.dtype.itemsize))
-        count = -(-n // most)
-        buffer = self.hidden.new_empty((-(-n // count) if count else 0, v), dtype=self.dtype)
+        n, (v, h) = len(self.hidden), self.weight.shape
+        most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**27) // (v * self.dtype.itemsize))
+        first = 0
+        if len(self.grad_weight) and h // 4 > most:
+            # The weight's gradient is still empty and larger than a chunk would be: its end serves the first one.
+            first = min(n, h // 4)
+            self.lent = -(-first * v // h)
+            yield self._logits(slice(0, first), self.grad_weight.view(-1)[v * h - first * v :].view(first, v))
+        count = -(-(n - first) // most)
+        buffer = self.hidden.new_empty((-(-(n - first) // count) if count else 0, v), dtype=self.dtype)
         for i in range(count):
-            part = slice(n * i // count, n * (i + 1) // count)
-            logits = buffer[: part.stop - part.start]
-            rows = self.hidden[part].to(self.dtype)
-            for tile, weight in self._tiles():
-                if self.bias is None:
-                    torch.mm(rows, weight.T, out=logits[:, tile])
-                else:
-                    torch.addmm(self.bias[tile], rows, weight.T, out=logits[:, tile])
-            yield part, logits
+            part = slice(first + (n - first) * i // count, first + (n - first) * (i + 1) // count)
+            yield self._logits(part, buffer[: part.stop - part.start])
+
+    def _logits(self, part: slice, out: Tensor) -> tuple[slice, Tensor]:
+        rows = self.hidden[part].to(self.dtype)
+        for tile, weight in self._tiles():
+            if self.bias is None:
+                torch.mm(rows, weight.T, out=out[:, tile])
+            else:
+                torch.addmm(self.bias[tile], rows, weight.T, out=out[:, tile])
+        return part, out
 
     def backward(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
         """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows `live` [k] (None: of all
@@ -53,15 +63,19 @@ class Head:
         if live is not None:
             rows = rows[live]
         grad_rows = torch.zeros_like(rows) if len(self.grad_hidden) else None
-        for tile, weight in self._tiles():
-            grad_tile = gradient[:, tile]
-            if grad_rows is not None:
-                grad_rows.addmm_(grad_tile, weight)
-            if len(self.grad_weight) and len(rows):
-                self.grad_weight[tile].addmm_(grad_tile.T, rows, beta=int(self.begun))
-            if len(self.grad_bias):
-                self.grad_bias[tile] += grad_tile.sum(dim=0)
-        self.begun |= len(rows) > 0
+        if grad_rows is not None:
+            for tile, weight in self._tiles():
+                grad_rows.addmm_(gradient[:, tile], weight)
+        if len(self.grad_bias):
+            self.grad_bias += gradient.sum(dim=0)
+        if len(self.grad_weight) and len(rows):
+            whole = len(self.grad_weight) - self.lent
+            last = gradient[:, whole:].clone() if self.lent else None
+            self.grad_weight[:whole].addmm_(gradient[:, :whole].T, rows, beta=int(self.begun))
+            if last is not None:
+                torch.mm(last.T, rows, out=self.grad_weight[whole:])
+            self.begun = True
+        self.lent = 0
         if grad_rows is not None and live is None:
             self.grad_hidden[part] = grad_rows
         elif grad_rows is not None:

@@ -148,7 +148,7 @@ def linear_logprobs(
 
     Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half precision are
     multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its results it holds a chunk of
-    logits, at most 32 MiB (on a GPU 512 MiB) or one row, and 16 MiB where the weight is of half precision.
+    logits, at most 128 MiB (on a GPU 512 MiB) or one row, and 16 MiB where the weight is of half precision.
 
     Args:
         hidden: [n, h] float32, float64, bfloat16 or float16.

@@ -1,8 +1,8 @@
 """Errors that only the data can tell, without a synchronisation and without a device-side assertion.
 
 A kernel that meets a bad value clamps it, so that it reads and writes only what it was given, and puts a 1 into its
-slot of a buffer in pinned host memory. The host reads that buffer, which costs no synchronisation, whenever an op is
-called: the ValueError that names the argument comes with a later call, or with `raise_pending()`.
+slot of a buffer in pinned host memory. The host reads that buffer, which costs no synchronisation, before every launch:
+the ValueError that names the argument comes with a later call of any op, or with `raise_pending()`.
 """
 
 import functools
@@ -30,8 +30,7 @@ def _buffers() -> tuple[torch.Tensor, numpy.ndarray]:
 
 
 def flags() -> torch.Tensor:
-    """The buffer for a kernel to write to; raises what earlier kernels wrote."""
-    raise_pending(synchronize=False)
+    """The buffer for a kernel to write to."""
     return _buffers()[0]
 
 

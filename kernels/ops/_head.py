@@ -64,8 +64,11 @@ def _statistics_kernel(
     peak = tl.full([BLOCK], _LOWEST, dtype)
     total = tl.zeros([BLOCK], dtype)
     moment = tl.zeros([BLOCK], dtype)
-    for start in range(0, vocabulary, BLOCK):
-        x = _logits(logits, bias, start + tl.arange(0, BLOCK), vocabulary, HAS_BIAS)
+    # From the last column to the first: the product wrote the last ones last, and the gradient begins with the first,
+    # so that both find a part of their logits in the cache.
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    for i in range(0, blocks):
+        x = _logits(logits, bias, (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK), vocabulary, HAS_BIAS)
         step = x - peak
         higher = step > 0
         decay = tl.exp(-tl.abs(step) * sharpness)

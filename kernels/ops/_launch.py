@@ -5,9 +5,15 @@ import contextlib
 import torch
 from torch import Tensor
 
+from hiper_fast.kernels._errors import raise_pending
+
 
 def on_device(tensor: Tensor):
-    """Triton launches on the current GPU: make it the tensor's. On the CPU the interpreter runs, and nothing is due."""
+    """Around a launch. Triton launches on the current GPU: make it the tensor's (on the CPU the interpreter runs).
+
+    Raises what earlier kernels reported.
+    """
+    raise_pending(synchronize=False)
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -250,6 +250,6 @@ def find_roles(
                 token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags, roles, switch, value_index, valid,
                 _errors.flags(), tokens, turns, piece_flags.shape[0],
                 TOKENS_SLOT=_errors.ROLES_TOKENS, IDS_SLOT=_errors.ROLES_IDS, BLOCK=_BLOCK,
-                num_warps=1, enable_fp_fusion=True,
+                num_warps=1, maxnreg=96, enable_fp_fusion=True,
             )  # fmt: skip
     return roles, switch, value_index, valid

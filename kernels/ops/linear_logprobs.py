@@ -1,10 +1,12 @@
 """Log-probabilities and entropies straight from hidden states; see _head.py."""
 
+import torch
 from torch import Tensor
 
 from hiper_fast.kernels._head import Head
 
 
+@torch.no_grad()
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
@@ -16,6 +18,7 @@ def linear_logprobs(
     return logprobs, entropy
 
 
+@torch.no_grad()
 def linear_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     temperature: float, need_hidden: bool, need_weight: bool, need_bias: bool,

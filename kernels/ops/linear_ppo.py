@@ -14,6 +14,7 @@ from hiper_fast.kernels._launch import buffer
 from hiper_fast.kernels._total import BLOCK, finish, part_sums
 
 
+@torch.no_grad()
 def linear_ppo(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
     ref_logprobs: Tensor | None, temperature: float, clip_low: float, clip_high: float, dual_clip: float,

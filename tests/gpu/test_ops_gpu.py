@@ -1,54 +1,143 @@
-"""Every op on CUDA tensors gives what it gives on the CPU."""
+"""The public ops on CUDA tensors: the CPU's results, without waiting for the GPU, compiled; and their errors."""
+
+import functools
 
 import pytest
 import torch
 
-from hiper_fast import ops
+from hiper_fast import bench, ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 
+SIZE = bench.Size(trajectories=4, turns=6, tokens=40, rows=20, width=16, vocabulary=70)
+NAMES = tuple(bench.calls(bench.step_inputs(SIZE)))
 
-def assert_same_on_the_gpu(run, *tensors):
-    result, expected = run(*(t.cuda() for t in tensors)), run(*tensors)
-    result, expected = ([x] if isinstance(x, torch.Tensor) else x for x in (result, expected))
-    for x, y in zip(result, expected, strict=True):
-        assert x.is_cuda
+
+@pytest.fixture(scope="module")
+def inputs():
+    return bench.step_inputs(SIZE), bench.step_inputs(SIZE, "cuda")
+
+
+def flat(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def test_all_are_triton():
+    assert {op: devices["cuda"] for op, devices in ops.implementations().items()} == dict.fromkeys(NAMES, "triton")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_on_the_cpu(inputs, name):
+    cpu, cuda = inputs
+    for x, y in zip(flat(bench.calls(cuda)[name](ops)), flat(bench.calls(cpu)[name](ops)), strict=True):
+        assert x.is_cuda and x.dtype == y.dtype
         torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)
 
 
-def test_scans():
-    rewards, values, high = torch.randn(3, 12)
-    switch, terminated = torch.rand(12) < 0.5, torch.tensor([True, False])
-    cu_turns = torch.tensor([0, 5, 12], dtype=torch.int32)
-    assert_same_on_the_gpu(ops.hae, rewards, values, high, switch, terminated, cu_turns)
-    assert_same_on_the_gpu(ops.gae, rewards, values, terminated, cu_turns)
-    assert_same_on_the_gpu(ops.normalize, rewards, switch)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("linear")])
+def test_nothing_waits_for_the_gpu(inputs, name):
+    call = bench.calls(inputs[1])[name]
+    call(ops)  # compilation and the pieces' copy to the GPU may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(ops)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_the_head_waits_only_to_leave_rows_out(inputs, entropy_coef):
+    x = inputs[1]
+    call = functools.partial(
+        ops.linear_ppo,
+        x.hidden,
+        x.weight,
+        x.targets,
+        x.row_old,
+        x.row_advantages,
+        kl_coef=0.0,
+        entropy_coef=entropy_coef,
+    )
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if entropy_coef:
+            call()
+        else:
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_cuda_graph(inputs, name):
+    call = bench.calls(inputs[1])[name]
+    expected = [x.clone() for x in flat(call(ops))]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = flat(call(ops))
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip(result, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_compiled_without_a_break(inputs):
+    x = inputs[1]
+
+    def step(rewards, hidden, weight):
+        roles, switch, _, _ = ops.find_roles(x.token_ids, x.cu_tokens, x.pieces)
+        hae = ops.hae(rewards, x.values_low, x.values_high, switch, x.terminated, x.cu_turns)
+        advantages, _ = ops.scatter_advantages(hae, roles, x.cu_tokens)
+        loss, _ = ops.linear_ppo(hidden, weight, x.targets, x.row_old, advantages[: len(x.targets)])
+        return loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = [f(x.rewards, x.hidden, x.weight) for f in (compiled, step)]
+    torch.testing.assert_close(*results)
+    leaves = (x.hidden, x.weight)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in results))
+
+
+def test_opcheck(inputs):
+    x = inputs[1]
+    registered = torch.ops.hiper_fast
+    vectors = [v.detach() for v in (x.row_old, x.row_old, x.row_advantages)]
+    rows = (x.hidden.detach(), x.weight.detach(), None, x.targets)
+    pieces = x.pieces.on(x.token_ids.device)
+    turns = (x.rewards, x.values_low, x.values_high, None, x.switch, x.terminated, x.cu_turns, None, None)
+    checks = {
+        registered.hae: (*turns, 1.0, 1.0, 0.95),
+        registered.gae: (x.rewards, x.values_low, x.terminated, x.cu_turns, None, 1.0, 1.0),
+        registered.normalize: (x.rewards, x.switch, 1e-8),
+        registered.find_roles: (x.token_ids, x.cu_tokens, *pieces),
+        registered.linear_logprobs: (*rows, 1.0, True),
+        registered.linear_ppo: (*rows, *vectors, 1.0, 0.2, 0.2, 3.0, 0.01, 0.001, None, True, True, False),
+    }
+    for op, arguments in checks.items():
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_shapes_and_devices_are_told_at_once(inputs):
+    cpu, cuda = inputs
     with pytest.raises(ValueError, match="values_low"):
-        ops.hae(rewards.cuda(), values, high.cuda(), switch.cuda(), terminated.cuda(), cu_turns.cuda())
+        ops.hae(cuda.rewards, cpu.values_low, cuda.values_high, cuda.switch, cuda.terminated, cuda.cu_turns)
+    with pytest.raises(ValueError, match="targets"):
+        ops.linear_logprobs(cuda.hidden, cuda.weight, cuda.targets[:-1])
 
 
-def test_roles_and_scatter():
-    pieces = ops.TokenPieces.from_bytes([b"<action>", b"y", b"</action>"])
-    ids, cu_tokens = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 3, 4], dtype=torch.int32)
-    assert_same_on_the_gpu(lambda ids, cu: ops.find_roles(ids, cu, pieces), ids, cu_tokens)
-    roles = ops.find_roles(ids, cu_tokens, pieces)[0]
-    low, high, switch = torch.randn(3, 2)
-    assert_same_on_the_gpu(
-        lambda low, high, switch, boundary, roles, cu: ops.scatter_advantages(
-            ops.HAE(low, low, high, high, switch, switch, boundary), roles, cu
-        ),
-        low, high, switch, torch.tensor([True, False]), roles, cu_tokens,
-    )  # fmt: skip
-
-
-def test_losses():
-    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
-    targets = torch.randint(0, 40, (9,))
-    old, advantages, ref = torch.randn(3, 9)
-
-    def run(hidden, weight, targets, old, advantages, ref):
-        loss, _ = ops.linear_ppo(hidden, weight, targets, old - 3, advantages, ref_logprobs=ref - 3)
-        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-    assert_same_on_the_gpu(run, hidden, weight, targets, old, advantages, ref)
-    assert_same_on_the_gpu(lambda *x: ops.value_loss(*x)[0], old, ref, advantages, targets > 20)
+def test_values_are_told_by_a_later_call(inputs):
+    x = inputs[1]
+    bad = x.targets.clone()
+    bad[3] = SIZE.vocabulary
+    assert ops.linear_logprobs(x.hidden, x.weight, bad).shape == x.targets.shape  # no device-side assertion
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="targets"):
+        ops.normalize(x.rewards, x.switch)
+    ops.gae(x.rewards, x.values_low, x.terminated, x.cu_turns.flip(0))
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="cu_turns"):
+        ops.hae(x.rewards, x.values_low, x.values_high, x.switch, x.terminated, x.cu_turns)
+    ops.linear_logprobs(x.hidden, x.weight, x.targets)  # and all goes on
