@@ -136,18 +136,18 @@ def test_extreme_logits(instructions, kind):
     # A hidden state's gradient is a sum of weights, which are as large as the logits.
     for x, y, size in zip(ours, expected, (1, weight_size(case), 1), strict=True):
         assert x.isfinite().all()
-        torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=2e-6 * size)
+        torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=1e-5 * size)
 
 
 def test_a_logit_of_minus_infinity_counts_for_nothing(instructions):
     logits = torch.randn(3, 50)
     without = logits[:, :40].contiguous()
     logits[:, 40:] = -math.inf
-    rows = {}
+    rows, targets = {}, torch.tensor([0, 7, 39])
     for name, z in (("with", logits), ("without", without)):
         rows[name] = torch.empty(2, 3)
         instructions.linear_logprobs_float32(
-            z.data_ptr(), torch.tensor([0, 7, 39]).data_ptr(), *z.shape, 1.0,
+            z.data_ptr(), targets.data_ptr(), *z.shape, 1.0,
             rows[name][0].data_ptr(), rows[name][1].data_ptr(), 1,
         )  # fmt: skip
     torch.testing.assert_close(rows["with"], rows["without"])
