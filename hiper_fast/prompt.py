@@ -52,9 +52,10 @@ COMPACT_WORDS = (
     "KEEP SWITCH None task did see subgoal can go to take open close move use heat cool clean slice put from with in "
     "on find second examine look inventory some a an two it and , . : ; 's"
 ).split()
-VERBS = ["open", "go to", "take", "move", "put", "use", "heat", "cool", "clean", "slice", "close"]
+VERBS = ["close", "move", "go to", "open", "heat", "cool", "clean", "slice", "take", "put", "use"]
+SEARCHING = ["open", "go to"]
 COMMAND = re.compile(rf"({'|'.join(VERBS)}) (.+?)((?: from| to| with| in| on) .+)?")
-WORD = re.compile("[a-z]+")
+WORD, NUMBER = re.compile("[a-z]+"), re.compile("[0-9]+")
 PREPOSITIONS = {"to", "from", "with"}
 LIST_ITEM = re.compile(r",? (?:and )?an? (?=[a-z]+ \d)")
 
@@ -68,18 +69,20 @@ def compact(state: State) -> str:
     """
     task = set(WORD.findall(state.task)) - PREPOSITIONS
     groups: dict[tuple, list[str]] = {}
-    fitting: list[tuple[bool, int, str]] = []
+    fitting: list[tuple] = []
     for command in state.commands:
         if match := COMMAND.fullmatch(command):
             again, shared = command in state.sent, len(task.intersection(WORD.findall(command)))
             verb, thing, rest = match.groups(default="")
             if shared:
-                fitting.append((not again, shared, command))
+                numbers = [-int(n) for n in NUMBER.findall(command)]
+                fitting.append((not again, shared, VERBS.index(verb), numbers, command))
             else:
-                groups.setdefault((again, VERBS.index(verb), rest), []).append(thing)
+                searching = SEARCHING.index(verb) if verb in SEARCHING else len(SEARCHING)
+                groups.setdefault((again, searching, verb, rest), []).append(thing)
     did = "; ".join(action.removeprefix("go to ") for _, action in state.history)
     see = LIST_ITEM.sub(" ", state.observation)
-    can = "; ".join(f"{VERBS[verb]} {' '.join(things)}{rest}" for (_, verb, rest), things in sorted(groups.items()))
+    can = "; ".join(f"{verb} {' '.join(things)}{rest}" for (*_, verb, rest), things in sorted(groups.items()))
     best = "; ".join(command for *_, command in sorted(fitting))
     return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n{best}\n"
 

@@ -84,10 +84,12 @@ def test_compact_puts_new_commands_first_and_the_best_fitting_last():
     commands = ["go to desk 1", "go to fridge 1", "go to shelf 2", "move apple 1 to desk 1", "move apple 1 to fridge 1"]
     can, fitting = lists(compact(state(commands=commands)))
     assert can == "go to desk 1 shelf 2"
-    assert fitting == "go to fridge 1; move apple 1 to desk 1; move apple 1 to fridge 1"
+    assert fitting == "move apple 1 to desk 1; go to fridge 1; move apple 1 to fridge 1"
     can, fitting = lists(compact(state(commands=commands, sent={"go to desk 1", "move apple 1 to fridge 1"})))
     assert can == "go to shelf 2; go to desk 1"
-    assert fitting == "move apple 1 to fridge 1; go to fridge 1; move apple 1 to desk 1"
+    assert fitting == "move apple 1 to fridge 1; move apple 1 to desk 1; go to fridge 1"
+    _, fitting = lists(compact(state(commands=["go to fridge 1", "go to fridge 2", "go to fridge 10"])))
+    assert fitting == "go to fridge 10; go to fridge 2; go to fridge 1"
 
 
 def test_compact_takes_no_preposition_for_a_word_of_the_task():
