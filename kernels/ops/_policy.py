@@ -79,9 +79,11 @@ def terms(
     """
     tokens = logprobs.shape[0]
     if tokens:
+        # With the limit named, ptxas does not spill a register or two to fit one program more.
         with on_device(logprobs):
             _terms_kernel[(triton.cdiv(tokens, BLOCK),)](
                 logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient,
                 gradient_entropy, tokens, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
-                HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK, enable_fp_fusion=True,
+                HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK,
+                maxnreg=128, enable_fp_fusion=True,
             )  # fmt: skip

@@ -245,6 +245,7 @@ def find_roles(
     switch, valid = (torch.empty(turns, dtype=torch.bool, device=token_ids.device) for _ in range(2))
     value_index = torch.empty(turns, 3, dtype=torch.int32, device=token_ids.device)
     if turns:
+        # With the limit named, ptxas does not spill a register or two to fit one program more.
         with on_device(token_ids):
             _kernel[(turns,)](
                 token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags, roles, switch, value_index, valid,

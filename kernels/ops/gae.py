@@ -57,10 +57,11 @@ def gae(
     out = rewards.new_empty(2, turns)
     if trajectories:
         shape = tile(turns, trajectories)
+        # With the limit named, ptxas does not spill a register or two to fit one program more.
         with on_device(rewards):
             _kernel[(triton.cdiv(trajectories, shape["ROWS"]),)](
                 rewards, values, terminated, cu_turns, values if bootstrap is None else bootstrap, out,
                 _errors.flags(), turns, trajectories, 0 if bootstrap is None else trajectories,
-                gamma, gamma * lambda_, SLOT=_errors.GAE_TURNS, **shape, enable_fp_fusion=True,
+                gamma, gamma * lambda_, SLOT=_errors.GAE_TURNS, **shape, maxnreg=128, enable_fp_fusion=True,
             )  # fmt: skip
     return out
