@@ -79,7 +79,7 @@ class RewardConfig:
 @dataclass(slots=True)
 class AdvantageConfig:
     estimator: str = option("hae", "hae: three levels (HiPER); gae: one flat level over turns, for comparison")
-    gamma: float = option(0.95, "discount per turn (reference: 1)")
+    gamma: float = option(0.98, "discount per turn (reference: 1)")
     lambda_turn: float = option(1.0, "lambda within a segment")
     lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)")
     normalize: bool = option(True, "normalise each level over the turns that carry it")
@@ -99,7 +99,7 @@ class TrainConfig:
     beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")
     warmup_updates: int = option(4, "policy updates over which its learning rate rises")
     microbatch_tokens: int = option(8192, "tokens, padding included, in one forward pass")
-    lr: float = option(4e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    lr: float = option(3e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     grad_clip: float = option(1.0, "largest gradient norm")

@@ -137,15 +137,10 @@ class Searcher:
         return self.first(commands, *(f"{verb} {r}" for verb in ("open", "go to") for r in self.unexplored))
 
     def stumble(self, move: Move, commands: list[str], rng: random.Random) -> Move:
-        """The right command or a random one, half of them with a wrong number, half of them for another subgoal.
-
-        A wrong number mostly makes a command that does nothing, the mistake that small models make and repeat.
-        """
-        action = rng.choice([move.action, rng.choice([c for c in commands if c != "help"])])  # help's answer is long
-        numbers = list(re.finditer(r"\d+", action))
-        if numbers and rng.random() < 0.5:
-            number = rng.choice(numbers)
-            action = f"{action[: number.start()]}{rng.randint(1, 4)}{action[number.end() :]}"
+        """A random command, half of them with a random number so that it may be inadmissible, or another subgoal."""
+        action = rng.choice([c for c in commands if c != "help"])  # whose answer is long, and never shown again
+        if rng.random() < 0.5:
+            action = re.sub(r"\d+", lambda _: str(rng.randint(1, 4)), action, count=1)
         subgoal = move.subgoal if rng.random() < 0.5 else rng.choice(list(self.phrases.values()))
         return Move(subgoal, action)
 

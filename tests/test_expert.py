@@ -106,17 +106,14 @@ def test_searcher_recovers_from_what_it_did_not_choose(kinds):
     assert won >= 26
 
 
-def test_stumbles_are_near_the_right_command_and_never_ask_for_help():
+def test_stumbles_are_random_commands_and_never_ask_for_help():
     env, rng = Household("small"), random.Random(0)
     env.reset(seed=3)
     searcher = player("search", env.game, rng)
-    commands = ["go to desk 1", "look", "help"]
     right = Move(searcher.phrases["find"], "take pen 2 from sidetable 2")
-    seen = [searcher.stumble(right, commands, rng) for _ in range(400)]
+    seen = [searcher.stumble(right, ["go to desk 1", "look", "help"], rng) for _ in range(200)]
     assert {m.subgoal for m in seen} == set(searcher.phrases.values())
-    numbers = "1234"
-    wrong = {f"take pen {a} from sidetable {b}" for a in numbers for b in numbers if "2" in (a, b)}
-    assert {m.action for m in seen} == wrong | {f"go to desk {n}" for n in numbers} | {"look"}
+    assert {m.action for m in seen} == {*(f"go to desk {n}" for n in range(1, 5)), "look"}
 
 
 def test_searcher_puts_down_what_it_took_by_mistake():
