@@ -118,11 +118,11 @@ def test_estimate(benchmark, t, scores, config):
 
 def fixed_length(ids, cu_seqlens, token_budget, index):
     """`microbatches` the reference's way: in the order given, every sequence padded to LENGTH."""
-    assert int(cu_seqlens.diff().max()) <= LENGTH
+    lengths = cu_seqlens.diff().long()
+    sequences = ids.split(lengths.tolist())
     for part in index.split(token_budget // LENGTH):
-        (batch,) = microbatches(ids, cu_seqlens, len(part) * LENGTH, part)
-        padded = pad(batch.input_ids, (0, LENGTH - batch.input_ids.shape[1]))
-        yield Microbatch(batch.index, padded, batch.lengths)
+        padded = torch.stack([pad(sequences[i], (0, LENGTH - len(sequences[i]))) for i in part])
+        yield Microbatch(part, padded, lengths[part])
 
 
 def learner(agent, config):
