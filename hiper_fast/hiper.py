@@ -189,7 +189,7 @@ def explained_variance(targets: Targets) -> dict[str, float]:
             returns, values = targets.returns[mask, head], targets.old_values[mask, head]
             spread = returns.var(unbiased=False).item()
             left = (returns - values).var(unbiased=False).item()
-            metrics[f"value/explained_{name}"] = 1 - left / spread if spread else 0.0
+            metrics[f"value/explained_{name}"] = 1 - left / spread if spread > 0 and math.isfinite(left) else 0.0
     return metrics
 
 
