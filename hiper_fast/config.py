@@ -91,7 +91,7 @@ class AdvantageConfig:
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(28, "policy updates; 0 stops after the warm start")
+    updates: int = option(20, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
     minibatches: int = option(4, "optimiser steps per update, over turns drawn without repetition")
     critic_updates: int = option(2, "first updates that train the critic alone")
@@ -119,7 +119,7 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(1200, "scripted episodes")
+    episodes: int = option(2000, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
