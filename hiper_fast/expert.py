@@ -123,8 +123,8 @@ class Searcher:
 
     def nearest(self, kind: str) -> str | None:
         """The first thing seen of that type and still wanted, one that is here before others."""
-        things = sorted(o for o in self.seen if type_of(o) == kind and o not in self.placed)
-        return min(things, key=lambda o: self.seen[o] != self.here, default=None)
+        things = [o for o in self.seen if type_of(o) == kind and o not in self.placed]
+        return min(things, key=lambda o: (self.seen[o] != self.here, o), default=None)
 
     def put_down(self, commands: list[str]) -> str:
         """Rids the hands of a thing taken by mistake: here if it fits, else somewhere else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Protocol, runtime_checkable
 
 Info = dict[str, Any]
@@ -30,3 +31,14 @@ def check_options(options: dict[str, Any] | None, known: set[str]) -> dict[str, 
         if option not in known:
             raise ValueError(f"unknown reset option {option!r}; known: {', '.join(sorted(known)) or 'none'}")
     return options or {}
+
+
+def checked_seed(seed: int) -> int:
+    """`seed` as an int; ValueError unless it is an integer of at least 0."""
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
+    return value

@@ -8,7 +8,6 @@ training games, where objects lie, which receptacles open and what may contain w
 from __future__ import annotations
 
 import json
-import operator
 import random
 import re
 from bisect import bisect_right
@@ -20,7 +19,7 @@ from itertools import accumulate
 from typing import Any
 
 from .alfworld import TASK_TYPES, AlfWorld, Game, Goal
-from .base import Info, check_options
+from .base import Info, check_options, checked_seed
 
 SIZES = {  # size: (fewest, most) receptacles, (fewest, most) objects
     "small": ((6, 10), (6, 12)),
@@ -107,7 +106,7 @@ def generate(task_type: str, seed: int, size: str = "small") -> dict:
         raise ValueError(f"task_type is {task_type!r}; choose one of {', '.join(TASK_TYPES)}")
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; choose one of {', '.join(SIZES)}")
-    seed = _checked_seed(seed)
+    seed = checked_seed(seed)
     rng = random.Random(f"{task_type} {size} {seed}")
     plan = _draw_plan(rng, task_type)
     scene = _draw_scene(rng, plan, size)
@@ -127,16 +126,6 @@ def generate(task_type: str, seed: int, size: str = "small") -> dict:
         "seed": seed,
         "size": size,
     }
-
-
-def _checked_seed(seed: int) -> int:
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        value = -1
-    if value < 0:
-        raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
-    return value
 
 
 def _below(rng: random.Random, n: int) -> int:
@@ -460,7 +449,7 @@ class Household:
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
         """Start game `seed` and return its text and info."""
         check_options(options, set())
-        seed = random.SystemRandom().randrange(2**31) if seed is None else _checked_seed(seed)
+        seed = random.SystemRandom().randrange(2**31) if seed is None else checked_seed(seed)
         task_type = _pick(random.Random(f"household {self.size} {seed}"), self.task_types)
         self.content = generate(task_type, seed, self.size)
         self._play = self.engine(self.content)

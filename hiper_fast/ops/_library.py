@@ -94,6 +94,30 @@ def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(x * gradient.to(x.dtype) if x.numel() else None for x in saved)
 
 
+def differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
+    """An `op` of (loss, metrics, gradients of the loss with respect to its arguments at `places`), once differentiable.
+
+    The gradients are made with the loss; backward only scales them.
+    """
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            loss, metrics, *gradients = op(*arguments)
+            ctx.save_for_backward(*gradients)
+            ctx.mark_non_differentiable(metrics)
+            ctx.arguments = len(arguments)
+            return loss, metrics
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient, _):
+            scaled = dict(zip(places, scale(gradient, *ctx.saved_tensors), strict=True))
+            return tuple(scaled.get(place) for place in range(ctx.arguments))
+
+    return Loss
+
+
 def needs_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
@@ -104,6 +128,10 @@ def split_denominator(denominator: float | Tensor | None) -> tuple[float | None,
     if isinstance(denominator, Tensor):
         return 1.0, denominator
     return (None if denominator is None else float(denominator)), None
+
+
+def divided(divisor: Tensor | None, *results: Tensor) -> tuple[Tensor, ...]:
+    return results if divisor is None else tuple(x / divisor for x in results)
 
 
 def _through_host(op: Callable) -> Callable:

@@ -86,22 +86,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-
-
-class _LinearPPO(torch.autograd.Function):
-    """The gradients are made with the loss; backward only scales them."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, *others):
-        loss, metrics, *gradients = _op(hidden, weight, bias, *others)
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        return *_library.scale(gradient, *ctx.saved_tensors), *[None] * 14
+_LinearPPO = _library.differentiable(_op, 0, 1, 2)
 
 
 def linear_ppo(
@@ -153,6 +138,5 @@ def linear_ppo(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, float(temperature),
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
     )  # fmt: skip
-    if divisor is not None:
-        loss, metrics = loss / divisor, metrics / divisor
+    loss, metrics = _library.divided(divisor, loss, metrics)
     return loss, named_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)

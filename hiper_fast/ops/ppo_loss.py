@@ -44,25 +44,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-
-
-class _PPOLoss(torch.autograd.Function):
-    """The gradients are made with the loss; backward only scales them."""
-
-    @staticmethod
-    def forward(ctx, logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
-        loss, metrics, *gradients = _op(
-            logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options, True
-        )
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        logprobs, entropy = _library.scale(gradient, *ctx.saved_tensors)
-        return logprobs, None, None, None, None, entropy, None, None, None, None, None, None
+_PPOLoss = _library.differentiable(_op, 0, 5)
 
 
 def ppo_loss(
@@ -111,14 +93,11 @@ def ppo_loss(
     if entropy is not None:
         check_vector("entropy", entropy, tokens, dtype, device)
     fixed, divisor = _library.split_denominator(denominator)
-    arguments = (
+    needed = needs_gradient(logprobs) or needs_gradient(entropy)
+    run = _PPOLoss.apply if needed else _op
+    loss, metrics, *_ = run(
         logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
-        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed,
+        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, needed,
     )  # fmt: skip
-    if needs_gradient(logprobs) or needs_gradient(entropy):
-        loss, metrics = _PPOLoss.apply(*arguments)
-    else:
-        loss, metrics, _, _ = _op(*arguments, False)
-    if divisor is not None:
-        loss, metrics = loss / divisor, metrics / divisor
+    loss, metrics = _library.divided(divisor, loss, metrics)
     return loss, named_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy is not None)

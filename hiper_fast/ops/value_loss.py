@@ -52,22 +52,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-
-
-class _ValueLoss(torch.autograd.Function):
-    """The gradient is made with the loss; backward only scales it."""
-
-    @staticmethod
-    def forward(ctx, values, *others):
-        loss, metrics, gradient = _op(values, *others, True)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        return *_library.scale(gradient, *ctx.saved_tensors), None, None, None, None, None
+_ValueLoss = _library.differentiable(_op, 0)
 
 
 def value_loss(
@@ -99,8 +84,8 @@ def value_loss(
     check_vector("returns", returns, turns, dtype, device)
     check_vector("mask", mask, turns, (torch.bool,), device)
     fixed, divisor = _library.split_denominator(denominator)
-    arguments = (values, old_values, returns, mask, clip, fixed)
-    loss, metrics = _ValueLoss.apply(*arguments) if needs_gradient(values) else _op(*arguments, False)[:2]
-    if divisor is not None:
-        loss, metrics = loss / divisor, metrics / divisor
+    needed = needs_gradient(values)
+    run = _ValueLoss.apply if needed else _op
+    loss, metrics, *_ = run(values, old_values, returns, mask, clip, fixed, needed)
+    loss, metrics = _library.divided(divisor, loss, metrics)
     return loss, dict(zip(METRICS, metrics.unbind(0), strict=True))

@@ -7,7 +7,6 @@ shop everywhere.
 
 from __future__ import annotations
 
-import operator
 import random
 import re
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from importlib.resources import files
 from itertools import chain
 
 import yaml
+
+from ..base import checked_seed
 
 Json = dict[str, object]
 
@@ -43,7 +44,7 @@ def generate(seed: int = 0, per_family: int = 10) -> tuple[list[Json], dict[str,
     shop = _shop()
     if not isinstance(per_family, int) or not 1 <= per_family <= len(shop["brands"]):
         raise ValueError(f"per_family is {per_family!r}; give a number from 1 to {len(shop['brands'])}")
-    seed = _checked_seed(seed)
+    seed = checked_seed(seed)
     items, attributes = [], {}
     for department in shop["departments"]:
         for family in department["families"]:
@@ -55,16 +56,6 @@ def generate(seed: int = 0, per_family: int = 10) -> tuple[list[Json], dict[str,
                 items.append(_item(rng, asin, brand, chosen, family, department))
                 attributes[asin] = {"attributes": chosen} | _instruction(rng, family, chosen)
     return _draw(random.Random(f"shop {seed}"), items, len(items)), attributes
-
-
-def _checked_seed(seed: int) -> int:
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        value = -1
-    if value < 0:
-        raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
-    return value
 
 
 def _draw(rng: random.Random, options: Sequence, count: int) -> list:
