@@ -40,6 +40,27 @@ def bounds(cu, row, rows, total, flags, SLOT: tl.constexpr):
     return begin, tl.minimum(tl.maximum(end, begin), total)
 
 
+@triton.jit
+def trajectory(cu_turns, terminated, row, trajectories, turns, flags, SLOT: tl.constexpr):
+    """`bounds` of each row's turns, and whether it has some and did not terminate."""
+    begin, end = bounds(cu_turns, row, trajectories, turns, flags, SLOT)
+    exists = begin < end
+    return begin, end, exists & (tl.load(terminated + row, mask=exists, other=1) == 0)
+
+
+@triton.jit
+def final_value(bootstrap, row, alive, count):
+    """What stands past a trajectory's last turn: 0 or the bootstrap, of which there are 0 or one for each row."""
+    return tl.load(bootstrap + row, mask=alive & (row < count), other=0.0).to(tl.float64)
+
+
+@triton.jit
+def block_of_turns(begin, end, start, column):
+    """The turns in the columns of the block `start` turns before the end: which they are, are there, are the last."""
+    t = end[:, None] - 1 - start - column
+    return t, t >= begin[:, None], t == end[:, None] - 1
+
+
 def tile(turns: int, trajectories: int) -> dict[str, int]:
     """The tile's shape, from what the host knows: the mean length, and whether there are more rows than processors."""
     mean = turns / trajectories

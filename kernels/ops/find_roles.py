@@ -35,12 +35,18 @@ _KEEP, _CHANGE = map(_word, ("KEEP", "SWITCH"))
 
 
 @triton.jit
+def _known(token_ids, token, inside, vocabulary):
+    """Each token's id, and whether it is `inside` and the id exists."""
+    id = tl.load(token_ids + token, mask=inside, other=0).to(tl.int64)
+    return id, inside & (id >= 0) & (id < vocabulary)
+
+
+@triton.jit
 def _piece(token_ids, token, inside, offsets, vocabulary):
     """[begin, end) of each token's bytes; none for tokens that are not `inside` and for ids that do not exist."""
-    id = tl.load(token_ids + token, mask=inside, other=0).to(tl.int64)
-    inside &= (id >= 0) & (id < vocabulary)
-    begin = tl.load(offsets + id, mask=inside, other=0)
-    return begin, tl.load(offsets + id + 1, mask=inside, other=0)
+    id, known = _known(token_ids, token, inside, vocabulary)
+    begin = tl.load(offsets + id, mask=known, other=0)
+    return begin, tl.load(offsets + id + 1, mask=known, other=0)
 
 
 @triton.jit
@@ -114,8 +120,7 @@ def _kernel(
     while start < count:
         lane_token = start + tl.arange(0, BLOCK)
         inside = lane_token < count
-        id = tl.load(token_ids + lane_token, mask=inside, other=0).to(tl.int64)
-        known = inside & (id >= 0) & (id < vocabulary)
+        id, known = _known(token_ids, lane_token, inside, vocabulary)
         tl.store(flags + IDS_SLOT + tl.zeros([BLOCK], tl.int32), 1, mask=inside & ~known)
         interesting = (tl.load(piece_flags + id, mask=known, other=0).to(tl.int32) & _ANGLE_OR_HIGH) != 0
         piece = tl.load(offsets + id, mask=known & interesting, other=0)
@@ -223,8 +228,7 @@ def _kernel(
     while start < count:
         token = start + tl.arange(0, BLOCK)
         inside = token < count
-        id = tl.load(token_ids + token, mask=inside, other=0).to(tl.int64)
-        known = inside & (id >= 0) & (id < vocabulary)
+        id, known = _known(token_ids, token, inside, vocabulary)
         spelled = (tl.load(piece_flags + id, mask=known, other=_EMPTY).to(tl.int32) & _EMPTY) == 0
         role = tl.where((token >= action_first) & (token <= action_last), _ACTION, 0)
         role |= tl.where((token >= subgoal_first) & (token <= subgoal_last), _SUBGOAL, 0)

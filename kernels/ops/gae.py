@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import buffer, on_device
-from hiper_fast.kernels._scan import bounds, last_column, scan, tile
+from hiper_fast.kernels._scan import block_of_turns, final_value, last_column, scan, tile, trajectory
 
 
 @triton.jit(do_not_specialize=["turns", "trajectories", "final_values"])
@@ -21,19 +21,15 @@ def _kernel(
     SLOT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    begin, end = bounds(cu_turns, row, trajectories, turns, flags, SLOT)
-    exists = begin < end
-    alive = exists & (tl.load(terminated + row, mask=exists, other=1) == 0)
-    final = tl.load(bootstrap + row, mask=alive & (row < final_values), other=0.0).to(tl.float64)
+    begin, end, alive = trajectory(cu_turns, terminated, row, trajectories, turns, flags, SLOT)
+    final = final_value(bootstrap, row, alive, final_values)
 
     column = tl.arange(0, BLOCK)[None, :]
     carried = tl.zeros([ROWS], tl.float64)
     start = 0
     longest = tl.max(end - begin, axis=0)
     while start < longest:
-        t = end[:, None] - 1 - start - column
-        inside = t >= begin[:, None]
-        is_last = t == end[:, None] - 1
+        t, inside, is_last = block_of_turns(begin, end, start, column)
         reward = tl.load(rewards + t, mask=inside, other=0.0).to(tl.float64)
         value = tl.load(values + t, mask=inside, other=0.0).to(tl.float64)
         following = tl.load(values + t + 1, mask=inside & ~is_last, other=0.0).to(tl.float64)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import buffer, on_device
-from hiper_fast.kernels._scan import bounds, last_column, scan, tile
+from hiper_fast.kernels._scan import block_of_turns, final_value, last_column, scan, tile, trajectory
 
 
 @triton.jit(do_not_specialize=["turns", "trajectories", "switch_values", "low_values", "high_values"])
@@ -29,12 +29,9 @@ def _kernel(
     SLOT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    begin, end = bounds(cu_turns, row, trajectories, turns, flags, SLOT)
-    exists = begin < end
-    alive = exists & (tl.load(terminated + row, mask=exists, other=1) == 0)
-    # Of what is optional there are 0 values or one for each row; past the trajectory's end stands 0 or the bootstrap.
-    final_low = tl.load(bootstrap_low + row, mask=alive & (row < low_values), other=0.0).to(tl.float64)
-    final_high = tl.load(bootstrap_high + row, mask=alive & (row < high_values), other=0.0).to(tl.float64)
+    begin, end, alive = trajectory(cu_turns, terminated, row, trajectories, turns, flags, SLOT)
+    final_low = final_value(bootstrap_low, row, alive, low_values)
+    final_high = final_value(bootstrap_high, row, alive, high_values)
 
     column = tl.arange(0, BLOCK)[None, :]
     carried_low = tl.zeros([ROWS], tl.float64)
@@ -43,9 +40,7 @@ def _kernel(
     start = 0
     longest = tl.max(end - begin, axis=0)
     while start < longest:
-        t = end[:, None] - 1 - start - column
-        inside = t >= begin[:, None]
-        is_last = t == end[:, None] - 1
+        t, inside, is_last = block_of_turns(begin, end, start, column)
         more = inside & ~is_last
         begins = inside & ((t == begin[:, None]) | (tl.load(switch + t, mask=inside, other=0) != 0))
         # Whether the turn after this one begins a segment. The turn past the trajectory's end counts as one.
