@@ -241,7 +241,8 @@ def _read_optimizers(path: Path, optimizers: Mapping[str, torch.optim.Optimizer]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, entries in states[name]["state"].items():
             for key, value in entries.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape:
+                whole = isinstance(value, Tensor) and value.ndim and "." not in key  # not a part of an 8-bit state
+                if whole and value.shape != parameters[index].shape:
                     raise CheckpointError(
                         f"{file}: {key} of parameter {index} of optimizer {name!r} has shape "
                         f"{tuple(value.shape)}, expected {tuple(parameters[index].shape)}; "

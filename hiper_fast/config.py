@@ -102,6 +102,12 @@ class TrainConfig:
     lr: float = option(3e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
+    optimizer: str = option(
+        "adamw", "adamw; adamw8bit: 8-bit moments (torchao); offload: masters and moments in the CPU's memory"
+    )
+    master_weights: bool = option(
+        True, "bfloat16 weights train through float32 masters; false: small updates are lost to rounding"
+    )
     grad_clip: float = option(1.0, "largest gradient norm")
     clip_low: float = option(0.2, "PPO clip below 1")
     clip_high: float = option(0.2, "PPO clip above 1")
@@ -177,6 +183,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "reward.keep_mode": ("normalized", "fixed"),
     "advantage.estimator": ("hae", "gae"),
+    "train.optimizer": ("adamw", "adamw8bit", "offload"),
     "warm_start.enabled": ("auto", "yes", "no"),
     "warm_start.demonstrations": ("search", "walkthrough"),
     "run.display": ("auto", "plain", "none"),

@@ -117,7 +117,8 @@ def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
         raise ConfigError(f"model.device: {name!r} is no device; use cpu, cuda or auto") from None
     if config.path == "tiny":
         tokenizer = tiny.load_tokenizer(family)
-        return Agent(tiny.build_model(tokenizer, seed).to(device), tokenizer, config, tiny=True)
+        model = tiny.build_model(tokenizer, seed).to(device, getattr(torch, config.dtype))
+        return Agent(model, tokenizer, config, tiny=True)
     where = config.path if Path(config.path).exists() else f"{config.path} (no such folder here, so taken as a hub id)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, local_files_only=config.local_files_only)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from hiper_fast import checkpoint, hiper, report
+from hiper_fast import checkpoint, hiper, optim, report
 from hiper_fast.config import Config, ConfigError, environment, parse, prompt_style, run_folder, write_file
 from hiper_fast.envs.pddl import GameError
 from hiper_fast.eval import evaluate
@@ -55,11 +55,7 @@ def train(config: Config) -> None:
         if c.kl_coef:
             agent.freeze_reference()
         agent.add_critic()
-        adam = {"betas": (0.9, c.beta2), "weight_decay": c.weight_decay}
-        optimizers = {
-            "policy": torch.optim.AdamW(agent.model.parameters(), **adam),
-            "critic": torch.optim.AdamW(agent.critic.parameters(), **adam),
-        }
+        optimizers = optim.build(agent, config)
         state = {"best": -1.0, "skipped": 0}
         if saved:
             state = checkpoint.load(saved, policy=agent.model, critic=agent.critic, optimizers=optimizers)
@@ -81,8 +77,8 @@ def train(config: Config) -> None:
                     generator = torch.Generator().manual_seed(seed_of(config, step))
                     learned = step - c.critic_updates  # the policy's updates so far, this one included
                     share = 1 - (1 - c.final_lr) * step / c.updates
-                    set_lr(optimizers["policy"], c.lr * share * min(1.0, learned / max(1, c.warmup_updates)))
-                    set_lr(optimizers["critic"], c.critic_lr * share)
+                    optim.set_lr(optimizers["policy"], c.lr * share * min(1.0, learned / max(1, c.warmup_updates)))
+                    optim.set_lr(optimizers["critic"], c.critic_lr * share)
                     losses = hiper.update(agent, optimizers, t, targets, config, generator, train_policy=learned > 0)
                 counts = {"episodes": step * c.episodes, "time/total": time.perf_counter() - began}
                 logger.log(step, "train", summary(t) | losses | counts)
@@ -111,11 +107,6 @@ def train(config: Config) -> None:
                     f"stopped; lower train.lr (now {c.lr}) and continue with --resume --name {folder.name}"
                 )
         logger.message(f"report: {report.build(folder)}")
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def resolved(config: Config) -> Config:

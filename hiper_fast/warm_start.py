@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from hiper_fast import optim
 from hiper_fast.batch import microbatches
 from hiper_fast.config import Config
 from hiper_fast.expert import Move
@@ -84,9 +85,7 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
     """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each."""
     c = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
-    optimizer = torch.optim.AdamW(
-        agent.model.parameters(), lr=c.lr, betas=(0.9, 0.98), weight_decay=config.train.weight_decay
-    )
+    optimizer = optim.adamw(agent.model.parameters(), config.train, betas=(0.9, 0.98))
     every = torch.ones_like(t.roles, dtype=torch.bool)
     turns = own.nonzero()[:, 0]
     parts = [
@@ -96,8 +95,7 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
     response_lengths = t.cu_tokens.diff()
     for number, part in enumerate(parts, 1):
         progress = number / len(parts)
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(1.0, 20 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress))
+        optim.set_lr(optimizer, c.lr * min(1.0, 20 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress)))
         optimizer.zero_grad(set_to_none=True)
         tokens = int(response_lengths[part].sum())
         total, correct = 0.0, 0
