@@ -259,9 +259,15 @@ def set_option(config: Config, name: str, value: typing.Any, source: str) -> Non
 
 
 def read_file(config: Config, path: str | Path) -> None:
-    """Lays a YAML file of sections (`env: {size: medium}`) over `config`."""
+    """Lays a YAML file of sections (`env: {size: medium}`), or the shipped recipe of that name, over `config`."""
+    names = recipes()
+    file = names[str(path)] if str(path) in names and not Path(path).is_file() else Path(path)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(str(path), names, n=1)
+        hint = f"did you mean the recipe {near[0]}?" if near else f"the recipes are {', '.join(names)}"
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); {hint}") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -271,6 +277,11 @@ def read_file(config: Config, path: str | Path) -> None:
     for section, entries in content.items():
         for key, value in entries.items():
             set_option(config, f"{section}.{key}", value, f"--config {path}")
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of the shipped recipes."""
+    return {p.stem: p for p in sorted(RECIPES.glob("*.yaml")) if not p.stem.startswith("default-")}
 
 
 def check(config: Config) -> None:
@@ -309,18 +320,24 @@ def write_file(config: Config, path: Path) -> None:
 
 
 def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
-    """Command line -> Config: defaults, then `--config FILE`, then `--section.option VALUE` in order.
+    """Command line -> Config: defaults, then every `--config FILE`, then `--section.option VALUE`, in order.
 
     Errors end the program with one line that names the option (exit status 2); `--help` lists every option.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m hiper_fast.{program}",
-        usage="%(prog)s [--config FILE] [--section.option VALUE ...]",
+        usage="%(prog)s [--config FILE ...] [--section.option VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes over it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML file of options, or a shipped recipe's name; a later one goes over it, the command line over all",
+    )
     defaults = flatten(Config())
     short = {long: s for s, long in SHORT.items()}
     for name, (_, text) in options().items():
@@ -342,7 +359,7 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
             if unknown[0].startswith("-"):
                 set_option(Config(), unknown[0].lstrip("-").split("=")[0], None, "command line")
             raise ConfigError(f"command line: unexpected argument {unknown[0]!r}; options are --section.option VALUE")
-        config = resolve([arguments.config] if arguments.config else [], given)
+        config = resolve(arguments.config, given)
         if config.run.resume:
             config = resolve([run_folder(config) / "config.yaml"], given)
     except ConfigError as error:

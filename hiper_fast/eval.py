@@ -82,13 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="a folder under runs/<name>/checkpoints, or any causal LM folder",
     )
-    parser.add_argument("--config", type=Path, help="the run's config.yaml [found beside the checkpoint]")
+    parser.add_argument("--config", action="append", help="the run's config.yaml [found beside the checkpoint]")
     parser.add_argument("--sampling-seed", type=int, default=0, help="seed of the sampling [0]")
     arguments, overrides = parser.parse_known_args(argv)
     beside = arguments.checkpoint.resolve().parent.parent / "config.yaml"
-    source = arguments.config or (beside if beside.exists() else None)
+    sources = arguments.config or ([beside] if beside.exists() else [])
     config = configuration.parse(
-        [*(["--config", str(source)] if source else []), *overrides], program="eval", description=__doc__
+        [*(f"--config={source}" for source in sources), *overrides], program="eval", description=__doc__
     )
     if not arguments.checkpoint.is_dir():
         print(f"{parser.prog}: --checkpoint: there is no folder {arguments.checkpoint}", file=sys.stderr)

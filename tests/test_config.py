@@ -220,6 +220,32 @@ def test_the_command_line_goes_over_the_file_and_the_file_over_defaults(tmp_path
     assert (config.env.size, config.train.updates, config.train.lr) == ("large", 4, 1e-5)
 
 
+def test_later_files_go_over_earlier_ones(tmp_path):
+    first = write(tmp_path / "a.yaml", "env: {size: large}\ntrain: {updates: 3, lr: 1e-5}\n")
+    second = write(tmp_path / "b.yaml", "train: {updates: 4}\n")
+    config = parse("--config", first, f"--config={second}", "--train.lr", "2e-5")
+    assert (config.env.size, config.train.updates, config.train.lr) == ("large", 4, 2e-5)
+    assert parse("--config", second, "--config", first).train.updates == 3
+
+
+def test_the_bad_one_of_several_files_is_named(tmp_path, capsys):
+    good, bad = write(tmp_path / "a.yaml", "train: {updates: 3}"), write(tmp_path / "b.yaml", "train: {uptates: 3}")
+    err = refused(capsys, "--config", good, "--config", bad)
+    assert bad in err and good not in err and err.count("\n") == 1
+
+
+def test_shipped_recipes_are_found_by_name_and_files_win(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "webshop").mkdir()  # a folder of data, say, is no file
+    assert parse("--config", "alfworld").env.max_turns == 50
+    assert parse("--config", "alfworld", "--config", "webshop").env.max_turns == 15
+    write(tmp_path / "alfworld", "env: {max_turns: 7}")
+    assert parse("--config", "alfworld").env.max_turns == 7
+    err = refused(capsys, "--config", "alfwrold")
+    assert "cannot be read (No such file" in err and "did you mean the recipe alfworld?" in err
+    assert "default-webshop" not in refused(capsys, "--config", "nothing like it")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
