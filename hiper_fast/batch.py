@@ -1,46 +1,86 @@
-"""Packed sequences -> microbatches under a token budget, sorted by length so that padding is next to nothing."""
+"""Sequences -> microbatches that fill a token budget, without padding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-PADDING = 0.1  # at most this share of a microbatch's tokens may be added as padding
+from hiper_fast.trajectory import prefix_sums, ranges
+
+LAST, CANDIDATES = 4, 64  # how the last room of a bin is filled: see `bins`
 
 
 @dataclass(slots=True)
 class Microbatch:
-    """Sequences right-padded to one length. Under a causal mask no real token sees the padding."""
+    """Sequences concatenated without padding, the longest first."""
 
-    index: Tensor  # int64 [sequences]: which sequences of the packed batch
-    input_ids: Tensor  # int64 [sequences, length]
-    lengths: Tensor  # int64 [sequences]
+    index: Tensor  # int64 [sequences]: which sequences of the packed whole; stays on the CPU
+    input_ids: Tensor  # int64 [tokens]
+    position_ids: Tensor  # int64 [tokens], from 0 in every sequence
+    cu_seqlens: Tensor  # int32 [sequences + 1]
+    max_seqlen: int
+
+    def to(self, device: torch.device) -> Microbatch:
+        names = "input_ids", "position_ids", "cu_seqlens"
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def microbatches(
     ids: Tensor, cu_seqlens: Tensor, token_budget: int, index: Tensor | None = None
 ) -> Iterator[Microbatch]:
-    """Yields every sequence of `index` (default: all non-empty ones) once, longest first.
+    """Yields every sequence of `index` (default: all non-empty ones) once.
 
-    ids int64 [tokens]; cu_seqlens int32 [sequences + 1]; a microbatch holds at most `token_budget` tokens, padding
-    included, or one sequence.
+    ids int64 [tokens]; cu_seqlens int32 [sequences + 1]; a microbatch holds at most `token_budget` tokens, or one
+    sequence.
     """
     lengths = cu_seqlens.diff().long()
     index = lengths.nonzero()[:, 0] if index is None else index
-    order = index[lengths[index].argsort(descending=True, stable=True)]
-    start = 0
-    while start < order.numel():
-        longest = int(lengths[order[start]])
-        chosen = order[start : start + max(1, token_budget // longest)]
-        tokens = lengths[chosen].cumsum(0)
-        padding = longest * torch.arange(1, chosen.numel() + 1) - tokens
-        chosen = chosen[: int((padding <= tokens * PADDING).sum())]
-        start += chosen.numel()
-        offsets = torch.arange(longest)
-        inside = offsets < lengths[chosen, None]
-        padded = ids.new_zeros(chosen.numel(), longest)
-        padded[inside] = ids[(cu_seqlens[chosen, None] + offsets)[inside]]
-        yield Microbatch(chosen, padded, lengths[chosen])
+    for bin in bins(lengths[index].tolist(), token_budget):
+        chosen = index[bin]
+        starts, sizes = cu_seqlens[chosen].long(), lengths[chosen]
+        rows = ranges(starts, sizes)
+        yield Microbatch(
+            index=chosen,
+            input_ids=ids[rows],
+            position_ids=rows - starts.repeat_interleave(sizes),
+            cu_seqlens=prefix_sums(sizes),
+            max_seqlen=int(sizes.max()),
+        )
+
+
+def bins(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of `lengths`, every one once, in bins of at most `budget` in sum, or of one length above it.
+
+    A bin takes the longest that are left, so that like lengths meet, until it has room for fewer than LAST of them;
+    that room is filled as exactly as some of CANDIDATES others, of all lengths, can fill it.
+    """
+    left = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    filled = []
+    while left:
+        bin = [left.pop()]
+        room = budget - lengths[bin[0]]
+        while left and room >= LAST * lengths[left[-1]]:
+            bin.append(left.pop())
+            room -= lengths[bin[-1]]
+        places = range(len(left) - 1, -1, -max(1, len(left) // CANDIDATES))
+        places = [p for p in places if lengths[left[p]] <= room]
+        for k in best_fill([lengths[left[p]] for p in places], room):  # from the end of `left` on: its places stay
+            bin.append(left.pop(places[k]))
+        filled.append(bin)
+    return filled
+
+
+def best_fill(lengths: list[int], room: int) -> list[int]:
+    """Ascending indices of the lengths whose sum comes nearest to `room` from below."""
+    sums = [1]  # after k lengths: bit s is set if some of them sum to s
+    for length in lengths:
+        sums.append((sums[-1] | sums[-1] << length) & (2 << room) - 1)
+    left, chosen = sums[-1].bit_length() - 1, []
+    for k in reversed(range(len(lengths))):
+        if not sums[k] >> left & 1:
+            chosen.append(k)
+            left -= lengths[k]
+    return chosen[::-1]

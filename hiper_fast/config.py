@@ -98,7 +98,10 @@ class TrainConfig:
     final_lr: float = option(0.1, "both rates fall linearly to this share at the last update (reference: 1, constant)")
     beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")
     warmup_updates: int = option(4, "policy updates over which its learning rate rises")
-    microbatch_tokens: int = option(8192, "tokens, padding included, in one forward pass")
+    microbatch_tokens: int = option(8192, "tokens in one forward pass, or one longer sequence")
+    old_logprobs: str = option(
+        "sampled", "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16"
+    )
     lr: float = option(3e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
@@ -184,6 +187,7 @@ CHOICES = {
     "reward.keep_mode": ("normalized", "fixed"),
     "advantage.estimator": ("hae", "gae"),
     "train.optimizer": ("adamw", "adamw8bit", "offload"),
+    "train.old_logprobs": ("sampled", "recomputed"),
     "warm_start.enabled": ("auto", "yes", "no"),
     "warm_start.demonstrations": ("search", "walkthrough"),
     "run.display": ("auto", "plain", "none"),

@@ -12,7 +12,7 @@ from hiper_fast import ops
 from hiper_fast.batch import Microbatch, microbatches
 from hiper_fast.config import AdvantageConfig, Config, RewardConfig
 from hiper_fast.policy import Agent
-from hiper_fast.trajectory import Trajectories
+from hiper_fast.trajectory import Sequences, Trajectories, ranges
 
 LOW, HIGH, SWITCH = range(3)  # columns of values, returns and value positions
 
@@ -68,52 +68,60 @@ def train_malformed(t: Trajectories) -> None:
 
 @torch.no_grad()
 def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0: terminated), ref log-probs [tokens]."""
+    """Without gradients: values [turns, 3], bootstrap V_high [trajectories] (0: terminated), ref log-probs [tokens].
+
+    With `train.old_logprobs: recomputed` the same pass also writes `t.old_logprobs` anew.
+    """
+    c = config.train
+    recompute = c.old_logprobs == "recomputed"
     values = torch.zeros(t.turns, 3)
-    ref_logprobs = torch.zeros_like(t.old_logprobs) if config.train.kl_coef else None
-    for batch in microbatches(*t.sequences(), config.train.microbatch_tokens):
-        rows = Rows(t, batch, t.roles > 0)
-        ids = batch.input_ids.to(agent.device)
-        values[batch.index] = rows.values(agent.critic(rows.at_values(agent.critic_hidden(ids)))).cpu()
+    ref_logprobs = torch.zeros_like(t.old_logprobs) if c.kl_coef else None
+    sequences = t.sequences()
+
+    def logprobs(hidden: Tensor, rows: Rows, **which) -> Tensor:
+        targets = t.response_ids[rows.tokens].to(agent.device)
+        return agent.logprobs(hidden[rows.token_rows], targets, config.agent.temperature, **which).cpu()
+
+    for batch in microbatches(sequences.ids, sequences.cu_seqlens, c.microbatch_tokens):
+        rows = Rows(sequences, batch, t.roles > 0)
+        batch = batch.to(agent.device)
+        hidden = agent.trunk(batch) if recompute else None
+        if recompute:
+            t.old_logprobs[rows.tokens] = logprobs(hidden, rows)
+        values[rows.turns] = rows.values(agent.critic(agent.critic_hidden(batch, hidden)[rows.value_rows])).cpu()
         if ref_logprobs is not None and rows.tokens.numel():
-            hidden = rows.at_tokens(agent.trunk(ids, reference=True))
-            targets = t.response_ids[rows.tokens].to(agent.device)
-            ref_logprobs[rows.tokens] = agent.logprobs(hidden, targets, config.agent.temperature, reference=True).cpu()
+            ref_logprobs[rows.tokens] = logprobs(agent.trunk(batch, reference=True), rows, reference=True)
     bootstrap = torch.zeros(len(t.terminated))
     if config.advantage.bootstrap and t.final_ids.numel():
-        for batch in microbatches(t.final_ids, t.cu_final, config.train.microbatch_tokens):
-            hidden = agent.critic_hidden(batch.input_ids.to(agent.device))
-            last = hidden[torch.arange(len(batch.index)), batch.lengths - 1]
-            bootstrap[batch.index] = agent.critic(last)[:, HIGH].cpu()
+        for batch in microbatches(t.final_ids, t.cu_final, c.microbatch_tokens):
+            hidden = agent.critic_hidden(batch.to(agent.device))
+            bootstrap[batch.index] = agent.critic(hidden[batch.cu_seqlens[1:].long() - 1])[:, HIGH].cpu()
     return values, bootstrap, ref_logprobs
 
 
 class Rows:
-    """Where a microbatch's hidden states predict loss tokens and values: (sequence, position) pairs."""
+    """Which rows of a microbatch's hidden states predict its loss tokens and give its values."""
 
-    def __init__(self, t: Trajectories, batch: Microbatch, loss_mask: Tensor):
-        prompts = t.cu_prompts.diff()[batch.index].long()
-        starts, lengths = t.cu_tokens[batch.index].long(), t.cu_tokens.diff()[batch.index].long()
-        sequence = torch.arange(len(batch.index)).repeat_interleave(lengths)
-        offset = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        tokens = starts[sequence] + offset
+    def __init__(self, sequences: Sequences, batch: Microbatch, loss_mask: Tensor):
+        tokens, shift = within(sequences, batch, sequences.token_index)
         kept = loss_mask[tokens]
-        self.tokens = tokens[kept]  # [rows] index into the batch's response tokens
-        self.token_rows = sequence[kept], (prompts[sequence] - 1 + offset)[kept]
-        positions = prompts[:, None] - 1 + t.value_index[batch.index]
-        self.value_rows = torch.arange(len(batch.index))[:, None].expand(-1, 3), positions
+        self.tokens = tokens[kept]  # [rows] which response tokens
+        self.token_rows = (sequences.token_index[tokens] + shift)[kept] - 1
+        self.turns, shift = within(sequences, batch, sequences.value_index[:, HIGH])
+        self.value_rows = sequences.value_index[self.turns] + shift[:, None]  # [turns, 3]
 
-    def at_tokens(self, hidden: Tensor) -> Tensor:
-        """[sequences, length, h] -> [rows, h]."""
-        return hidden[self.token_rows]
-
-    def at_values(self, hidden: Tensor) -> Tensor:
-        """[sequences, length, h] -> [sequences, 3, h]."""
-        return hidden[self.value_rows]
-
-    def values(self, values: Tensor) -> Tensor:
-        """Each head at its own position: [sequences, 3 positions, 3 heads] -> [sequences, 3]."""
+    @staticmethod
+    def values(values: Tensor) -> Tensor:
+        """Each head at its own position: [turns, 3 positions, 3 heads] -> [turns, 3]."""
         return values.diagonal(dim1=1, dim2=2)
+
+
+def within(sequences: Sequences, batch: Microbatch, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the ascending `positions` lie in the batch's sequences; for each, what takes it to its row there."""
+    edges = torch.searchsorted(positions.contiguous(), sequences.cu_seqlens.long())
+    counts = edges.diff()[batch.index]
+    shift = batch.cu_seqlens[:-1] - sequences.cu_seqlens[batch.index]
+    return ranges(edges[batch.index], counts), shift.long().repeat_interleave(counts)
 
 
 def estimate(
@@ -168,10 +176,11 @@ def update(
     *,
     train_policy: bool = True,
 ) -> dict[str, float]:
-    """One pass over the turns in random minibatches, an optimiser step each; returns means over the steps."""
-    order = torch.randperm(t.turns, generator=generator)
+    """One pass over the sequences in random minibatches, an optimiser step each; returns means over the steps."""
+    sequences = t.sequences()
+    order = torch.randperm(len(sequences), generator=generator)
     steps = [
-        step(agent, optimizers, t, targets, part, config, train_policy)
+        step(agent, optimizers, t, sequences, targets, part, config, train_policy)
         for part in order.tensor_split(config.train.minibatches)
         if part.numel()
     ]
@@ -193,32 +202,39 @@ def explained_variance(targets: Targets) -> dict[str, float]:
     return metrics
 
 
-def step(agent, optimizers, t: Trajectories, targets: Targets, index: Tensor, config: Config, train_policy: bool):
-    """Gradients of one minibatch's loss, gathered over microbatches, and the step; None if anything was not finite."""
+def step(
+    agent: Agent, optimizers, t: Trajectories, sequences: Sequences, targets: Targets, index: Tensor, config: Config,
+    train_policy: bool,
+):  # fmt: skip
+    """Gradients of one minibatch's loss, gathered over microbatches, and the step; None if anything was not finite.
+
+    Every microbatch divides by the minibatch's loss tokens and values, so that uneven ones add up to the whole.
+    """
     c = config.train
-    chosen = torch.zeros(t.turns, dtype=torch.bool).index_fill_(0, index, True)
-    tokens = int((targets.loss_mask & chosen.repeat_interleave(t.cu_tokens.diff())).sum())
-    counts = (targets.value_mask & chosen[:, None]).sum(0).tolist()
-    metrics = dict.fromkeys(("loss/policy", "loss/value", "loss/kl", "loss/entropy", "loss/clip_fraction"), 0.0)
+    batches = [
+        (batch.to(agent.device), Rows(sequences, batch, targets.loss_mask))
+        for batch in microbatches(sequences.ids, sequences.cu_seqlens, c.microbatch_tokens, index)
+    ]
+    tokens = sum(rows.tokens.numel() for _, rows in batches)
+    counts = sum(targets.value_mask[rows.turns].sum(0) for _, rows in batches).tolist()
+    metrics = dict.fromkeys(("loss/policy", "loss/value", "loss/kl", "loss/clip_fraction"), 0.0)
+    if c.entropy_coef:  # else no entropy is computed
+        metrics["loss/entropy"] = 0.0
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    ids, cu_seqlens = t.sequences()
-    for batch in microbatches(ids, cu_seqlens, c.microbatch_tokens, index):
-        rows = Rows(t, batch, targets.loss_mask)
-        input_ids = batch.input_ids.to(agent.device)
+    for batch, rows in batches:
         loss = torch.zeros((), device=agent.device)
         hidden = None
         if train_policy and rows.tokens.numel():
-            hidden = agent.trunk(input_ids)
-            policy_loss, parts = policy_terms(agent, rows, rows.at_tokens(hidden), t, targets, config, tokens)
-            loss = loss + policy_loss
+            hidden = agent.trunk(batch)
+            loss, parts = policy_loss(agent, hidden[rows.token_rows], rows.tokens, t, targets, config, tokens)
             for key, value in parts.items():
                 metrics[f"loss/{key}"] += value
-        values = rows.values(agent.critic(rows.at_values(agent.critic_hidden(input_ids, hidden))))
+        values = rows.values(agent.critic(agent.critic_hidden(batch, hidden)[rows.value_rows]))
         for head in (LOW, HIGH, SWITCH):
             if counts[head]:
                 columns = (
-                    x[batch.index, head].to(agent.device)
+                    x[rows.turns, head].to(agent.device)
                     for x in (targets.old_values, targets.returns, targets.value_mask)
                 )
                 head_loss, _ = ops.value_loss(values[:, head], *columns, clip=c.value_clip, denominator=counts[head])
@@ -238,22 +254,19 @@ def step(agent, optimizers, t: Trajectories, targets: Targets, index: Tensor, co
     return metrics
 
 
-def policy_terms(
-    agent, rows: Rows, hidden: Tensor, t: Trajectories, targets: Targets, config: Config, denominator: int
-):
-    """The policy loss of one microbatch's loss rows and its parts, as shares of the minibatch's token mean."""
+def policy_loss(
+    agent: Agent, hidden: Tensor, tokens: Tensor, t: Trajectories, targets: Targets, config: Config, denominator: int
+) -> tuple[Tensor, dict[str, float]]:
+    """One microbatch's share of the policy loss: of response tokens `tokens`, predicted by hidden states [n, h]."""
     c = config.train
-
-    def take(x):
-        return None if x is None else x[rows.tokens].to(agent.device)
-
-    logprobs, entropy = agent.logprobs(hidden, take(t.response_ids), config.agent.temperature, entropy=True)
-    loss, metrics = ops.ppo_loss(
-        logprobs, take(t.old_logprobs), take(targets.advantages), take(targets.loss_mask),
-        ref_logprobs=take(targets.ref_logprobs), entropy=entropy, clip_low=c.clip_low,
-        clip_high=c.clip_high, dual_clip=c.dual_clip, kl_coef=c.kl_coef,
-        entropy_coef=c.entropy_coef, denominator=denominator,
+    ids, old, advantages, ref = (
+        None if x is None else x[tokens].to(agent.device)
+        for x in (t.response_ids, t.old_logprobs, targets.advantages, targets.ref_logprobs)
+    )
+    loss, metrics = agent.ppo_loss(
+        hidden, ids, old, advantages, ref_logprobs=ref, temperature=config.agent.temperature, clip_low=c.clip_low,
+        clip_high=c.clip_high, dual_clip=c.dual_clip, kl_coef=c.kl_coef, entropy_coef=c.entropy_coef,
+        denominator=denominator,
     )  # fmt: skip
-    return loss, {"policy": loss.item()} | {
-        k: metrics[k].item() for k in ("kl", "entropy", "clip_fraction") if k in metrics
-    }
+    parts = {name: metrics[name].item() for name in ("kl", "entropy", "clip_fraction") if name in metrics}
+    return loss, {"policy": loss.item()} | parts

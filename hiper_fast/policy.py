@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hiper_fast import ops, tiny
+from hiper_fast import attention, ops, tiny
+from hiper_fast.batch import Microbatch
 from hiper_fast.config import ConfigError, ModelConfig, RunConfig
 
 
@@ -34,6 +35,7 @@ class Agent:
     """Policy, critic and frozen reference policy, with the passes that rollouts and updates need."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool):
+        attention.use(model)
         self.model, self.tokenizer, self.config, self.tiny = model, tokenizer, config, tiny
         self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
         self.critic: Critic | None = None
@@ -67,36 +69,40 @@ class Agent:
     def find_roles(self, response_ids: Tensor, cu_tokens: Tensor):
         return ops.find_roles(response_ids, cu_tokens, self.pieces)
 
-    def trunk(self, input_ids: Tensor, *, reference: bool = False) -> Tensor:
-        """Right-padded ids [n, length] -> last hidden states [n, length, h]; causal, so padding needs no mask."""
-        base = (self.reference if reference else self.model).base_model
-        return base(input_ids=input_ids, use_cache=False).last_hidden_state
+    def trunk(self, batch: Microbatch, *, reference: bool = False) -> Tensor:
+        """Last hidden states [tokens, h] of packed sequences."""
+        return hidden_states((self.reference if reference else self.model).base_model, batch)
 
-    def critic_hidden(self, input_ids: Tensor, policy_hidden: Tensor | None = None) -> Tensor:
-        """The hidden states the critic's heads read."""
+    def critic_hidden(self, batch: Microbatch, policy_hidden: Tensor | None = None) -> Tensor:
+        """The hidden states [tokens, h] that the critic's heads read."""
         if self.critic.trunk is not None:
-            return self.critic.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.trunk(input_ids) if policy_hidden is None else policy_hidden
+            return hidden_states(self.critic.trunk, batch)
+        return self.trunk(batch) if policy_hidden is None else policy_hidden
 
-    def logprobs(
-        self,
-        rows: Tensor,
-        targets: Tensor,
-        temperature: float,
-        *,
-        entropy: bool = False,
-        reference: bool = False,
-    ):
-        """Log-probs (and entropies), float32 [n], of `targets` [n] from the hidden states that predict them, [n, h]."""
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float, *, reference: bool = False) -> Tensor:
+        """Log-probs, float32 [n], of `targets` [n] from the hidden states that predict them, [n, h]."""
+        weight, bias = self._head(reference)
+        return ops.linear_logprobs(hidden, weight, targets, temperature=temperature, bias=bias)
+
+    def ppo_loss(self, hidden: Tensor, *data: Tensor, **options) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ops.linear_ppo` through the policy's head; `data`: targets, old log-probs and advantages, each [n]."""
+        weight, bias = self._head()
+        return ops.linear_ppo(hidden, weight, *data, bias=bias, **options)
+
+    def _head(self, reference: bool = False) -> tuple[Tensor, Tensor | None]:
         head = (self.reference if reference else self.model).get_output_embeddings()
-        return ops.linear_logprobs(
-            rows,
-            head.weight,
-            targets,
-            temperature=temperature,
-            bias=getattr(head, "bias", None),
-            entropy=entropy,
-        )
+        return head.weight, getattr(head, "bias", None)
+
+
+def hidden_states(base: nn.Module, batch: Microbatch) -> Tensor:
+    """The last hidden states [tokens, h] that a trunk gives packed sequences, each read as if it were alone."""
+    out = base(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        **attention.packed(batch, base.dtype),
+    )
+    return out.last_hidden_state[0]
 
 
 def configure_torch(config: RunConfig) -> None:

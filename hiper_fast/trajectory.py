@@ -37,6 +37,23 @@ class Episode:
 
 
 @dataclass(slots=True)
+class Sequences:
+    """What the model reads, packed, and where responses and values stand in it.
+
+    Prompt 0, response 0, prompt 1, response 1, … follow each other; positions count through this stream, so that they
+    do not depend on where cu_seqlens cuts it.
+    """
+
+    ids: Tensor  # int64 [prompt tokens + tokens]
+    cu_seqlens: Tensor  # int32 [sequences + 1]
+    token_index: Tensor  # int64 [tokens]: positions of the response tokens, ascending
+    value_index: Tensor  # int64 [turns, 3]: positions whose hidden states give the low, high and switch value
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+@dataclass(slots=True)
 class Trajectories:
     """A batch of episodes, packed. Sampled ids and log-probs are stored as drawn, never re-tokenised."""
 
@@ -61,9 +78,12 @@ class Trajectories:
     def turns(self) -> int:
         return self.rewards.numel()
 
-    def sequences(self) -> tuple[Tensor, Tensor]:
-        """(ids int64 [prompt tokens + tokens], cu_seqlens int32 [turns + 1]): each turn's prompt, then its response."""
-        return interleave(self.prompt_ids, self.cu_prompts, self.response_ids, self.cu_tokens)
+    def sequences(self) -> Sequences:
+        """One sequence a turn: its prompt, then its response."""
+        ids, cu_seqlens = interleave(self.prompt_ids, self.cu_prompts, self.response_ids, self.cu_tokens)
+        token_index = torch.arange(self.response_ids.numel()) + spread(self.cu_prompts[1:], self.cu_tokens)
+        before_response = (self.cu_prompts[1:] + self.cu_tokens[:-1]).long() - 1
+        return Sequences(ids, cu_seqlens, token_index, before_response[:, None] + self.value_index)
 
 
 def prefix_sums(lengths) -> Tensor:
@@ -72,12 +92,23 @@ def prefix_sums(lengths) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
 
 
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64: `starts[0], starts[0] + 1, …` for `lengths[0]` numbers, then the same of `starts[1]`, and so on."""
+    ends = lengths.cumsum(0)
+    return torch.arange(int(lengths.sum()), device=starts.device) + (starts - ends + lengths).repeat_interleave(lengths)
+
+
+def spread(values: Tensor, cu: Tensor) -> Tensor:
+    """int64: `values[i]` for every element of range `i`."""
+    return values.long().repeat_interleave(cu.diff())
+
+
 def interleave(a: Tensor, cu_a: Tensor, b: Tensor, cu_b: Tensor) -> tuple[Tensor, Tensor]:
     """Joins ranges `i` of `a` and of `b`, for every `i`, into one packed tensor and its prefix sums."""
     cu = cu_a + cu_b
     out = a.new_empty(int(cu[-1]))
-    out[torch.arange(a.numel()) + torch.repeat_interleave(cu_b[:-1], cu_a.diff()).long()] = a
-    out[torch.arange(b.numel()) + torch.repeat_interleave(cu_a[1:], cu_b.diff()).long()] = b
+    out[torch.arange(a.numel()) + spread(cu_b[:-1], cu_a)] = a
+    out[torch.arange(b.numel()) + spread(cu_a[1:], cu_b)] = b
     return out, cu
 
 

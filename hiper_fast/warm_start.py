@@ -91,7 +91,7 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
     parts = [
         p for _ in range(c.epochs) for p in turns[torch.randperm(len(turns), generator=generator)].split(c.batch_turns)
     ]
-    ids, cu_seqlens = t.sequences()
+    sequences = t.sequences()
     response_lengths = t.cu_tokens.diff()
     for number, part in enumerate(parts, 1):
         progress = number / len(parts)
@@ -99,11 +99,10 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
         optimizer.zero_grad(set_to_none=True)
         tokens = int(response_lengths[part].sum())
         total, correct = 0.0, 0
-        for batch in microbatches(ids, cu_seqlens, config.train.microbatch_tokens, part):
-            rows = Rows(t, batch, every)
-            hidden = rows.at_tokens(agent.trunk(batch.input_ids.to(agent.device)))
-            targets = t.response_ids[rows.tokens].to(agent.device)
-            logprobs = agent.logprobs(hidden, targets, 1.0)
+        for batch in microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens, part):
+            rows = Rows(sequences, batch, every)
+            hidden = agent.trunk(batch.to(agent.device))[rows.token_rows]
+            logprobs = agent.logprobs(hidden, t.response_ids[rows.tokens].to(agent.device), 1.0)
             loss = -logprobs.sum() / tokens
             loss.backward()
             total += loss.item()

@@ -229,7 +229,8 @@ def test_scores_equal_a_forward_of_each_turn_alone(agent, budget):
     t, config = build(agent), settings(microbatch_tokens=budget)
     config.agent.temperature = 0.7
     values, bootstrap, ref_logprobs = score(agent, t, config)
-    ids, cu = t.sequences()
+    sequences = t.sequences()
+    ids, cu = sequences.ids, sequences.cu_seqlens
     trunk = agent.critic.trunk or agent.model.base_model
     for turn, ((a, b), positions) in enumerate(zip(bounds(cu), value_positions(agent, t), strict=True)):
         heads = agent.critic.heads(trunk(input_ids=ids[None, a:b]).last_hidden_state[0])

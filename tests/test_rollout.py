@@ -270,7 +270,8 @@ def test_pack_holds_every_turn_once_in_order(agent):
     _, episodes = run(agent, [[wait, win], [wait] * 3, [win]], max_turns=3)
     t = pack(episodes, agent.find_roles)
     assert t.turns == 6 and t.cu_turns.tolist() == [0, 2, 5, 6]
-    ids, cu = t.sequences()
+    sequences = t.sequences()
+    ids, cu = sequences.ids, sequences.cu_seqlens
     rows = [ids[i:j].tolist() for i, j in zip(cu.tolist(), cu.tolist()[1:], strict=False)]
     stored = [(p, r) for e in episodes for p, r in zip(e.prompts, e.responses, strict=False)]
     assert rows == [p + r for p, r in stored]
