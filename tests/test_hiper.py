@@ -540,6 +540,25 @@ def test_sampled_logprobs_are_those_of_training(fresh):
     assert losses["loss/policy"] == pytest.approx(float(-targets.advantages[targets.loss_mask].mean()), abs=1e-4)
 
 
+def test_old_logprobs_may_be_recomputed(fresh):
+    """A rollout whose numerics differ: its log-probs are off, the trainer's are not."""
+    config = settings(old_logprobs="recomputed")
+    t = build(fresh)
+    exact, counts = t.old_logprobs.clone(), t.roles > 0
+    t.old_logprobs += 0.05
+    targets = estimate(t, *score(fresh, t, config), config.advantage)
+    torch.testing.assert_close(t.old_logprobs[counts], exact[counts], atol=1e-4, rtol=0)
+    losses, _, _ = trained(fresh, t, targets, config)
+    assert losses["loss/clip_fraction"] == 0
+
+
+def test_without_an_entropy_term_no_entropy_is_reported(fresh):
+    config = settings(entropy_coef=0.0)
+    t, *parts = scored(fresh, config)
+    losses, _, _ = trained(fresh, t, estimate(t, *parts, config.advantage), config)
+    assert "loss/entropy" not in losses and losses["loss/kl"] > 0
+
+
 def test_tokens_without_a_role_carry_nothing(fresh):
     """The end token, and a kept subgoal, train neither loss nor KL nor entropy."""
     config = settings()
