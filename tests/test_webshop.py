@@ -5,29 +5,12 @@ import lzma
 import random
 
 import pytest
+from products import asked, product
 
 from hiper_fast.envs import Environment, make
 from hiper_fast.envs.webshop import Catalogue, WebShop, is_admissible
 from hiper_fast.envs.webshop.reward import PlainNouns, Reward, find_nouns
 from hiper_fast.envs.webshop.shop import parse
-
-
-def product(asin="B000000001", **changes):
-    return {
-        "asin": asin,
-        "name": "Oak Desk Lamp",
-        "category": "garden",
-        "query": " Desk Lamps ",
-        "product_category": "Home › Lighting › Lamps",
-        "full_description": "A lamp of oak.",
-        "small_description": ["Dimmable ", "", "Warm light"],
-        "customization_options": {"Color": [{"value": "Light Blue"}, {"value": "Red/White "}], "Size": None},
-        "pricing": "$18.50",
-    } | changes
-
-
-def asked(*attributes, instruction="Find me desk lamps"):
-    return {"attributes": list(attributes), "instruction": instruction, "instruction_attributes": list(attributes)}
 
 
 def shop(items=None, attributes=None, **options):

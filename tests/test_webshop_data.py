@@ -6,26 +6,13 @@ import lzma
 import random
 
 import pytest
+from products import asked, product
 
 from hiper_fast.envs import make
 from hiper_fast.envs.webshop import Catalogue, DataError, WebShop
 from hiper_fast.envs.webshop.items import read_items, read_object, records
 
-ATTRIBUTES = {"attributes": ["dimmable"], "instruction": "Find me lamps", "instruction_attributes": ["dimmable"]}
-
-
-def product(asin="B000000001", **changes):
-    return {
-        "asin": asin,
-        "name": "Oak Desk Lamp",
-        "category": "garden",
-        "query": "desk lamps",
-        "product_category": "Home › Lighting › Lamps",
-        "full_description": "A lamp of oak.",
-        "small_description": ["Dimmable"],
-        "customization_options": "",
-        "pricing": "$18.50",
-    } | changes
+ATTRIBUTES = asked("dimmable")
 
 
 def only(**changes):
@@ -39,7 +26,7 @@ def folder(tmp_path):
     """WebShop's files with three products."""
     data = tmp_path / "data"
     data.mkdir()
-    items = [product(f"B{i:09d}", pricing="$10 - $20") for i in range(3)]
+    items = [product(f"B{i:09d}", pricing="$10 - $20", customization_options="") for i in range(3)]
     (data / "items_shuffle_1000.json").write_text(json.dumps(items))
     (data / "items_ins_v2_1000.json").write_text(json.dumps({item["asin"]: ATTRIBUTES for item in items}))
     return data
