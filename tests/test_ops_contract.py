@@ -1,5 +1,7 @@
 """What holds for every op: registration, torch.compile, dtypes, strides, gradients made once, errors that name."""
 
+import sys
+
 import pytest
 import torch
 
@@ -119,6 +121,24 @@ def losses(x):
     yield ops.ppo_loss(x.logprobs, x.old_logprobs, x.advantages, x.loss_mask)[0], (x.logprobs,)
     yield ops.value_loss(x.values, x.values_low, x.rewards, x.switch)[0], (x.values,)
     yield ops.linear_logprobs(x.hidden, x.weight, x.targets).sum(), (x.hidden, x.weight)
+
+
+def test_autocast_changes_nothing(x):
+    def results():
+        for loss, leaves in losses(x):
+            yield loss, *torch.autograd.grad(loss, leaves)
+        for op in ("linear_logprobs", "linear_logprobs_backward", "linear_ppo"):  # in plain torch
+            plain = sys.modules[f"hiper_fast.ops.{op.removesuffix('_backward')}"]
+            run = plain._torch_backward if op.endswith("backward") else plain._torch
+            with torch.no_grad():
+                yield run(*raw_calls(x)[op])
+
+    torch.manual_seed(0)  # raw_calls draws some of its arguments
+    outside = list(results())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = list(results())
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
 def test_gradients_are_scaled_and_can_be_taken_again(x):

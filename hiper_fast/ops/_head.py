@@ -18,7 +18,10 @@ TILE_BYTES = 2**24
 
 
 class Head:
-    """logits = hidden @ weight.T + bias, and its gradients summed over chunks; both in at least float32."""
+    """logits = hidden @ weight.T + bias, and its gradients summed over chunks; both in at least float32.
+
+    Every product writes to a tensor that is given, which autocast leaves alone.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
         self.dtype = _library.wide(hidden.dtype)

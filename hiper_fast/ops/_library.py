@@ -145,24 +145,17 @@ def _through_host(op: Callable) -> Callable:
 
 def check_vector(name: str, tensor: Tensor, length: int | None, dtypes, device: torch.device | None) -> None:
     """One dimension, `length` elements (None: any), one of `dtypes`, on `device` (None: any)."""
-    if (
-        isinstance(tensor, Tensor)
-        and tensor.ndim == 1
-        and tensor.dtype in dtypes
-        and (length is None or tensor.shape[0] == length)
-        and (device is None or tensor.device == device)
-    ):
-        return
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    shape = list(tensor.shape)
-    if len(shape) != 1 or length not in (None, shape[0]):
+    shape = tensor.shape
+    if len(shape) != 1 or length is not None and length != shape[0]:
         wanted = "one dimension" if length is None else f"shape [{length}]"
-        raise ValueError(f"{name} must have {wanted}, got shape {shape}")
+        raise ValueError(f"{name} must have {wanted}, got shape {list(shape)}")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-    raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
+    if device is not None and device != tensor.device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
 
 
 def check_cu(name: str, cu: Tensor, device: torch.device | None) -> int:

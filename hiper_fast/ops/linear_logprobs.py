@@ -14,9 +14,8 @@ def _forward(rows_of, hidden, weight, bias, targets, temperature, want_entropy):
     head = Head(hidden, weight, bias, (False, False, False))
     logprobs = hidden.new_empty(len(hidden), dtype=head.dtype)
     entropy = hidden.new_empty(len(hidden), dtype=head.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part, logits in head.chunks():
-            rows_of(logits, targets[part], temperature, logprobs[part], entropy[part])
+    for part, logits in head.chunks():
+        rows_of(logits, targets[part], temperature, logprobs[part], entropy[part])
     return logprobs, entropy if want_entropy else entropy.new_empty(0)
 
 
@@ -34,11 +33,10 @@ def _backward(
     need_bias,
 ):
     head = Head(hidden, weight, bias, (need_hidden, need_weight, need_bias))
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part, logits in head.chunks():
-            grads = grad_logprobs[part], grad_entropy[part] if len(grad_entropy) else None
-            live = rows_of(logits, targets[part], temperature, *grads)
-            head.backward(part, live, logits if live is None else logits[: len(live)])
+    for part, logits in head.chunks():
+        grads = grad_logprobs[part], grad_entropy[part] if len(grad_entropy) else None
+        live = rows_of(logits, targets[part], temperature, *grads)
+        head.backward(part, live, logits if live is None else logits[: len(live)])
     return head.gradients()
 
 

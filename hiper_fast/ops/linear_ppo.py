@@ -23,12 +23,11 @@ def _run(
     options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
     options = *options, float(len(targets) or 1) if denominator is None else denominator
     want_gradient = need_hidden or need_weight or need_bias
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part, logits in head.chunks():
-            data = (x if x is None else x[part] for x in (targets, old_logprobs, advantages, ref_logprobs))
-            live = rows_of(logits, *data, temperature, *options, want_gradient, sums)
-            if want_gradient:
-                head.backward(part, live, logits if live is None else logits[: len(live)])
+    for part, logits in head.chunks():
+        data = (x if x is None else x[part] for x in (targets, old_logprobs, advantages, ref_logprobs))
+        live = rows_of(logits, *data, temperature, *options, want_gradient, sums)
+        if want_gradient:
+            head.backward(part, live, logits if live is None else logits[: len(live)])
     sums = sums.to(head.dtype)
     return sums[0].clone(), sums[1:].clone(), *head.gradients()
 
