@@ -1,9 +1,10 @@
 """Checkpoints: whole or not there at all.
 
 `folder/step-000010/` holds the policy in Hugging Face layout at its root (it loads with
-`AutoModelForCausalLM.from_pretrained`), `critic.safetensors`, `optimizer.safetensors` with
-`optimizer.json`, and `state.json`. Nothing is pickled. A checkpoint is written to a hidden sibling,
-flushed to disk and renamed, so a killed or failed save never touches an older one.
+`AutoModelForCausalLM.from_pretrained`; with LoRA it is peft's adapter folder), `critic.safetensors`,
+`optimizer.safetensors` with `optimizer.json`, and `state.json`. Nothing is pickled. A checkpoint is
+written to a hidden sibling, flushed to disk and renamed, so a killed or failed save never touches an
+older one.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def save(
             policy.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         if critic is not None:
-            _write_tensors(temporary / "critic.safetensors", critic.state_dict())
+            _write_tensors(temporary / "critic.safetensors", _own_tensors(critic))
         tensors, scalars = _split_optimizers(optimizers)
         _write_tensors(temporary / "optimizer.safetensors", tensors)
         (temporary / "optimizer.json").write_text(json.dumps(scalars))
@@ -111,12 +112,12 @@ def load(
     policy_tensors = _read_policy(path, policy)
     critic_tensors = _read_tensors(path / "critic.safetensors") if critic is not None else {}
     if critic is not None:
-        _check_shapes(path / "critic.safetensors", critic_tensors, critic.state_dict())
+        _check_shapes(path / "critic.safetensors", critic_tensors, _own_tensors(critic))
     optimizer_states = _read_optimizers(path, optimizers) if optimizers else {}
 
-    policy.load_state_dict(policy_tensors)
+    _load_policy(policy, policy_tensors)
     if critic is not None:
-        critic.load_state_dict(critic_tensors)
+        critic.load_state_dict(critic_tensors, strict=False)
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(optimizer_states[name])
     restore_rng(saved["rng"])
@@ -259,8 +260,22 @@ def _read_optimizers(path: Path, optimizers: Mapping[str, torch.optim.Optimizer]
 # Reading and checking.
 
 
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen weights: a critic with LoRA shares those with the policy."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 def _read_policy(path: Path, policy: PreTrainedModel) -> dict[str, Tensor]:
-    """The stored state dict, through `from_pretrained`, which knows of tied, sharded and renamed weights."""
+    """The stored state dict, through `from_pretrained`, which knows of tied, sharded and renamed weights.
+
+    With LoRA the adapters alone.
+    """
+    if hasattr(policy, "peft_config"):
+        file = path / "adapter_model.safetensors"
+        tensors = {name.removeprefix("base_model.model."): t for name, t in _read_tensors(file).items()}
+        _check_shapes(file, tensors, policy.get_adapter_state_dict())
+        return tensors
     if not (path / "config.json").is_file() or not any(path.glob("model*.safetensors")):
         raise CheckpointError(
             f"{path} holds no policy: config.json or model.safetensors is missing; use another checkpoint"
@@ -283,6 +298,15 @@ def _read_policy(path: Path, policy: PreTrainedModel) -> dict[str, Tensor]:
     tensors = stored.state_dict()
     _check_shapes(path / "model.safetensors", tensors, policy.state_dict())
     return tensors
+
+
+def _load_policy(policy: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    if hasattr(policy, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy, tensors)
+    else:
+        policy.load_state_dict(tensors)
 
 
 @contextlib.contextmanager

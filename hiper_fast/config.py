@@ -64,6 +64,13 @@ class ModelConfig:
     device: str = option("auto", "cpu, cuda, or auto")
     dtype: str = option("float32", "float32 or bfloat16")
     local_files_only: bool = option(True, "never reach for the network: a hub id must already be in the local cache")
+    lora_rank: int = option(0, "rank of LoRA adapters (peft); 0 trains all weights")
+    lora_alpha: float = option(32.0, "scale of the adapters, divided by their rank")
+    lora_targets: list[str] | None = option(
+        None, "names of the layers to adapt (default: all linear ones of the trunk)"
+    )
+    gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass: less memory, more time")
+    compile: bool = option(False, "torch.compile the layers in training passes")
 
 
 @dataclass(slots=True)
@@ -193,14 +200,14 @@ CHOICES = {
     "run.display": ("auto", "plain", "none"),
 }
 POSITIVE = (
-    "env.max_turns agent.max_prompt_tokens agent.max_response_tokens agent.temperature train.episodes "
+    "env.max_turns model.lora_alpha agent.max_prompt_tokens agent.max_response_tokens agent.temperature train.episodes "
     "train.minibatches train.microbatch_tokens train.max_skipped warm_start.episodes warm_start.epochs "
     "warm_start.batch_turns eval.every eval.episodes run.save_every run.keep"
 ).split()
 NON_NEGATIVE = (
-    "agent.history agent.fallback train.updates train.critic_updates train.warmup_updates train.lr train.critic_lr "
-    "train.weight_decay train.grad_clip train.clip_low train.clip_high train.kl_coef train.entropy_coef "
-    "train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
+    "agent.history agent.fallback model.lora_rank train.updates train.critic_updates train.warmup_updates train.lr "
+    "train.critic_lr train.weight_decay train.grad_clip train.clip_low train.clip_high train.kl_coef "
+    "train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
 ).split()
 UNIT_INTERVAL = (
     "train.final_lr train.beta2 advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()

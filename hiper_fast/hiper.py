@@ -230,7 +230,9 @@ def step(
             loss, parts = policy_loss(agent, hidden[rows.token_rows], rows.tokens, t, targets, config, tokens)
             for key, value in parts.items():
                 metrics[f"loss/{key}"] += value
-        values = rows.values(agent.critic(agent.critic_hidden(batch, hidden)[rows.value_rows]))
+        with torch.set_grad_enabled(train_policy or agent.critic.trunk is not None):  # else a shared trunk stays
+            critic_hidden = agent.critic_hidden(batch, hidden)
+        values = rows.values(agent.critic(critic_hidden[rows.value_rows]))
         for head in (LOW, HIGH, SWITCH):
             if counts[head]:
                 columns = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hiper_fast import attention, ops, tiny
 from hiper_fast.batch import Microbatch
@@ -40,6 +42,7 @@ class Agent:
         self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
+        self.lora = hasattr(model, "peft_config")
         ids = model.generation_config.eos_token_id
         ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         self.stop_ids = tuple(dict.fromkeys([*ids, *[i for i in [tokenizer.eos_token_id] if i is not None]]))
@@ -54,13 +57,26 @@ class Agent:
 
     def add_critic(self) -> Critic:
         """The critic, its trunk starting from the policy's present weights; its heads start at zero."""
-        trunk = copy.deepcopy(self.model.base_model) if self.config.critic == "separate" else None
+        trunk = self._twin(self.model.base_model) if self.config.critic == "separate" else None
         self.critic = Critic(trunk, self.model.get_input_embeddings().embedding_dim, self.device)
         return self.critic
 
     def freeze_reference(self) -> None:
-        """Keeps a frozen copy of the present policy: the reference of the KL term."""
-        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        """Keeps the present policy as it is: the reference of the KL term. LoRA's base is not copied."""
+        self.reference = self._twin(self.model).eval().requires_grad_(False)
+        if self.lora and not any(p.any() for name, p in self.reference.named_parameters() if "lora_B" in name):
+            self.reference.disable_adapters()  # not trained yet: the base model itself
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        """A copy that has weights of its own where they train and shares the frozen ones."""
+        copied = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+        if self.config.compile:
+            compile_layers(copied)
+        return copied
+
+    def eager(self) -> contextlib.AbstractContextManager:
+        """For generation: layers compiled for training would be compiled anew for every layer's KV cache."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
 
     def decode(self, ids: list[int]) -> bytes:
         """The text of a response, special tokens left out; the same bytes `find_roles` reads."""
@@ -124,15 +140,22 @@ def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
     if config.path == "tiny":
         tokenizer = tiny.load_tokenizer(family)
         model = tiny.build_model(tokenizer, seed).to(device, getattr(torch, config.dtype))
-        return Agent(model, tokenizer, config, tiny=True)
-    where = config.path if Path(config.path).exists() else f"{config.path} (no such folder here, so taken as a hub id)"
+        if config.lora_rank:
+            raise ConfigError("model.lora_rank: the tiny model has no trained base to adapt; give a --model, or 0")
+        return prepared(model, tokenizer, config, tiny=True)
+    folder = Path(config.path)
+    where = config.path if folder.exists() else f"{config.path} (no such folder here, so taken as a hub id)"
+    if (folder / "adapter_config.json").exists():
+        import_peft("model.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, local_files_only=config.local_files_only)
         model = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=getattr(torch, config.dtype), local_files_only=config.local_files_only
+            str(folder.absolute()) if folder.exists() else config.path,  # adapters store where their base is
+            dtype=getattr(torch, config.dtype),
+            local_files_only=config.local_files_only,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        missing = config.local_files_only and not Path(config.path).exists()
+        missing = config.local_files_only and not folder.exists()
         mend = "; to download it, add --model.local_files_only=false" if missing else ""
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
@@ -145,4 +168,63 @@ def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
         raise ConfigError(
             f"model.path: {config.path} changes logits after the head ({scaled[0]}); the fused log-probs cannot"
         )
-    return Agent(model.to(device), tokenizer, config, tiny=False)
+    if hasattr(model, "peft_config"):  # a folder of adapters, as our checkpoints with LoRA are
+        model.set_adapter("default")
+    elif config.lora_rank:
+        add_lora(model, config, seed)
+    return prepared(model.to(device), tokenizer, config, tiny=False)
+
+
+def import_peft(option: str):
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"{option}: LoRA needs peft ({error}); pip install 'hiper_fast[lora]'") from error
+    return peft
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
+    """Freezes the model and gives its layers adapters that change nothing yet; their first factors from `seed`."""
+    lora = import_peft("model.lora_rank").LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.lora_targets or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(lora)
+        except ValueError as error:
+            raise ConfigError(f"model.lora_targets: {textwrap.shorten(str(error), 300)}") from error
+
+
+def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool) -> Agent:
+    """The agent of a model, its layers recomputed or compiled where the options ask for it."""
+    if config.gradient_checkpointing:
+        model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.base_model.register_forward_pre_hook(recompute_with_gradients)
+    if config.compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=model.device))
+        except Exception as error:
+            reason = textwrap.shorten(str(error), 200)
+            raise ConfigError(f"model.compile: torch.compile does not work here ({reason}); leave it false") from error
+        compile_layers(model.base_model)
+    return Agent(model, tokenizer, config, tiny=tiny)
+
+
+def layers(trunk: nn.Module) -> list[nn.Module]:
+    return [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def recompute_with_gradients(trunk: nn.Module, inputs: tuple) -> None:
+    """A layer recomputes itself when it is in training mode: only with gradients, for rollouts need its KV cache."""
+    for layer in layers(trunk):
+        layer.training = torch.is_grad_enabled()
+
+
+def compile_layers(trunk: nn.Module) -> None:
+    """Compiles the layers one by one: they share their code, so it is compiled once and not once a layer."""
+    for layer in layers(trunk):
+        layer.compile(dynamic=True)

@@ -92,15 +92,16 @@ def sampled(agent: Agent, config: Config, temperature: float, seed: int) -> Call
     generator = torch.Generator().manual_seed(seed)
 
     def respond(plays: list[Play]) -> list[Answer]:
-        return generate(
-            agent.model,
-            [play.episode.prompts[-1] for play in plays],
-            max_new_tokens=config.agent.max_response_tokens,
-            temperature=temperature,
-            stop_ids=agent.stop_ids,
-            generator=generator,
-            batch_tokens=config.train.microbatch_tokens,
-        )
+        with agent.eager():
+            return generate(
+                agent.model,
+                [play.episode.prompts[-1] for play in plays],
+                max_new_tokens=config.agent.max_response_tokens,
+                temperature=temperature,
+                stop_ids=agent.stop_ids,
+                generator=generator,
+                batch_tokens=config.train.microbatch_tokens,
+            )
 
     return respond
 

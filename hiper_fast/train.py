@@ -55,6 +55,9 @@ def train(config: Config) -> None:
         if c.kl_coef:
             agent.freeze_reference()
         agent.add_critic()
+        if config.model.critic == "shared" and max(c.value_coef) > 0.1:
+            logger.message("train.value_coef above 0.1 lets the value loss rule the trunk that model.critic: shared "
+                           "trains with it; 0.1 or less is usual")  # fmt: skip
         optimizers = optim.build(agent, config)
         state = {"best": -1.0, "skipped": 0}
         if saved:
