@@ -30,7 +30,7 @@ def prepared(agent, **train):
 
 def plain_loss(agent, t, targets, c):
     """The loss of all turns as one minibatch: each turn alone through transformers, the head's logits in full."""
-    ids, cu = t.sequences()
+    ids, cu = t.sequences().ids, t.sequences().cu_seqlens
     loss, tokens = 0.0, int(targets.loss_mask.sum())
     counts = targets.value_mask.sum(0)
     ranges = zip(bounds(cu), bounds(t.cu_tokens), value_positions(agent, t), strict=True)
