@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from hiper_fast import envs, expert, prompt, shop_prompt, shopper
 from hiper_fast.config import EnvConfig
 from hiper_fast.envs import alfworld, webshop
-from hiper_fast.prompt import State
+from hiper_fast.prompt import Style
 
 Task = dict[str, Any]  # the keyword arguments of `env.reset`
 
@@ -19,7 +18,7 @@ PANEL = 2**31  # seeds below it are for training, from it on for evaluation
 class Family(Protocol):
     """The games of one name of `env.name`."""
 
-    styles: dict[str, Callable[[State], str]]  # of prompts
+    styles: dict[str, Style]  # of prompts
     tokenizer: str  # of the tiny model
 
     def make(self) -> envs.Environment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +21,28 @@ class State:
     subgoal: str | None = None  # None before the first one
     history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
     sent: set[str] = field(default_factory=set)  # all actions of the episode
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """A way to put a state into words."""
+
+    render: Callable[[State], str]
+    refused: bool = True  # whether commands that did nothing are shown
+
+
+NOTHING = "Nothing happens."
+
+
+def without_refused(state: State) -> State:
+    """The state as if commands answered by `NOTHING` had never been sent: they changed nothing in the game either."""
+    outcomes = [observation for observation, _ in state.history[1:]] + [state.observation]
+    history, before = [], state.history[0][0] if state.history else state.observation
+    for (_, action), outcome in zip(state.history, outcomes, strict=False):
+        if outcome != NOTHING:
+            history.append((before, action))
+            before = outcome
+    return replace(state, history=history, observation=before)
 
 
 def reference(state: State) -> str:
@@ -87,7 +109,7 @@ def compact(state: State) -> str:
     return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n{best}\n"
 
 
-STYLES = {"reference": reference, "compact": compact}
+STYLES = {"reference": Style(reference), "compact": Style(compact, refused=False)}
 
 
 class Prompter:
@@ -98,13 +120,15 @@ class Prompter:
         tokenizer: PreTrainedTokenizerBase,
         config: AgentConfig,
         style: str,
-        styles: Mapping[str, Callable[[State], str]] = STYLES,
+        styles: Mapping[str, Style] = STYLES,
     ):
-        self.tokenizer, self.config, self.render = tokenizer, config, styles[style]
+        self.tokenizer, self.config, self.style = tokenizer, config, styles[style]
 
     def __call__(self, states: list[State]) -> list[tuple[list[int], bool]]:
         """Per state (ids, truncated). A prompt over the limit loses its history, then its observation's tail."""
         limit = self.config.max_prompt_tokens
+        if not self.style.refused:
+            states = [without_refused(state) for state in states]
         encoded = self.encode([self.text(state, self.recent(state), state.observation) for state in states])
         return [
             (ids, False) if len(ids) <= limit else (self.shorten(state, limit), True)
@@ -115,8 +139,7 @@ class Prompter:
         return state.history[-self.config.history :] if self.config.history else []
 
     def text(self, state: State, history: list[tuple[str, str]], observation: str) -> str:
-        shown = State(state.task, observation, state.commands, state.subgoal, history, state.sent)
-        text = self.render(shown)
+        text = self.style.render(replace(state, observation=observation, history=history))
         if self.tokenizer.chat_template is None:
             return text
         message = [{"role": "user", "content": text}]

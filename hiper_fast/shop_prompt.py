@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from hiper_fast import prompt
 from hiper_fast.envs.webshop.pages import SEARCH_COMMAND
-from hiper_fast.prompt import State
+from hiper_fast.prompt import State, Style
 from hiper_fast.shopper import WORD, Wish
 
 LIMIT = 13_000  # characters; a longer reference prompt drops its history
@@ -91,4 +91,4 @@ def shortened(text: str) -> str:
     return re.sub(r"\$(\d+\.?\d*)", lambda m: str(math.ceil(float(m[1]))), text)
 
 
-STYLES = {"reference": reference, "compact": compact}
+STYLES = {"reference": Style(reference), "compact": Style(compact)}

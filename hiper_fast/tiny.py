@@ -1,4 +1,4 @@
-"""The embedded default model: a Llama-type causal LM of 0.4 million parameters and a word tokenizer, from scratch.
+"""The embedded default model: a Qwen3-type causal LM of 0.4 million parameters and a word tokenizer, from scratch.
 
 `python -m hiper_fast.tiny` writes the shipped tokenizers anew.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen3Config, Qwen3ForCausalLM, PreTrainedTokenizerFast
 
 from hiper_fast.ops.find_roles import byte_level_alphabet
 
@@ -47,18 +47,18 @@ def load_tokenizer(family: str = "household") -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """The model with random weights drawn from `seed`."""
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        attention_bias=True,
         tie_word_embeddings=True,
         initializer_range=0.04,
         eos_token_id=tokenizer.eos_token_id,
@@ -67,7 +67,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return Qwen3ForCausalLM(config)
 
 
 def vocabulary(family: str = "household") -> list[str]:

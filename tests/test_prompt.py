@@ -45,7 +45,7 @@ def test_all_the_agent_may_know_is_there(style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_first_subgoal_is_none(style):
-    text = STYLES[style](state(subgoal=None, history=[]))
+    text = STYLES[style].render(state(subgoal=None, history=[]))
     assert "ubgoal: None" in text
 
 
@@ -108,6 +108,29 @@ def test_what_was_sent_is_known_beyond_the_history_window():
     assert lists(text)[0] == "go to shelf 2; go to cabinet 1"
 
 
+def refused(*places):
+    """A state in which going to these places did nothing."""
+    history = [("You are here.", "go to desk 1"), ("On the desk 1, you see a mug 1.", f"go to {places[0]}")]
+    history += [("Nothing happens.", f"go to {place}") for place in places[1:]]
+    return state(history=history, observation="Nothing happens.")
+
+
+def test_compact_shows_a_refused_command_no_more_than_the_game_does():
+    before = state(history=[("You are here.", "go to desk 1")], observation="On the desk 1, you see a mug 1.")
+    for places in (["moon"], ["moon", "sun"], ["moon"] * 20):
+        assert read(prompter("compact"), refused(*places)) == read(prompter("compact"), before)
+    text, *_ = read(prompter("reference"), refused("moon", "sun"))
+    assert "go to moon" in text and "Nothing happens." in text
+
+
+def test_compact_goes_on_after_a_refused_command():
+    history = [*refused("moon").history, ("Nothing happens.", "go to shelf 1")]
+    text, *_ = read(prompter("compact"), state(history=history, observation="On the shelf 1, you see a pan 1."))
+    assert "did: desk 1; shelf 1\nsee: On the shelf 1, you see pan 1." in text
+    text, *_ = read(prompter("compact"), state(history=[("You are here.", "sing")], observation="Nothing happens."))
+    assert "did: \nsee: You are here." in text
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("window, shown", [(0, []), (1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (50, [1, 2, 3])])
 def test_history_window(style, window, shown):
@@ -152,7 +175,7 @@ def test_first_the_history_goes(style):
     assert truncated and shorter < size
     assert "cabinet" not in text
     assert "bread 1" in text, "the observation is still whole"
-    assert text == STYLES[style](state(history=[]))
+    assert text == STYLES[style].render(state(history=[]))
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])

@@ -91,8 +91,8 @@ def test_compact_search_page():
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("observation", ["", "[SEP]", "no [SEP] instruction", RESULTS])
 def test_any_state_can_be_shown(style, observation):
-    assert STYLES[style](state(observation, [], task=""))
-    assert STYLES[style](state(observation, [], task="i want tea."))
+    assert STYLES[style].render(state(observation, [], task=""))
+    assert STYLES[style].render(state(observation, [], task="i want tea."))
 
 
 def test_the_tokenizer_of_the_shop_has_every_word_of_its_prompts_whole():
