@@ -98,9 +98,9 @@ class AdvantageConfig:
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(20, "policy updates; 0 stops after the warm start")
+    updates: int = option(45, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
-    minibatches: int = option(4, "optimiser steps per update, over turns drawn without repetition")
+    minibatches: int = option(8, "optimiser steps per update, over turns drawn without repetition")
     critic_updates: int = option(2, "first updates that train the critic alone")
     final_lr: float = option(0.1, "both rates fall linearly to this share at the last update (reference: 1, constant)")
     beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")
@@ -135,16 +135,18 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(2000, "scripted episodes")
+    episodes: int = option(1000, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
-    lr: float = option(2.5e-3, "peak learning rate; warms up, then falls to a tenth")
+    lr: float = option(
+        2.5e-3, "peak learning rate; warms up, then falls to a tenth (Muon, for the tiny model's matrices: 8 times it)"
+    )
 
 
 @dataclass(slots=True)
 class EvalConfig:
-    every: int = option(10, "updates between evaluations (the first and last state are always evaluated)")
+    every: int = option(15, "updates between evaluations (the first and last state are always evaluated)")
     episodes: int = option(512, "games of the fixed panel; alfworld: at most the whole split, each game once")
     temperature: float = option(1.0, "sampling temperature in evaluation (reference: 0.4)")
 

@@ -85,7 +85,7 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
     """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each."""
     c = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
-    optimizer = optim.adamw(agent.model.parameters(), config.train, betas=(0.9, 0.98))
+    optimizers = optim.imitation(agent, config.train)
     every = torch.ones_like(t.roles, dtype=torch.bool)
     turns = own.nonzero()[:, 0]
     parts = [
@@ -95,8 +95,8 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
     response_lengths = t.cu_tokens.diff()
     for number, part in enumerate(parts, 1):
         progress = number / len(parts)
-        optim.set_lr(optimizer, c.lr * min(1.0, 20 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress)))
-        optimizer.zero_grad(set_to_none=True)
+        lr = c.lr * min(1.0, 20 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress))
+        agent.model.zero_grad(set_to_none=True)
         tokens = int(response_lengths[part].sum())
         total, correct = 0.0, 0
         for batch in microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens, part):
@@ -112,5 +112,7 @@ def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
                 f"imitation: the loss became {total} in step {number}; lower warm_start.lr ({c.lr})"
             )
         torch.nn.utils.clip_grad_norm_(agent.model.parameters(), config.train.grad_clip or math.inf)
-        optimizer.step()
+        for optimizer, share in optimizers:
+            optim.set_lr(optimizer, share * lr)
+            optimizer.step()
         yield number, len(parts), total, correct / tokens

@@ -172,3 +172,20 @@ def test_8_bit_without_torchao_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
     with pytest.raises(ConfigError, match=r"train.optimizer: adamw8bit needs torchao.*hiper_fast\[8bit\]"):
         adamw(weights(), optimizer="adamw8bit")
+
+
+@pytest.mark.parametrize("dtype, from_scratch", [("float32", True), ("bfloat16", True), ("float32", False)])
+def test_the_warm_start_steps_every_weight_once_and_muon_only_matrices_from_scratch(dtype, from_scratch):
+    agent = policy.load(ModelConfig(device="cpu", dtype=dtype), seed=0)
+    agent.tiny = from_scratch
+    stepped = [
+        (type(optimizer), p)
+        for optimizer, _ in optim.imitation(agent, TrainConfig())
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    assert sorted(id(p) for _, p in stepped) == sorted(id(p) for p in agent.model.parameters())
+    layers = agent.model.base_model.layers
+    matrices = {id(p) for p in layers.parameters() if p.ndim == 2}
+    expected = matrices if (dtype, from_scratch) == ("float32", True) else set()
+    assert {id(p) for kind, p in stepped if kind is torch.optim.Muon} == expected
