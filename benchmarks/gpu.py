@@ -158,11 +158,7 @@ def normalised_credit(x) -> tuple[Tensor, Tensor]:
 
 def fused_credit(x) -> tuple[Tensor, Tensor]:
     """The same in three launches."""
-    from hiper_fast.kernels.scatter_advantages import normalize_and_scatter
-
-    hae = bench.levels(ops, x)
-    levels = hae.advantages_low, hae.advantages_high, hae.advantages_switch
-    return normalize_and_scatter(*levels, hae.boundary, x.roles, x.cu_tokens)[:2]
+    return ops.normalize_and_scatter(bench.levels(ops, x), x.roles, x.cu_tokens)[:2]
 
 
 def step_cases(size: Size, device: str) -> list[Case]:

@@ -37,6 +37,8 @@ void def_all(py::module_& module) {
   def(module, "gae_float64", &gae<Isa, double>);
   def(module, "scatter_advantages_float32", &scatter_advantages<Isa, float>);
   def(module, "scatter_advantages_float64", &scatter_advantages<Isa, double>);
+  def(module, "normalize_and_scatter_float32", &normalize_and_scatter<Isa, float>);
+  def(module, "normalize_and_scatter_float64", &normalize_and_scatter<Isa, double>);
   def(module, "linear_logprobs_float32", &linear_logprobs<Isa, float>);
   def(module, "linear_logprobs_float64", &linear_logprobs<Isa, double>);
   def(module, "linear_logprobs_backward_float32", &linear_logprobs_backward<Isa, float>);

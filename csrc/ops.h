@@ -46,6 +46,13 @@ void scatter_advantages(const T* advantages_low, const T* advantages_high, const
                         const bool* boundary, const uint8_t* roles, const int32_t* cu_tokens, int64_t tokens,
                         int64_t turns, T* advantages, bool* loss_mask, int threads);
 
+// levels: [3, turns], rows low, high, switch, 0 at turns that do not train the level.
+template <class Isa, class T>
+void normalize_and_scatter(const T* advantages_low, const T* advantages_high, const T* advantages_switch,
+                           const bool* boundary, const uint8_t* roles, const int32_t* cu_tokens,
+                           int64_t tokens, int64_t turns, double eps, T* levels, T* advantages,
+                           bool* loss_mask, int threads);
+
 // Of each row of logits [rows, vocabulary]: the target's log-probability, at most 0, and the entropy.
 template <class Isa, class T>
 void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,

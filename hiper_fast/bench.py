@@ -37,7 +37,7 @@ class Size(NamedTuple):
 
 
 SIZES = {"full": Size(128, 50, 290, 1024, 128, 4096), "tiny": Size(4, 5, 40, 16, 8, 50)}
-COUNTED = {"find_roles": "tokens", "scatter_advantages": "tokens", "ppo_loss": "tokens"}
+COUNTED = dict.fromkeys(("find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss"), "tokens")
 COUNTED |= {"linear_logprobs": "rows", "linear_ppo": "rows"}  # the others: turns
 
 
@@ -135,6 +135,7 @@ def calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
         "normalize": lambda which: which.normalize(x.rewards, x.switch),
         "find_roles": lambda which: which.find_roles(x.token_ids, x.cu_tokens, x.pieces),
         "scatter_advantages": lambda which: which.scatter_advantages(x.levels, x.roles, x.cu_tokens),
+        "normalize_and_scatter": lambda which: which.normalize_and_scatter(x.levels, x.roles, x.cu_tokens)[:2],
         "linear_logprobs": linear_logprobs,
         "ppo_loss": ppo_loss,
         "value_loss": value_loss,
@@ -205,7 +206,7 @@ def run(size: Size, show: Callable[[str], None]) -> list[dict]:
     """Times every op on every device, showing the table's lines as they come; a dict per line."""
     counts = {"turns": size.trajectories * size.turns, "rows": size.rows}
     counts["tokens"] = counts["turns"] * size.tokens
-    show(f"{'op':<20}{'device':<8}{'runs as':<15}{'time':>9}   throughput")
+    show(f"{'op':<23}{'device':<8}{'runs as':<15}{'time':>9}   throughput")
     implementations = ops.implementations()
     results, reasons = [], {}
     for device in next(iter(implementations.values())):
@@ -219,7 +220,7 @@ def run(size: Size, show: Callable[[str], None]) -> list[dict]:
                 {"op": op, "device": device, "implementation": str(chosen), "why": chosen.why, "seconds": seconds,
                  f"{unit}_per_second": per_second}
             )  # fmt: skip
-            show(f"{op:<20}{device:<8}{chosen + note:<15}{duration(seconds):>9}   {rate(per_second)} {unit}/s")
+            show(f"{op:<23}{device:<8}{chosen + note:<15}{duration(seconds):>9}   {rate(per_second)} {unit}/s")
     show("")
     for why, number in reasons.items():
         show(f"[{number}] {why}")

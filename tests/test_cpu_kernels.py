@@ -54,7 +54,10 @@ def test_exp_at_the_edges(instructions):
     torch.testing.assert_close(out[4], x[4].exp())
 
 
-@pytest.mark.parametrize("op", ["gae", "scatter_advantages", "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo"])
+@pytest.mark.parametrize(
+    "op",
+    ["gae", "scatter_advantages", "normalize_and_scatter", "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo"],
+)
 def test_agrees_with_the_reference(instructions, op):
     inputs = bench.step_inputs(bench.Size(3, 19, 40, 37, 8, 203))
     call = bench.calls(inputs)[op]

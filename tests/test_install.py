@@ -14,6 +14,7 @@ CONTRACT = {
     "gae": "rewards values terminated cu_turns * bootstrap=None gamma=1.0 lambda_=1.0",
     "find_roles": "token_ids cu_tokens pieces",
     "scatter_advantages": "hae roles cu_tokens",
+    "normalize_and_scatter": "hae roles cu_tokens eps=1e-08",
     "linear_logprobs": "hidden weight targets * temperature=1.0 bias=None entropy=False",
     "ppo_loss": "logprobs old_logprobs advantages loss_mask * ref_logprobs=None entropy=None clip_low=0.2 "
     "clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 denominator=None",

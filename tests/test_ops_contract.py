@@ -31,6 +31,7 @@ def raw_calls(x):
         "normalize": (x.rewards, x.switch, 1e-8),
         "find_roles": (x.token_ids, x.cu_tokens, x.pieces.bytes, x.pieces.offsets, x.pieces.flags),
         "scatter_advantages": (*x.levels[:5:2], x.levels.boundary, x.roles, x.cu_tokens),
+        "normalize_and_scatter": (*x.levels[:5:2], x.levels.boundary, x.roles, x.cu_tokens, 1e-8),
         "linear_logprobs": (hidden, weight, bias, x.targets, 0.7, True),
         "linear_logprobs_backward": (
             torch.randn(SIZE.rows), torch.randn(SIZE.rows), hidden, weight, None, x.targets, 0.7, True, True, False,
@@ -45,8 +46,8 @@ def raw_calls(x):
 
 @pytest.mark.parametrize(
     "op",
-    ["hae", "gae", "normalize", "find_roles", "scatter_advantages", "linear_logprobs", "linear_logprobs_backward",
-     "ppo_loss", "value_loss", "linear_ppo"],
+    ["hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter", "linear_logprobs",
+     "linear_logprobs_backward", "ppo_loss", "value_loss", "linear_ppo"],
 )  # fmt: skip
 def test_opcheck(x, op):
     torch.library.opcheck(getattr(torch.ops.hiper_fast, op).default, raw_calls(x)[op])

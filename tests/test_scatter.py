@@ -33,6 +33,28 @@ def test_by_hand():
     assert loss_mask.tolist() == [False, True, True, True, True, True, False, True]
 
 
+@pytest.mark.parametrize("lengths", [[], [0], [1], [5, 0, 12], [3] * 40], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_normalised_equals_the_reference(lengths, dtype):
+    case = random_case(lengths, dtype)
+    result, expected = ops.normalize_and_scatter(*case), ops.reference.normalize_and_scatter(*case)
+    torch.testing.assert_close(result, expected)
+
+
+def test_normalised_over_the_turns_that_train_a_level():
+    one = torch.tensor
+    low, high, switch = (one([x, 2 * x, 3 * x, 4 * x]) for x in (1.0, 10.0, 100.0))
+    hae = ops.HAE(low, None, high, None, switch, None, one([True, False, True, True]))
+    # Turn 0 trains all, turn 1 nothing (its subgoal is no boundary's), turn 2 low and high, turn 3 switch.
+    roles, cu_tokens = one([1, 2, 4, 2, 3, 4], dtype=torch.uint8), one([0, 3, 4, 5, 6], dtype=torch.int32)
+    advantages, loss_mask, normal = ops.normalize_and_scatter(hae, roles, cu_tokens)
+    assert normal.advantages_low.tolist() == [-1, 0, 1, 0]
+    assert normal.advantages_high.tolist() == [-1, 0, 1, 0]
+    assert normal.advantages_switch.tolist() == [-1, 0, 0, 1]
+    assert advantages.tolist() == [-1, -1, -1, 0, 2, 1]
+    assert loss_mask.tolist() == [True, True, True, False, True, True]
+
+
 def test_opcheck_and_strides():
     hae, roles, cu_tokens = random_case([3, 4])
     arguments = (

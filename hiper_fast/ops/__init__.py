@@ -11,6 +11,7 @@ from hiper_fast.ops.hae import HAE, hae
 from hiper_fast.ops.linear_logprobs import linear_logprobs
 from hiper_fast.ops.linear_ppo import linear_ppo
 from hiper_fast.ops.normalize import normalize
+from hiper_fast.ops.normalize_and_scatter import normalize_and_scatter
 from hiper_fast.ops.ppo_loss import ppo_loss
 from hiper_fast.ops.scatter_advantages import scatter_advantages
 from hiper_fast.ops.value_loss import value_loss
@@ -26,6 +27,7 @@ __all__ = [
     "linear_logprobs",
     "linear_ppo",
     "normalize",
+    "normalize_and_scatter",
     "ppo_loss",
     "reference",
     "scatter_advantages",
@@ -51,7 +53,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 
 
 _OPS = (
-    "hae", "gae", "normalize", "find_roles", "scatter_advantages",
+    "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter",
     "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo",
 )  # fmt: skip
 
@@ -59,7 +61,7 @@ _OPS = (
 def _implementation(op: str, device: str) -> Implementation:
     no_triton = ""
     if device == "cuda":
-        kernel, no_triton = _library.triton_kernel(op, op)
+        kernel, no_triton = _library.triton_kernel(op)
         if kernel is not None:
             return Implementation("triton")
         if _library.runs_on_cuda[op]:

@@ -25,6 +25,7 @@ except ImportError as error:
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALVES)
 
+kernel_modules: dict[str, str] = {}  # op -> the module of hiper_fast.kernels that has it
 runs_on_cuda: dict[str, bool] = {}  # op -> what it falls back to is made of CUDA operations
 
 _library = torch.library.Library("hiper_fast", "DEF")
@@ -40,14 +41,14 @@ def define(
     is made of `cuda` operations; else the tensors are copied to the host, and the result back.
     """
     name = schema.split("(", 1)[0]
-    runs_on_cuda[name] = cuda
+    kernel_modules[name], runs_on_cuda[name] = module or name, cuda
     _library.define(schema)
     op = getattr(torch.ops.hiper_fast, name).default
     plain = torch.no_grad()(plain)
     otherwise = plain if cuda else _through_host(op)
 
     def on_gpu(*arguments):
-        return (triton_kernel(name, module or name)[0] or otherwise)(*arguments)
+        return (triton_kernel(name)[0] or otherwise)(*arguments)
 
     _library.impl(name, plain if extension is None else cpp, "CPU")
     _library.impl(name, on_gpu, "CUDA")
@@ -57,10 +58,10 @@ def define(
 
 
 @functools.cache
-def triton_kernel(name: str, module: str) -> tuple[Callable | None, str]:
+def triton_kernel(name: str) -> tuple[Callable | None, str]:
     """The op's function of hiper_fast.kernels, or None and the reason."""
     try:
-        return getattr(importlib.import_module(f"hiper_fast.kernels.{module}"), name), ""
+        return getattr(importlib.import_module(f"hiper_fast.kernels.{kernel_modules[name]}"), name), ""
     except (ImportError, AttributeError) as error:
         return None, f"there is no Triton kernel to load ({error})"
 

@@ -181,6 +181,17 @@ def scatter_advantages(hae, roles, cu_tokens) -> tuple[Tensor, Tensor]:
     return hae.advantages_low.new_tensor(advantages), torch.tensor(loss_mask, dtype=torch.bool, device=roles.device)
 
 
+def normalize_and_scatter(hae, roles, cu_tokens, eps=1e-8) -> tuple[Tensor, Tensor, HAE]:
+    carried = [[bool((roles[a:b] & bit).any()) for a, b in _segments(cu_tokens)] for bit in (ACTION, SUBGOAL, SWITCH)]
+    low, high, switch = (torch.tensor(x, dtype=torch.bool, device=roles.device) for x in carried)
+    levels = hae._replace(
+        advantages_low=normalize(hae.advantages_low, low, eps),
+        advantages_high=normalize(hae.advantages_high, high & hae.boundary, eps),
+        advantages_switch=normalize(hae.advantages_switch, switch, eps),
+    )
+    return *scatter_advantages(levels, roles, cu_tokens), levels
+
+
 def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, entropy=False):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(dtype) @ weight.to(dtype).T

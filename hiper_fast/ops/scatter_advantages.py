@@ -59,6 +59,11 @@ def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tens
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
+    check_turns_and_tokens(hae, roles, cu_tokens)
+    return _op(hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary, roles, cu_tokens)
+
+
+def check_turns_and_tokens(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> None:
     check_vector("roles", roles, None, (torch.uint8,), None)
     device = roles.device
     turns = check_cu("cu_tokens", cu_tokens, device)
@@ -67,4 +72,3 @@ def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tens
     check_vector("hae.advantages_high", hae.advantages_high, turns, dtype, device)
     check_vector("hae.advantages_switch", hae.advantages_switch, turns, dtype, device)
     check_vector("hae.boundary", hae.boundary, turns, (torch.bool,), device)
-    return _op(hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary, roles, cu_tokens)

@@ -90,13 +90,10 @@ def _scatter_kernel(
     a_low = _level(low, turn, there, parts, number, eps, dtype, NORMALIZE, PARTS)
     a_high = _level(high, turn, there, parts + 3 * number, number, eps, dtype, NORMALIZE, PARTS)
     a_switch = _level(switch, turn, there, parts + 6 * number, number, eps, dtype, NORMALIZE, PARTS)
-    if NORMALIZE:
-        tl.store(levels + turn, a_low, mask=there)
-        tl.store(levels + turns + turn, tl.where(opens, a_high, 0.0), mask=there)
-        tl.store(levels + 2 * turns + turn, a_switch, mask=there)
     # What each role adds, and where a subgoal trains nothing.
     trained = tl.where(opens, _ACTION + _SUBGOAL + _SWITCH, _ACTION + _SWITCH)
 
+    carried = tl.zeros([TURNS], tl.int32)
     longest = tl.max(end - begin, axis=0)
     start = 0
     while start < longest:
@@ -108,7 +105,13 @@ def _scatter_kernel(
         advantage += tl.where((role & _SWITCH) != 0, a_switch[:, None], 0.0)
         tl.store(advantages + token, advantage, mask=inside)
         tl.store(loss_mask + token, role != 0, mask=inside)
+        if NORMALIZE:
+            carried |= tl.reduce(role, 1, _either)
         start += TOKENS
+    if NORMALIZE:
+        tl.store(levels + turn, tl.where((carried & _ACTION) != 0, a_low, 0.0), mask=there)
+        tl.store(levels + turns + turn, tl.where((carried & _SUBGOAL) != 0, a_high, 0.0), mask=there)
+        tl.store(levels + 2 * turns + turn, tl.where((carried & _SWITCH) != 0, a_switch, 0.0), mask=there)
 
 
 def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps):
@@ -146,7 +149,7 @@ def normalize_and_scatter(
 
     Returns:
         advantages [tokens], loss_mask bool [tokens] as of `scatter_advantages`; levels [3, turns], the normalised
-        low, high (0 off boundaries) and switch advantages.
+        low, high and switch advantages, 0 at turns that do not train the level.
     """
     low, high, switch = buffer(advantages_low), buffer(advantages_high), buffer(advantages_switch)
     boundary, roles, cu_tokens = boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()

@@ -181,8 +181,7 @@ def test_scatter_with_and_without_normalisation(device, lengths):
     result = normalize_and_scatter(*given)
     assert torch.equal(result[1].cpu(), mask)
     assert_close(result[0], expected(*levels)[0], torch.float32)
-    for x, wanted, m in zip(result[2].cpu(), levels, carried, strict=True):
-        assert_close(x[m], wanted[m], torch.float32)
+    assert_close(result[2], torch.stack(levels), torch.float32)
 
 
 @pytest.mark.parametrize("cu", [[0, 2, 9], [0, 4, 3], [1, 2, 5], [0, 2, 4], [-3, 2, 5], [0, -7, 5]], ids=str)

@@ -1,0 +1,75 @@
+"""From turns to tokens in one op, each level first normalised over the turns that train it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hiper_fast.ops import _library, reference
+from hiper_fast.ops._library import plain_buffer, wide
+from hiper_fast.ops.reference import HAE
+from hiper_fast.ops.scatter_advantages import check_turns_and_tokens
+
+
+def _cpu(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
+    low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
+    boundary, roles, cu_tokens = boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()
+    tokens, turns = roles.shape[0], boundary.shape[0]
+    advantages, loss_mask = low.new_empty(tokens), torch.empty(tokens, dtype=torch.bool)
+    levels = low.new_empty(3, turns)
+    _library.kernel("normalize_and_scatter", low.dtype)(
+        low.data_ptr(), high.data_ptr(), switch.data_ptr(), boundary.data_ptr(), roles.data_ptr(),
+        cu_tokens.data_ptr(), tokens, turns, eps, levels.data_ptr(), advantages.data_ptr(), loss_mask.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, loss_mask, levels
+
+
+def _reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
+    _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
+    low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
+    hae = HAE(low, None, high, None, switch, None, boundary)
+    advantages, loss_mask, levels = reference.normalize_and_scatter(hae, roles, cu_tokens, eps)
+    return advantages, loss_mask, torch.stack(levels[:5:2])
+
+
+def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
+    dtype = wide(advantages_low.dtype)
+    return (
+        advantages_low.new_empty(roles.shape, dtype=dtype),
+        roles.new_empty(roles.shape, dtype=torch.bool),
+        advantages_low.new_empty((3, advantages_low.shape[0]), dtype=dtype),
+    )
+
+
+_op = _library.define(
+    "normalize_and_scatter(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
+    "Tensor boundary, Tensor roles, Tensor cu_tokens, float eps) -> (Tensor, Tensor, Tensor)",
+    cpp=_cpu,
+    plain=_reference,
+    fake=_fake,
+    module="scatter_advantages",
+)
+
+
+def normalize_and_scatter(hae: HAE, roles: Tensor, cu_tokens: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor, HAE]:
+    """`normalize` for each level over the turns that train it, then `scatter_advantages`.
+
+    A turn trains a level if one of its tokens has the level's role and, for the high level, if it is a boundary.
+
+    Args:
+        hae, roles, cu_tokens: as in `scatter_advantages`.
+        eps: as in `normalize`.
+
+    Returns:
+        advantages [tokens], loss_mask bool [tokens]: as of `scatter_advantages`.
+        hae: with its three advantages normalised, 0 at turns that do not train the level.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or values do not fit.
+    """
+    check_turns_and_tokens(hae, roles, cu_tokens)
+    given = hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary
+    advantages, loss_mask, levels = _op(*given, roles, cu_tokens, eps)
+    low, high, switch = levels.unbind(0)
+    return advantages, loss_mask, hae._replace(advantages_low=low, advantages_high=high, advantages_switch=switch)
