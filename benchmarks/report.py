@@ -65,6 +65,8 @@ def main() -> None:
             held = {which: f"{x['beyond_gradients'] / 1e6:.3g} MB" for which, x in e["peak"].items()}
             page += f"\nPeak memory of `linear_ppo` beyond its gradients, {e['size']}: {held['op']}; with all logits "
             page += f"materialised in torch {held['materialised']}.\n"
+    page += "\n## Targets\n\n"
+    page += "".join(f"- {e['target']}: {'met' if e['met'] else 'missed'}.\n" for e in entries if "target" in e)
     (DOCS / "performance.md").write_text(page)
     (DOCS / "performance.svg").write_text(plot(ratios))
 
