@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hiper_fast import attention, ops, tiny
@@ -210,6 +216,8 @@ def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
         except Exception as error:
             reason = textwrap.shorten(str(error), 200)
             raise ConfigError(f"model.compile: torch.compile does not work here ({reason}); leave it false") from error
+        # Packed attention stays out: its lists of lengths would be compiled anew for every microbatch.
+        AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attention))
         compile_layers(model.base_model)
     return Agent(model, tokenizer, config, tiny=tiny)
 

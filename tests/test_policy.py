@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from hiper_fast import checkpoint, optim, policy, tiny, train
 from hiper_fast import eval as evaluation
+from hiper_fast.batch import microbatches
 from hiper_fast.config import Config, ConfigError, ModelConfig
+from hiper_fast.trajectory import prefix_sums
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -318,6 +320,29 @@ def test_compiled_layers_give_the_same_gradients(base):
     with compiled.eager(), torch.inference_mode():
         compiled.model(input_ids=IDS, use_cache=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted, "generation compiles nothing"
+
+
+def test_layers_compile_once_for_all_microbatches_and_models(base, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
+    torch._dynamo.reset()
+    agent, plain = load(base, compile=True, gradient_checkpointing=True), load(base)
+    agent.freeze_reference()
+    agent.add_critic()
+    graphs = []
+    for sequences in (3, 5, 8):
+        cu_seqlens = prefix_sums(3 + 7 * torch.arange(sequences))
+        ids = torch.arange(int(cu_seqlens[-1])) % 700
+        (batch,) = microbatches(ids, cu_seqlens, 1000)
+        states = agent.trunk(batch)
+        (states.sum() + agent.critic_hidden(batch).sum()).backward()
+        with torch.no_grad():
+            agent.trunk(batch, reference=True)
+            torch.testing.assert_close(states.detach(), plain.trunk(batch))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1]
 
 
 def test_without_a_compiler_the_option_is_refused(base, monkeypatch):
