@@ -83,14 +83,20 @@ class MasterWeights(Optimizer):
         self.param_groups[0]["lr"] = self.inner.param_groups[0]["lr"]
         for p, master in zip(parameters, masters, strict=True):
             p.grad_dtype = master.dtype
+        self.offloaded = any(p.device != master.device for p, master in zip(parameters, masters, strict=True))
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until what is on its way to the CPU has arrived."""
+        if self.offloaded:
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def step(self) -> None:
         weights = self.param_groups[0]["params"]
         for p, master in zip(weights, self.masters, strict=True):
             master.grad = None if p.grad is None else p.grad.to(master.device, master.dtype, non_blocking=True)
-        if any(p.device != master.device for p, master in zip(weights, self.masters, strict=True)):
-            torch.cuda.synchronize()  # the gradients are on their way to the CPU
+        self._wait()
         self.inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self.inner.step()
         for p, master in zip(weights, self.masters, strict=True):

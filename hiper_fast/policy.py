@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import textwrap
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -208,7 +210,9 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
 def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool) -> Agent:
     """The agent of a model, its layers recomputed or compiled where the options ask for it."""
     if config.gradient_checkpointing:
-        model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers(model.base_model):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
         model.base_model.register_forward_pre_hook(recompute_with_gradients)
     if config.compile:
         try:
