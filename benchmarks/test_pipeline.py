@@ -1,20 +1,23 @@
 """The stages of an update of the embedded default, in tokens a second: rollout, score, estimate, update.
 
 32 episodes, a quarter of the default's update. The tiny model has random weights, so episodes run to the turn limit and
-responses to the token limit: turns at their longest. Beside the update in microbatches of like length stands the same
-one with every sequence padded to 512 tokens, timed once their losses were found equal; beside the trunk's forward and
-backward stands this machine's own rate of float32 matrix products. HIPER_FAST_BENCH=tiny makes it all small enough to
-test the benchmarks themselves.
+responses to the token limit: turns at their longest. Then one policy update on turns as long as ALFWorld's, packed and
+in the reference's padded layout, timed once their gradients were found equal. Beside the trunk's forward and backward
+stands this machine's own rate of float32 matrix products. HIPER_FAST_BENCH=tiny makes it all small enough to test the
+benchmarks themselves.
 """
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from hiper_fast import bench, hiper
-from hiper_fast.batch import Microbatch, microbatches
+from hiper_fast.batch import microbatches
 from hiper_fast.config import Config, prompt_style
 from hiper_fast.games import Games
 from hiper_fast.policy import load
@@ -22,8 +25,10 @@ from hiper_fast.prompt import Prompter
 from hiper_fast.rollout import Play, rollout, sampled
 from hiper_fast.trajectory import pack
 
+sys.path.insert(0, str(Path(__file__).parent))  # for policy_update.py
+import policy_update
+
 TINY = bench.default_size() == "tiny"
-LENGTH = 256 if TINY else 512  # of a padded sequence
 SQUARE = 128 if TINY else 1024  # of the matrices whose product is the roofline
 
 
@@ -116,15 +121,6 @@ def test_estimate(benchmark, t, scores, config):
     note_rate(benchmark, t.response_ids.numel())
 
 
-def fixed_length(ids, cu_seqlens, token_budget, index):
-    """`microbatches` the reference's way: in the order given, every sequence padded to LENGTH."""
-    lengths = cu_seqlens.diff().long()
-    sequences = ids.split(lengths.tolist())
-    for part in index.split(token_budget // LENGTH):
-        padded = torch.stack([pad(sequences[i], (0, LENGTH - len(sequences[i]))) for i in part])
-        yield Microbatch(part, padded, lengths[part])
-
-
 def learner(agent, config):
     """A copy of the agent and its optimisers: every update starts from the same weights."""
     agent = copy.deepcopy(agent)
@@ -137,50 +133,64 @@ def learner(agent, config):
 
 
 @pytest.mark.benchmark(group="update")
-@pytest.mark.parametrize("layout", [microbatches, fixed_length])
-def test_update(benchmark, agent, t, targets, config, layout, monkeypatch):
-    def first_losses(layout):
-        monkeypatch.setattr(hiper, "microbatches", layout)
-        return hiper.step(*learner(agent, config), t, targets, torch.arange(min(64, t.turns)), config, True)
-
-    expected = first_losses(microbatches)
-    assert expected and first_losses(layout) == pytest.approx(expected, rel=1e-3, abs=1e-5)
-
+def test_update(benchmark, agent, t, targets, config):
     def fresh():
         return (*learner(agent, config), t, targets, config, torch.Generator().manual_seed(0)), {}
 
     losses = benchmark.pedantic(hiper.update, setup=fresh, rounds=2 if TINY else 1)
     assert losses["optim/skipped_steps"] == 0
     note_rate(benchmark, all_tokens(t))
-    batches = layout(*t.sequences(), config.train.microbatch_tokens, torch.arange(t.turns))
-    computed = sum(batch.input_ids.numel() for batch in batches)
-    benchmark.extra_info["padding_share"] = round(1 - all_tokens(t) / computed, 3)  # the turns taken all at once
+
+
+@pytest.fixture(scope="module")
+def policy_updates():
+    """What the layouts measured so far gave."""
+    size, gradients = policy_update.SIZES["tiny"], []
+    for layout in policy_update.LAYOUTS.values():
+        x = policy_update.inputs(size, torch.float64)
+        layout(x, size)
+        gradients.append([p.grad for p in x.model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
+    return []
+
+
+@pytest.mark.benchmark(group="policy update")
+@pytest.mark.parametrize("layout", policy_update.LAYOUTS)
+def test_policy_update(benchmark, layout, policy_updates):
+    """A process of its own, whose start the timer includes; `seconds` are the update's processor time."""
+    command = [sys.executable, policy_update.__file__, layout, "tiny" if TINY else "alfworld"]
+    run = benchmark.pedantic(subprocess.run, (command,), {"capture_output": True, "check": True}, rounds=1)
+    benchmark.extra_info |= (result := json.loads(run.stdout))
+    policy_updates.append([result["loss"], result["grad_norm"]])
+    assert policy_updates[0] == pytest.approx(policy_updates[-1], rel=1e-4), "layouts disagree"
 
 
 @pytest.mark.benchmark(group="trunk")
 def test_trunk(benchmark, agent, t, config):
     """Forward and backward of one microbatch, against the roofline: a square float32 matrix product."""
-    batches = list(microbatches(*t.sequences(), config.train.microbatch_tokens))
-    ids = batches[len(batches) // 2].input_ids
+    sequences = t.sequences()
+    batches = list(microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens))
+    batch = batches[len(batches) // 2]
 
     def forward_and_backward():
-        agent.trunk(ids).sum().backward()
+        agent.trunk(batch).sum().backward()
         agent.model.zero_grad(set_to_none=True)
 
     benchmark.pedantic(forward_and_backward, rounds=5, warmup_rounds=1)
-    note_rate(benchmark, ids.numel())
-    rate = trunk_flops(agent.model, ids) / benchmark.stats.stats.median
+    note_rate(benchmark, batch.input_ids.numel())
+    rate = trunk_flops(agent.model, batch) / benchmark.stats.stats.median
     roofline = matmul_rate()
     benchmark.extra_info["gflops"] = round(rate / 1e9, 2)
     benchmark.extra_info["roofline_gflops"] = round(roofline / 1e9, 2)
     benchmark.extra_info["roofline_share"] = round(rate / roofline, 3)
 
 
-def trunk_flops(model, ids):
-    """Forward and backward: 6 a weight and token, and causal attention's two products over half the length."""
-    layers, length = model.base_model.layers, ids.shape[1]
+def trunk_flops(model, batch):
+    """Forward and backward: 6 a weight and token, and causal attention's two products over half of each length."""
+    layers, lengths = model.base_model.layers, batch.cu_seqlens.diff().long()
     weights = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
-    return ids.numel() * (6 * weights + 6 * len(layers) * model.config.hidden_size * length)
+    attention = 6 * len(layers) * model.config.hidden_size * int((lengths**2).sum())
+    return batch.input_ids.numel() * 6 * weights + attention
 
 
 def matmul_rate():
