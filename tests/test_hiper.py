@@ -396,6 +396,39 @@ def test_microbatches_add_up_to_one_big_batch(agent, budget):
         assert split[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.parametrize("budget", [1, 90, 100_000])
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_the_policy_gradient_is_that_of_plain_loops_in_float64(fresh, budget, minibatches):
+    """Every turn alone through transformers, the loss by its formula, however the turns were cut into microbatches."""
+    config = settings(microbatch_tokens=budget, minibatches=minibatches)
+    t, *parts = scored(fresh, config)
+    targets = estimate(t, *parts, config.advantage)
+    fresh.model.double()
+    t.old_logprobs = t.old_logprobs.double() + 0.3 * torch.randn(len(t.old_logprobs), dtype=torch.float64)
+    targets.advantages, targets.ref_logprobs = targets.advantages.double(), targets.ref_logprobs.double()
+    order = torch.randperm(t.turns, generator=torch.Generator().manual_seed(0))
+    plain = copy.deepcopy(fresh.model)
+    for part in order.tensor_split(minibatches):  # 15 turns: the minibatches are uneven
+        logprobs, entropies, tokens = [], [], []
+        for turn in part.tolist():
+            (p0, p1), (r0, r1) = bounds(t.cu_prompts)[turn], bounds(t.cu_tokens)[turn]
+            ids = torch.cat([t.prompt_ids[p0:p1], t.response_ids[r0:r1]])[None]
+            log_p = torch.log_softmax(plain(ids, use_cache=False).logits[0, p1 - p0 - 1 : -1], -1)
+            logprobs.append(log_p.gather(1, t.response_ids[r0:r1, None])[:, 0])
+            entropies.append(-(log_p.exp() * log_p).sum(1))
+            tokens.append(torch.arange(r0, r1))
+        at = torch.cat(tokens)
+        loss = ops.reference.ppo_loss(
+            torch.cat(logprobs), t.old_logprobs[at], targets.advantages[at], targets.loss_mask[at],
+            ref_logprobs=targets.ref_logprobs[at], entropy=torch.cat(entropies),
+        )  # fmt: skip
+        for p, g in zip(plain.parameters(), torch.autograd.grad(loss, list(plain.parameters())), strict=True):
+            p.data -= 0.1 * g
+    _, _, after = trained(fresh, t, targets, config)
+    for mine, expected in zip(after.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
+
+
 def test_a_minibatch_is_a_mean_over_its_own_tokens(fresh):
     """Two minibatches of 8 and 7 turns: each divides by what it holds."""
     config = settings(minibatches=2, kl_coef=0.0, entropy_coef=0.0, grad_clip=1e-12)
