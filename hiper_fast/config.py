@@ -47,11 +47,18 @@ class EnvConfig:
 
 @dataclass(slots=True)
 class AgentConfig:
-    style: str = option("auto", "prompt style: reference, compact, or auto: compact for the tiny model")
-    history: int = option(
-        8, "past turns shown in the prompt (compact: actions only; the paper's 2 show observations too)"
+    style: str = option(
+        "auto",
+        "prompt style: reference or compact, a prompt a turn; transcript, one conversation an episode, which trains as "
+        "one sequence; or auto: compact for the tiny model, else reference",
     )
-    max_prompt_tokens: int = option(384, "longer prompts drop history, then the observation's tail")
+    history: int = option(
+        8,
+        "past turns shown in the prompt (compact: actions only; the paper's 2 show observations too; transcript: all)",
+    )
+    max_prompt_tokens: int = option(
+        384, "longer prompts drop history, then the observation's tail; a transcript of so many tokens ends its episode"
+    )
     max_response_tokens: int = option(28, "tokens sampled at most in a turn")
     fallback: int = option(30, "a response without action block acts by its last characters, so many")
     temperature: float = option(1.0, "sampling temperature in training")
@@ -190,7 +197,7 @@ CHOICES = {
     "env.size": ("small", "medium", "large"),
     "env.goals": ("synthetic", "human"),
     "env.split_by": ("goal", "product"),
-    "agent.style": ("auto", "reference", "compact"),
+    "agent.style": ("auto", "reference", "compact", "transcript"),
     "model.critic": ("separate", "shared"),
     "model.dtype": ("float32", "bfloat16"),
     "reward.keep_mode": ("normalized", "fixed"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+
+Past = tuple[Tensor, Tensor]  # keys and values of one sequence's tokens, each [layers, tokens, heads, d]
 
 
 @torch.inference_mode()
@@ -17,6 +20,7 @@ def generate(
     stop_ids: tuple[int, ...],
     generator: torch.Generator,
     batch_tokens: int = 8192,
+    pasts: list[Past | None] | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Samples a response to every prompt.
 
@@ -24,27 +28,44 @@ def generate(
     `max_new_tokens` long. Log-probs are float32, of the tempered distribution the token was drawn from; temperature 0
     is greedy and reports the log-prob under temperature 1. Prompts of like length run together, at most `batch_tokens`
     prompt tokens at once.
+
+    pasts: per prompt that of its first tokens, which then count as read, or None. In its place comes that of the prompt
+    and its response but for the last token, for a prompt that goes on from there.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    unread = [len(p) for p in prompts]
+    if pasts is not None:
+        unread = [n - (0 if past is None else past[0].shape[1]) for n, past in zip(unread, pasts, strict=True)]
+    order = sorted(range(len(prompts)), key=lambda i: unread[i], reverse=True)
     results: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     while order:
-        size = max(1, batch_tokens // len(prompts[order[0]]))
+        width = unread[order[0]]
+        size = max(1, batch_tokens // width)
         group, order = order[:size], order[size:]
-        sample_group(model, prompts, group, results, max_new_tokens, temperature, stop_ids, generator)
+        sample_group(model, prompts, group, width, results, max_new_tokens, temperature, stop_ids, generator, pasts)
     return results
 
 
-def sample_group(model, prompts, group, results, max_new_tokens, temperature, stop_ids, generator) -> None:
-    """Prefills the prompts of `group`, left-padded, then decodes them in step, appending to `results`."""
+def sample_group(
+    model, prompts, group, width, results, max_new_tokens, temperature, stop_ids, generator, pasts
+) -> None:
+    """Prefills the last `width` tokens of the prompts of `group`, then decodes them in step, appending to `results`.
+
+    Where fewer are unread, some of the past are read again: so all rows end together and padding is on the left alone.
+    """
     device = model.device
-    longest = len(prompts[group[0]])
-    ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in group], device=device)
+    longest = max(len(prompts[i]) for i in group)
+    ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i][-width:] for i in group], device=device)
     lengths = torch.tensor([len(prompts[i]) for i in group], device=device)
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
-    position_ids = (mask.cumsum(1) - 1).clamp_min(0)
+    position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -width:]
     rows = list(group)  # batch row -> prompt
     stop = torch.tensor(stop_ids, device=device)
-    cache = DynamicCache(config=model.config)
+    if pasts is None:
+        cache = DynamicCache(config=model.config)
+    else:
+        cache = join([(pasts[i], max(0, len(prompts[i]) - width)) for i in group])
+        for i in group:
+            pasts[i] = None
 
     for step in range(max_new_tokens):
         out = model(
@@ -58,16 +79,42 @@ def sample_group(model, prompts, group, results, max_new_tokens, temperature, st
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             results[row][0].append(token)
             results[row][1].append(logprob)
-        going = ~torch.isin(tokens, stop)
-        if step + 1 == max_new_tokens or not going.any():
+        ended = torch.isin(tokens, stop) | (step + 1 == max_new_tokens)
+        if pasts is not None:
+            for place in ended.nonzero()[:, 0].tolist():
+                pasts[rows[place]] = take(cache, place, len(prompts[rows[place]]) + step)
+        if ended.all():
             return
-        if not going.all():
-            kept = going.nonzero()[:, 0]
+        if ended.any():
+            kept = (~ended).nonzero()[:, 0]
             cache.batch_select_indices(kept)
             mask, tokens, position_ids = mask[kept], tokens[kept], position_ids[kept]
             rows = [rows[i] for i in kept.tolist()]
         ids, position_ids = tokens[:, None], position_ids[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+
+
+def join(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
+    """One cache, left-padded, of the first so many tokens of each past."""
+    cache = DynamicCache()  # whole layers, also where the model's window slides: a past may be cut anywhere
+    known = next((past for past, length in pasts if length), None)
+    for layer in range(len(known[0]) if known else 0):
+        keys, values = (
+            pad_sequence(
+                [(past or known)[kind][layer, :length] for past, length in pasts], batch_first=True, padding_side="left"
+            ).transpose(1, 2)
+            for kind in (0, 1)
+        )
+        cache.update(keys, values, layer)
+    return cache
+
+
+def take(cache: DynamicCache, row: int, length: int) -> Past:
+    """What a left-padded cache holds of one row's `length` tokens."""
+    return tuple(
+        torch.stack([getattr(layer, name)[row, :, -length:].transpose(0, 1) for layer in cache.layers])
+        for name in ("keys", "values")
+    )
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,8 @@ def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor
     recompute = c.old_logprobs == "recomputed"
     values = torch.zeros(t.turns, 3)
     ref_logprobs = torch.zeros_like(t.old_logprobs) if c.kl_coef else None
-    sequences = t.sequences()
+    sequences = t.sequences(final=config.advantage.bootstrap)
+    bootstrap = torch.zeros(len(t.terminated))
 
     def logprobs(hidden: Tensor, rows: Rows, **which) -> Tensor:
         targets = t.response_ids[rows.tokens].to(agent.device)
@@ -88,15 +89,22 @@ def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor
         hidden = agent.trunk(batch) if recompute else None
         if recompute:
             t.old_logprobs[rows.tokens] = logprobs(hidden, rows)
-        values[rows.turns] = rows.values(agent.critic(agent.critic_hidden(batch, hidden)[rows.value_rows])).cpu()
+        critic_hidden = agent.critic_hidden(batch, hidden)
+        values[rows.turns] = rows.values(agent.critic(critic_hidden[rows.value_rows])).cpu()
+        if config.advantage.bootstrap and t.continued:
+            bootstrap[batch.index] = last_values(agent, batch, critic_hidden)
         if ref_logprobs is not None and rows.tokens.numel():
             ref_logprobs[rows.tokens] = logprobs(agent.trunk(batch, reference=True), rows, reference=True)
-    bootstrap = torch.zeros(len(t.terminated))
-    if config.advantage.bootstrap and t.final_ids.numel():
+    if config.advantage.bootstrap and not t.continued:
         for batch in microbatches(t.final_ids, t.cu_final, c.microbatch_tokens):
-            hidden = agent.critic_hidden(batch.to(agent.device))
-            bootstrap[batch.index] = agent.critic(hidden[batch.cu_seqlens[1:].long() - 1])[:, HIGH].cpu()
-    return values, bootstrap, ref_logprobs
+            batch = batch.to(agent.device)
+            bootstrap[batch.index] = last_values(agent, batch, agent.critic_hidden(batch))
+    return values, bootstrap.masked_fill(t.terminated, 0), ref_logprobs
+
+
+def last_values(agent: Agent, batch: Microbatch, hidden: Tensor) -> Tensor:
+    """V_high [sequences] at the last token of each sequence."""
+    return agent.critic(hidden[batch.cu_seqlens[1:].long() - 1])[:, HIGH].cpu()
 
 
 class Rows:
@@ -176,7 +184,8 @@ def update(
     *,
     train_policy: bool = True,
 ) -> dict[str, float]:
-    """One pass over the sequences in random minibatches, an optimiser step each; returns means over the steps."""
+    """One pass over the sequences, turns or whole trajectories, in random minibatches, an optimiser step each; returns
+    means over the steps."""
     sequences = t.sequences()
     order = torch.randperm(len(sequences), generator=generator)
     steps = [

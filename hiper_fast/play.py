@@ -54,11 +54,14 @@ class Mind:
         )
         self.respond = sampled(self.agent, config, temperature, seed)
 
-    def __call__(self, play: Play) -> Thought:
+    def __call__(self, play: Play) -> Thought | None:
+        """None where the conversation has grown too long for another turn."""
         [prompt] = self.prompter([play.state])
         play.see(prompt)
+        if play.over:
+            return None
         [answer] = self.respond([play])
-        return Thought(answer, self.agent.decode(answer[0]), values(self.agent, prompt[0], answer, self.config))
+        return Thought(answer, self.agent.decode(answer[0]), values(self.agent, play.context, answer, self.config))
 
 
 def values(agent: Agent, prompt: list[int], answer: Answer, config: Config) -> list[float] | None:
@@ -100,6 +103,8 @@ def play_game(play: Play, console: Console, mind: Mind | None = None, *, auto: b
     console.print(Text(f"Your task: {play.state.task}", style="bold"))
     while not play.over:
         thought = mind(play) if mind else None
+        if play.over:  # no room for another turn
+            break
         if thought:
             beside = Table.grid(expand=True)
             beside.add_column(ratio=2)
@@ -116,13 +121,16 @@ def play_game(play: Play, console: Console, mind: Mind | None = None, *, auto: b
         if typed.isdigit() and 1 <= int(typed) <= len(play.state.commands):
             typed = play.state.commands[int(typed) - 1]
         if typed:
-            thought = Thought(([], []), f"<action>{typed}</action>".encode(errors="replace"), None)
+            text = f"<action>{typed}</action>".encode(errors="replace")
+            ids = mind.agent.tokenizer(text.decode(), add_special_tokens=False)["input_ids"] if mind else []
+            thought = Thought((ids, [0.0] * len(ids)), text, None)
         if thought:
             play.step(thought.answer, thought.text)
     console.print(page(play))
     score = f", score {play.info['task_score']:.2f}" if "task_score" in play.info else ""
     turns = len(play.episode.responses)
-    outcome = "Won" if play.episode.won else "Lost" if play.episode.terminated else "Out of turns"
+    limit = "Out of turns" if turns == play.config.env.max_turns else "Out of room for the conversation"
+    outcome = "Won" if play.episode.won else "Lost" if play.episode.terminated else limit
     console.print(Text(f"{outcome} after {turns} turns{score}.", style="bold"))
 
 

@@ -1,4 +1,4 @@
-"""What the model reads at a turn, in two styles, within a token limit that never raises."""
+"""What the model reads at a turn, in three styles, within a token limit that never raises."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class State:
     subgoal: str | None = None  # None before the first one
     history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
     sent: set[str] = field(default_factory=set)  # all actions of the episode
+    context: list[int] = field(default_factory=list)  # transcript: token ids read and answered before this turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,22 @@ def without_refused(state: State) -> State:
     return replace(state, history=history, observation=before)
 
 
+INSTRUCTIONS = """You act in a text world, one command a turn. Your task: {task}
+You work towards it through short subgoals, each within reach of a few commands.
+"""
+FORMAT = """\
+Decide first whether to keep the current subgoal or to switch to a new one, then act. Answer with these blocks only:
+<switch>KEEP or SWITCH</switch>
+<subgoal>the current subgoal word for word if you keep it, else the new one</subgoal>
+<action>one admissible action, word for word</action>
+"""
+
+
 def reference(state: State) -> str:
     """The structure of the paper's prompt: task, history, observation, subgoal, admissible actions, format."""
     past = "\n".join(f"Observation: {observation}\nAction: {action}" for observation, action in state.history)
     commands = "\n".join(f"'{command}'" for command in state.commands if command != "help")
-    return f"""You act in a text world, one command a turn. Your task: {state.task}
-You work towards it through short subgoals, each within reach of a few commands.
-
+    return f"""{INSTRUCTIONS.format(task=state.task)}
 The last {len(state.history)} observations and actions:
 {past or "none yet"}
 
@@ -63,11 +73,21 @@ Current subgoal: {state.subgoal}
 Admissible actions:
 {commands}
 
-Decide first whether to keep the current subgoal or to switch to a new one, then act. Answer with these blocks only:
-<switch>KEEP or SWITCH</switch>
-<subgoal>the current subgoal word for word if you keep it, else the new one</subgoal>
-<action>one admissible action, word for word</action>
+{FORMAT}"""
+
+
+def transcript(state: State) -> str:
+    """One conversation: the first turn gives task and format, every turn what is new; a command a line, unquoted."""
+    commands = "\n".join(command for command in state.commands if command != "help")
+    new = f"""Observation:
+{state.observation}
+
+Admissible actions:
+{commands}
+
+Current subgoal: {state.subgoal}
 """
+    return new if state.context else f"{INSTRUCTIONS.format(task=state.task)}\n{new}\n{FORMAT}"
 
 
 COMPACT_WORDS = (
@@ -109,11 +129,19 @@ def compact(state: State) -> str:
     return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n{best}\n"
 
 
-STYLES = {"reference": Style(reference), "compact": Style(compact, refused=False)}
+STYLES = {
+    "reference": Style(reference),
+    "compact": Style(compact, refused=False),
+    "transcript": Style(transcript),
+}
+ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a response where a chat template is asked what follows one
 
 
 class Prompter:
-    """States -> token ids, through the tokenizer's chat template where it has one."""
+    """States -> token ids, through the tokenizer's chat template where it has one.
+
+    With a context, they are the new ones: what follows the last response, from its end token on if that is not sampled.
+    """
 
     def __init__(
         self,
@@ -123,34 +151,54 @@ class Prompter:
         styles: Mapping[str, Style] = STYLES,
     ):
         self.tokenizer, self.config, self.style = tokenizer, config, styles[style]
+        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def __call__(self, states: list[State]) -> list[tuple[list[int], bool]]:
-        """Per state (ids, truncated). A prompt over the limit loses its history, then its observation's tail."""
+        """Per state (ids, truncated). A prompt over the limit loses its history, then its observation's tail.
+
+        A context counts with its prompt. What does not fit behind one is cut to the room of the response as well: no
+        turn can be played from there, but the state can be valued.
+        """
         limit = self.config.max_prompt_tokens
         if not self.style.refused:
             states = [without_refused(state) for state in states]
-        encoded = self.encode([self.text(state, self.recent(state), state.observation) for state in states])
+        prompts = self.encode([replace(state, history=self.recent(state)) for state in states])
         return [
-            (ids, False) if len(ids) <= limit else (self.shorten(state, limit), True)
-            for state, ids in zip(states, encoded, strict=True)
+            (ids, False) if len(state.context) + len(ids) <= limit else (self.shorten(state, self.room(state)), True)
+            for state, ids in zip(states, prompts, strict=True)
         ]
 
     def recent(self, state: State) -> list[tuple[str, str]]:
         return state.history[-self.config.history :] if self.config.history else []
 
-    def text(self, state: State, history: list[tuple[str, str]], observation: str) -> str:
-        text = self.style.render(replace(state, observation=observation, history=history))
-        if self.tokenizer.chat_template is None:
-            return text
-        message = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    def room(self, state: State) -> int:
+        c, used = self.config, len(state.context)
+        return max(0, c.max_prompt_tokens + c.max_response_tokens - used) if used else c.max_prompt_tokens
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, states: list[State]) -> list[list[int]]:
+        prompts = self.tokenize([self.text(state) for state in states])
+        return [
+            ids[1:] if state.context and ids[0] == state.context[-1] and ids[0] in self.special else ids
+            for state, ids in zip(states, prompts, strict=True)
+        ]
+
+    def text(self, state: State) -> str:
+        text = self.style.render(state)
+        if self.tokenizer.chat_template is None:
+            return f"{self.tokenizer.eos_token or ''}\n{text}" if state.context else text
+        messages = [{"role": "user", "content": text}]
+        if state.context:
+            messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": ANSWER}, *messages]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text.partition(ANSWER)[2] if state.context else text
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def shorten(self, state: State, limit: int) -> list[int]:
-        [ids], [words] = self.encode([self.text(state, [], state.observation)]), self.encode([state.observation])
+        bare = replace(state, history=[])
+        [ids], [words] = self.encode([bare]), self.tokenize([state.observation])
         while len(ids) > limit and words:  # again and again, for a style may render less than it is given
             words = words[: max(0, len(words) - (len(ids) - limit))]
-            [ids] = self.encode([self.text(state, [], self.tokenizer.decode(words))])
-        return ids[-limit:]
+            [ids] = self.encode([replace(bare, observation=self.tokenizer.decode(words))])
+        return ids[max(0, len(ids) - limit) :]

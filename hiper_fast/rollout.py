@@ -8,7 +8,7 @@ import torch
 
 from hiper_fast import response
 from hiper_fast.config import Config
-from hiper_fast.generate import generate
+from hiper_fast.generate import Past, generate
 from hiper_fast.policy import Agent
 from hiper_fast.prompt import Prompter, State
 from hiper_fast.trajectory import Episode, Trajectories, Turn
@@ -25,12 +25,22 @@ class Play:
         self.info = info
         self.state = State(info["task"], opening(observation), info["admissible_commands"])
         self.episode = Episode(info["task"], info["task_type"], reachable=getattr(env, "reachable", True))
+        self.episode.continued = config.agent.style == "transcript"
         self.over = False
 
     def see(self, prompt: tuple[list[int], bool]) -> None:
+        """Stores the turn's prompt. One that no longer fits behind its context ends the episode there."""
         ids, truncated = prompt
+        self.over = self.over or (truncated and bool(self.state.context))
         self.episode.prompts.append(ids)
         self.episode.truncated_prompts += truncated
+        if self.episode.continued:
+            self.state.context += ids
+
+    @property
+    def context(self) -> list[int]:
+        """All token ids that the model reads at this turn."""
+        return self.state.context or self.episode.prompts[-1]
 
     def step(self, answer: Answer, text: bytes) -> None:
         """Sends the response's action to the environment and stores the turn."""
@@ -43,6 +53,8 @@ class Play:
         reward = 0.0 if listed(action.strip(), state.commands) else self.config.reward.inadmissible
         observation, _, terminated, _, self.info = self.env.step(action)
         episode.responses.append(answer[0])
+        if episode.continued:
+            state.context += answer[0]
         episode.logprobs.append(answer[1])
         episode.rewards.append(reward + (self.config.reward.success if self.info["won"] else 0.0))
         episode.won, episode.terminated = self.info["won"], terminated
@@ -71,37 +83,54 @@ def rollout(
 ) -> list[Episode]:
     """Plays all episodes to their end or the turn limit.
 
-    `respond` maps running plays, each with its newest prompt in `episode.prompts[-1]`, to answers; `decode` maps ids
-    to bytes. A truncated episode ends with the prompt of the state after its last turn, for the bootstrap.
+    `respond` maps running plays, each with what it reads in `context`, to answers; `decode` maps ids to bytes. A
+    truncated episode ends with the prompt of the state after its last turn, for the bootstrap.
     """
-    running = plays
-    while running:
-        for play, prompt in zip(running, prompter([p.state for p in running]), strict=True):
+
+    def see(plays: list[Play]) -> list[Play]:
+        for play, prompt in zip(plays, prompter([p.state for p in plays]), strict=True):
             play.see(prompt)
+        return [play for play in plays if not play.over]
+
+    running = see(plays)
+    while running:
         for play, answer in zip(running, respond(running), strict=True):
             play.step(answer, decode(answer[0]))
-        running = [play for play in running if not play.over]
-    cut = [play for play in plays if not play.episode.terminated]
-    for play, prompt in zip(cut, prompter([p.state for p in cut]), strict=True):
-        play.see(prompt)
+        see([play for play in running if play.over and not play.episode.terminated])
+        running = see([play for play in running if not play.over])
     return [play.episode for play in plays]
 
 
 def sampled(agent: Agent, config: Config, temperature: float, seed: int) -> Callable[[list[Play]], list[Answer]]:
-    """A `respond` that samples from the policy; the same seed and weights give the same answers."""
+    """A `respond` that samples from the policy; the same seed and weights give the same answers.
+
+    Where turns continue each other, it keeps the running episodes' keys and values: a turn reads its new tokens only.
+    """
     generator = torch.Generator().manual_seed(seed)
+    kept: dict[int, tuple[list[int], Past]] = {}
+
+    def past(play: Play) -> Past | None:
+        ids, past = kept.get(id(play), (None, None))
+        return past if play.episode.responses[-1:] == [ids] else None  # a person may have said something else
 
     def respond(plays: list[Play]) -> list[Answer]:
+        continued = any(play.episode.continued for play in plays)
+        pasts = [past(play) for play in plays] if continued else None
+        kept.clear()  # those of finished episodes go
         with agent.eager():
-            return generate(
+            answers = generate(
                 agent.model,
-                [play.episode.prompts[-1] for play in plays],
+                [play.context for play in plays],
                 max_new_tokens=config.agent.max_response_tokens,
                 temperature=temperature,
                 stop_ids=agent.stop_ids,
                 generator=generator,
                 batch_tokens=config.train.microbatch_tokens,
+                pasts=pasts,
             )
+        if continued:
+            kept.update({id(play): (ids, past) for play, (ids, _), past in zip(plays, answers, pasts, strict=True)})
+        return answers
 
     return respond
 

@@ -1,4 +1,4 @@
-"""What the model reads at a turn of WebShop, in the two styles of `hiper_fast.prompt`."""
+"""What the model reads at a turn of WebShop, in the styles of `hiper_fast.prompt`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,24 @@ def page(observation: str, task: str) -> list[str]:
     return segments[segments.index(task) + 1 :] if task in segments else segments
 
 
+def quoted(observation: str, task: str) -> str:
+    return " [SEP] ".join(f"'{segment}'" for segment in page(observation, task))
+
+
 def reference(state: State) -> str:
     """The paper's: quoted segments joined by [SEP], a list of actions; past the limit the history goes."""
-
-    def quoted(observation: str) -> str:
-        return " [SEP] ".join(f"'{segment}'" for segment in page(observation, state.task))
-
     shown = replace(
         state,
-        observation=quoted(state.observation),
-        history=[(quoted(observation), action) for observation, action in state.history],
+        observation=quoted(state.observation, state.task),
+        history=[(quoted(observation, state.task), action) for observation, action in state.history],
     )
     text = prompt.reference(shown)
     return text if len(text) <= LIMIT else prompt.reference(replace(shown, history=[]))
+
+
+def transcript(state: State) -> str:
+    """One conversation, its pages as in the paper's style."""
+    return prompt.transcript(replace(state, observation=quoted(state.observation, state.task)))
 
 
 def compact(state: State) -> str:
@@ -91,4 +96,4 @@ def shortened(text: str) -> str:
     return re.sub(r"\$(\d+\.?\d*)", lambda m: str(math.ceil(float(m[1]))), text)
 
 
-STYLES = {"reference": Style(reference), "compact": Style(compact)}
+STYLES = {"reference": Style(reference), "compact": Style(compact), "transcript": Style(transcript)}

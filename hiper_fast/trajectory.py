@@ -26,6 +26,7 @@ class Episode:
     task_type: str
     won: bool = False
     terminated: bool = False
+    continued: bool = False  # each prompt continues what was read and answered before: its tokens are the new ones only
     prompts: list[list[int]] = field(default_factory=list)  # token ids, a list a turn; truncated: one more, of the end
     responses: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
@@ -66,6 +67,7 @@ class Trajectories:
     cu_turns: Tensor  # int32 [trajectories + 1]
     terminated: Tensor  # bool [trajectories]; the others were truncated
     won: Tensor  # bool [trajectories]
+    continued: bool  # the turns of a trajectory continue each other: prompts hold new tokens only
     final_ids: Tensor  # int64, prompts of the states after the last turns of truncated episodes
     cu_final: Tensor  # int32 [trajectories + 1]; empty ranges where terminated
     roles: Tensor  # uint8 [tokens]
@@ -78,12 +80,22 @@ class Trajectories:
     def turns(self) -> int:
         return self.rewards.numel()
 
-    def sequences(self) -> Sequences:
-        """One sequence a turn: its prompt, then its response."""
+    def sequences(self, *, final: bool = False) -> Sequences:
+        """One sequence a turn, its prompt, then its response; or one a trajectory, if its turns continue each other.
+
+        `final` lets the trajectories' sequences go on to the states after their last turns.
+        """
         ids, cu_seqlens = interleave(self.prompt_ids, self.cu_prompts, self.response_ids, self.cu_tokens)
         token_index = torch.arange(self.response_ids.numel()) + spread(self.cu_prompts[1:], self.cu_tokens)
         before_response = (self.cu_prompts[1:] + self.cu_tokens[:-1]).long() - 1
-        return Sequences(ids, cu_seqlens, token_index, before_response[:, None] + self.value_index)
+        value_index = before_response[:, None] + self.value_index
+        if self.continued:
+            cu_seqlens = cu_seqlens[self.cu_turns.long()]
+        if self.continued and final:
+            ids, cu_seqlens = interleave(ids, cu_seqlens, self.final_ids, self.cu_final)
+            token_index += spread(self.cu_final[:-1], self.cu_tokens[self.cu_turns.long()])
+            value_index += spread(self.cu_final[:-1], self.cu_turns)[:, None]
+        return Sequences(ids, cu_seqlens, token_index, value_index)
 
 
 def prefix_sums(lengths) -> Tensor:
@@ -133,6 +145,7 @@ def pack(episodes: list[Episode], find_roles) -> Trajectories:
         cu_turns=prefix_sums([len(e.responses) for e in episodes]),
         terminated=torch.tensor([e.terminated for e in episodes], dtype=torch.bool),
         won=torch.tensor([e.won for e in episodes], dtype=torch.bool),
+        continued=any(e.continued for e in episodes),
         final_ids=flat(finals),
         cu_final=prefix_sums([len(p) for p in finals]),
         roles=roles,

@@ -13,7 +13,7 @@ from hiper_fast.batch import microbatches
 from hiper_fast.config import Config
 from hiper_fast.expert import Move
 from hiper_fast.games import Games
-from hiper_fast.hiper import Rows
+from hiper_fast.hiper import HIGH, Rows
 from hiper_fast.metrics import Logger
 from hiper_fast.policy import Agent
 from hiper_fast.prompt import Prompter
@@ -82,25 +82,30 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
 
 
 def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
-    """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each."""
+    """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each.
+
+    Where turns continue each other a step takes whole trajectories, as many as have about `batch_turns` such turns.
+    """
     c = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
     optimizers = optim.imitation(agent, config.train)
-    every = torch.ones_like(t.roles, dtype=torch.bool)
-    turns = own.nonzero()[:, 0]
-    parts = [
-        p for _ in range(c.epochs) for p in turns[torch.randperm(len(turns), generator=generator)].split(c.batch_turns)
-    ]
+    loss_mask = own.repeat_interleave(t.cu_tokens.diff())
     sequences = t.sequences()
-    response_lengths = t.cu_tokens.diff()
+    owners = torch.searchsorted(sequences.cu_seqlens.long(), sequences.value_index[own, HIGH], right=True) - 1
+    chosen = owners.unique()
+    size = max(1, c.batch_turns * len(chosen) // max(1, len(owners)))
+    parts = [p for _ in range(c.epochs) for p in chosen[torch.randperm(len(chosen), generator=generator)].split(size)]
     for number, part in enumerate(parts, 1):
         progress = number / len(parts)
         lr = c.lr * min(1.0, 20 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress))
         agent.model.zero_grad(set_to_none=True)
-        tokens = int(response_lengths[part].sum())
+        batches = [
+            (batch, Rows(sequences, batch, loss_mask))
+            for batch in microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens, part)
+        ]
+        tokens = sum(rows.tokens.numel() for _, rows in batches)
         total, correct = 0.0, 0
-        for batch in microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens, part):
-            rows = Rows(sequences, batch, every)
+        for batch, rows in batches:
             hidden = agent.trunk(batch.to(agent.device))[rows.token_rows]
             logprobs = agent.logprobs(hidden, t.response_ids[rows.tokens].to(agent.device), 1.0)
             loss = -logprobs.sum() / tokens

@@ -38,7 +38,7 @@ def agent():
 def test_every_environment_has_a_family():
     assert {*FAMILIES, "auto"} == set(configuration.CHOICES["env.name"])
     for family in FAMILIES.values():
-        assert set(family.styles) == {"reference", "compact"}
+        assert set(family.styles) == {"reference", "compact", "transcript"}
 
 
 @pytest.mark.parametrize("name", ["household", "webshop"])

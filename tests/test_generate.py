@@ -163,6 +163,44 @@ def test_the_budget_splits_the_batch_and_keeps_the_order(llama, budget):
     assert [ids for ids, _ in results] == [greedy(llama, p, 8, ()) for p in prompts]
 
 
+# Turn after turn, with what was read kept.
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+@pytest.mark.parametrize("family", [*FAMILIES, "sliding"])
+def test_turns_that_go_on_equal_a_full_forward_of_the_whole(family, budget):
+    """Also where turns end early or at the limit, episodes leave, and one new token stands beside many."""
+    sliding = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    model = (build("qwen2", **sliding) if family == "sliding" else build(family)).double()
+    contexts, pasts = prompts_of(*MIXED), [None] * len(MIXED)
+    for turn, news in enumerate([(1, 40, 3, 1, 12, 90), (5, 1, 1, 2, 30), (70, 1, 1)]):
+        results = run(model, contexts, pasts=pasts, batch_tokens=budget, stop_ids=tuple(range(12)), seed=turn)
+        for i, (ids, logprobs) in enumerate(results):
+            torch.testing.assert_close(
+                torch.tensor(logprobs), full_logprobs(model, contexts[i], ids), atol=1e-5, rtol=1e-5
+            )
+            keys, values = pasts[i]
+            assert keys.shape[1] == values.shape[1] == len(contexts[i]) + len(ids) - 1
+            contexts[i] = contexts[i] + ids
+        assert len({len(ids) for ids, _ in results}) > 1
+        contexts = [c + new for c, new in zip(contexts, prompts_of(*news, seed=turn + 1), strict=False)]
+        pasts = pasts[: len(news)]
+
+
+def test_a_turn_computes_its_new_tokens_only(llama):
+    contexts, pasts, shapes = prompts_of(100, 100, 100), [None] * 3, []
+    results = run(llama, contexts, pasts=pasts, stop_ids=(), max_new_tokens=4)
+    contexts = [c + ids + new for c, (ids, _), new in zip(contexts, results, prompts_of(7, 9, 5), strict=True)]
+    hook = llama.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        run(llama, contexts, pasts=pasts, stop_ids=(), max_new_tokens=3)
+    finally:
+        hook.remove()
+    assert shapes == [(3, 10), (3, 1), (3, 1)], "the last sampled token was not read before"
+
+
 # Drawing one token.
 
 

@@ -116,6 +116,17 @@ def test_a_person_may_overrule_it(play, run_folder):
     assert status == 0 and "You are not carrying anything." in shown and "Out of turns" not in shown
 
 
+def test_a_conversation_goes_on_after_a_word_of_the_persons_and_ends_where_its_room_does(play, run_folder):
+    path = run_folder / "checkpoints" / "step-000000"
+    options = ["--agent.style", "transcript", "--agent.max_prompt_tokens", 4000]
+    status, shown, _ = play("household", "--checkpoint", path, *options, typed="inventory\n\n\n")
+    assert status == 0 and "You are not carrying anything." in shown and "Out of turns after 3 turns." in shown
+    assert shown.count("V low") == 3
+    options[-1] = 300
+    status, shown, _ = play("household", "--checkpoint", path, "--auto", *options)
+    assert status == 0 and "Out of room for the conversation after 1 turns." in shown
+
+
 def test_a_plain_model_folder_has_no_values(play, run_folder, tmp_path):
     path = shutil.copytree(run_folder / "checkpoints" / "step-000000", tmp_path / "a" / "b" / "model")
     (path / "critic.safetensors").unlink()

@@ -8,6 +8,7 @@ from hiper_fast.prompt import STYLES, Prompter, State, compact, reference
 
 COMMANDS = ["go to fridge 1", "go to shelf 2", "take apple 1 from shelf 1", "look", "inventory", "help"]
 LIST = "On the shelf 1, you see " + ", ".join(f"a apple {i}" for i in range(1, 30)) + ", and a bread 1."
+A_PROMPT_A_TURN = ("reference", "compact")
 TEMPLATE = "{% for m in messages %}<chat {{ m['role'] }}>{{ m['content'] }}{% endfor %}<reply>"
 
 
@@ -35,7 +36,7 @@ def read(prompter, state):
     return prompter.tokenizer.decode(ids), len(ids), truncated
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", A_PROMPT_A_TURN)
 def test_all_the_agent_may_know_is_there(style):
     text, _, truncated = read(prompter(style), state())
     assert "put a apple in fridge." in text and "shelf 1" in text and "bread 1" in text
@@ -131,7 +132,7 @@ def test_compact_goes_on_after_a_refused_command():
     assert "did: \nsee: You are here." in text
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", A_PROMPT_A_TURN)
 @pytest.mark.parametrize("window, shown", [(0, []), (1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (50, [1, 2, 3])])
 def test_history_window(style, window, shown):
     text, _, truncated = read(prompter(style, history=window), state())
@@ -168,7 +169,7 @@ def test_a_prompt_just_at_the_limit_is_whole(style):
     assert read(prompter(style, max_prompt_tokens=size), state()) == (text, size, False)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", A_PROMPT_A_TURN)
 def test_first_the_history_goes(style):
     whole, size, _ = read(prompter(style), state())
     text, shorter, truncated = read(prompter(style, max_prompt_tokens=size - 1), state())
@@ -224,3 +225,84 @@ def test_only_the_long_ones_are_flagged():
         True,
         False,
     ]
+
+
+# A transcript: each prompt goes on from the context.
+
+CHAT = (
+    "{{ '<|pad|>system' }}{% for m in messages %}<|pad|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|pad|>assistant\n{% endif %}"
+)  # <|pad|> and <|end|> are special tokens of the tiny tokenizer
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["ended", "cut"])
+@pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
+def test_prompts_and_responses_add_up_to_the_conversation(template, cut):
+    p = prompter("transcript", template)
+    first, *_ = p([state(history=[], subgoal=None)])
+    answers = [f"<action>go to shelf {i}</action>" for i in range(3)]
+    states = [state(observation=f"saw pan {i}.", subgoal=f"find pan {i}") for i in range(3)]
+    context = list(first[0])
+    for answer, now in zip(answers, states, strict=True):
+        context += p.tokenizer(answer + "<|end|>" * (not cut), add_special_tokens=False)["input_ids"]
+        now.context = list(context)
+        [(ids, truncated)] = p([now])
+        assert not truncated
+        context += ids
+    opening, *later = (
+        STYLES["transcript"].render(state(history=[], subgoal=None)),
+        *map(STYLES["transcript"].render, states),
+    )
+    if template:
+        messages = [{"role": "user", "content": opening}]
+        for answer, text in zip(answers, later, strict=True):
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
+        expected = p.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        expected = opening + "".join(f"{a}<|end|>\n{text}" for a, text in zip(answers, later, strict=True))
+    assert p.tokenizer.decode(context) == expected
+    assert context == p.tokenizer(expected, add_special_tokens=False)["input_ids"]
+
+
+def test_a_transcript_tells_the_task_once_and_then_only_what_is_new():
+    p = prompter("transcript")
+    text, *_ = read(p, state(history=[], subgoal=None))
+    for told in (
+        "put a apple in fridge.",
+        "bread 1",
+        "\ngo to shelf 2\n",
+        "subgoal: None",
+        "<switch>",
+        "<subgoal>",
+        "<action>",
+    ):
+        assert text.count(told) == 1, told
+    later, *_ = read(p, state(context=[5, 1]))
+    assert "task" not in later and "<action>" not in later and "cabinet" not in later
+    assert all(told in later for told in ("bread 1", "\ngo to shelf 2\n", "Current subgoal: find apple"))
+    assert "help" not in text + later
+
+
+def test_a_sampled_end_token_is_not_said_twice_and_no_other_is_taken_for_it():
+    p = prompter("transcript")
+    end = p.tokenizer.eos_token_id
+    [(ended, _)], [(cut, _)] = p([state(context=[7, end])]), p([state(context=[end, 7])])
+    assert cut == [end, *ended] and end not in ended
+    p.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"  # no end token at all
+    [newline] = p.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert p([state(context=[7, newline])]) == p([state(context=[7])]), "text is not an end token"
+
+
+def test_a_context_counts_with_its_prompt():
+    p = prompter("transcript", max_response_tokens=50)
+    [(whole, _)] = p([state(context=[7, 1])])
+    for missing, truncated in ((0, False), (1, True)):
+        p.config.max_prompt_tokens = 2 + len(whole) - missing
+        assert p([state(context=[7, 1])]) == [(whole, truncated)], "within the response's room the state is whole"
+    p.config.max_prompt_tokens = len(whole) - 60
+    [(ids, truncated)] = p([state(context=[7, 1])])
+    assert truncated and 2 + len(ids) == p.config.max_prompt_tokens + 50
+    for context in ([7] * p.config.max_prompt_tokens, [7] * (p.config.max_prompt_tokens + 49)):
+        [(ids, truncated)] = p([state(context=context)])
+        assert truncated and len(ids) <= p.config.max_prompt_tokens + 50 - len(context)
+    assert p([state(context=[7] * (p.config.max_prompt_tokens + 50))]) == [([], True)]

@@ -5,7 +5,7 @@ import pytest
 from hiper_fast import tiny
 from hiper_fast.config import AgentConfig
 from hiper_fast.prompt import Prompter, State
-from hiper_fast.shop_prompt import LIMIT, STYLES, compact, page, reference
+from hiper_fast.shop_prompt import LIMIT, STYLES, compact, page, reference, transcript
 
 TASK = "Find me gluten free teas with flavor: mint, and pack: triple, and price lower than 20.00 dollars"
 HEAD = f"Instruction: [SEP] {TASK} [SEP] "
@@ -102,3 +102,11 @@ def test_the_tokenizer_of_the_shop_has_every_word_of_its_prompts_whole():
     assert not truncated
     pieces = tokenizer.convert_ids_to_tokens(ids)
     assert not [p for p in pieces if len(p) == 1 and p.isalpha() and p not in ("Ċ", "Ġ")]
+
+
+def test_transcript_shows_pages_as_reference_does_and_the_task_once():
+    first = transcript(state(SEARCHED[0], commands=["search[<your query>]", "click[search]"]))
+    later = transcript(state(history=[SEARCHED], subgoal="search", context=[1]))
+    assert first.count(TASK) == 1 and "\n'Search'\n" in first and "\nsearch[<your query>]\nclick[search]\n" in first
+    assert TASK not in later and "'Next >' [SEP] 'TEA12' [SEP]" in later and "\nclick[tea12]\n" in later
+    assert "gluten free teas]" not in later, "what it did stands in its own response"

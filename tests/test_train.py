@@ -236,6 +236,26 @@ def test_a_killed_run_resumes_exactly(finished, tmp_path):
     assert not written.run.resume, "a run's options must not resume whoever reads them"
 
 
+def test_a_run_of_transcripts_resumes_exactly_and_is_evaluated_and_shown(tmp_path, capsys):
+    """Two updates, one sequence a trajectory, plain text; then the same with a stop in between."""
+    options = {"agent.style": "transcript", "agent.max_prompt_tokens": 900, "train.final_lr": 1, "eval.every": 1}
+    options |= {"advantage.bootstrap": True, "run.save_every": 1, "train.critic_updates": 0, "train.minibatches": 2}
+    for name, updates in (("whole", (2,)), ("parts", (1, 2))):
+        for i, number in enumerate(updates):
+            resume = ["--resume"] * (i > 0)
+            assert train.main([*arguments(tmp_path, name=name, **options | {"updates": number}), *resume]) == 0
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert rows(whole) == rows(parts)
+    last = rows(whole)[-1]
+    trained = [row for row in rows(whole) if row["stage"] == "train"]
+    assert [row["step"] for row in trained] == [1, 2] and all(row["optim/skipped_steps"] == 0 for row in trained)
+    assert trained[-1]["loss/kl"] > 0 and trained[-1]["loss/value"] > 0
+    assert evaluation.main(["--checkpoint", str(whole / "checkpoints" / "step-000002")]) == 0
+    assert f"{last['eval/success']:.1%}" in capsys.readouterr().out.splitlines()[-1].split()
+    episodes = [json.loads(line) for line in (whole / "episodes" / "step-000002.jsonl").read_text().splitlines()]
+    assert {e["stage"] for e in episodes} == {"train", "eval"} and all(e["turns"] for e in episodes)
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path):
     run = tmp_path / "early"
     run.mkdir()
