@@ -60,6 +60,7 @@ class AgentConfig:
         384, "longer prompts drop history, then the observation's tail; a transcript of so many tokens ends its episode"
     )
     max_response_tokens: int = option(28, "tokens sampled at most in a turn")
+    batch_tokens: int = option(8192, "prompt tokens of the episodes that generate together, or one longer prompt")
     fallback: int = option(30, "a response without action block acts by its last characters, so many")
     temperature: float = option(1.0, "sampling temperature in training")
 
@@ -171,6 +172,21 @@ class RunConfig:
 
 
 @dataclass(slots=True)
+class PlanConfig:
+    show: bool = option(False, "print the memory and time that the run will need, and stop")
+    gpu: str = option("here", "what is planned for: here, the GPU or CPU at hand, or rtx4090, a100, h100 or h200")
+    gpus: int = option(0, "how many of them share the run; 0: as many as torchrun started")
+    memory_gb: float = option(0.0, "GiB of each; 0: as it has")
+    host_memory_gb: float = option(0.0, "GiB of the CPU's memory, for offloading; 0: this machine's, or not checked")
+    tflops: float = option(0.0, "TFLOP/s of a large product; 0: measured here, or from the table")
+    gb_per_s: float = option(0.0, "GB/s of a copy; 0: measured here, or from the table")
+    utilisation: float = option(0.4, "assumed share of the TFLOP/s that passes reach")
+    turns: int = option(0, "turns of an update; 0: every episode runs to its limit")
+    prompt_tokens: int = option(0, "mean tokens of a prompt; 0: as many as allowed")
+    response_tokens: int = option(0, "mean tokens of a response; 0: as many as allowed")
+
+
+@dataclass(slots=True)
 class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -181,6 +197,7 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 SHORT = {
@@ -190,6 +207,7 @@ SHORT = {
     "updates": "train.updates",
     "name": "run.name",
     "resume": "run.resume",
+    "plan": "plan.show",
 }
 CHOICES = {
     "env.name": ("auto", "household", "alfworld", "webshop"),
@@ -207,16 +225,19 @@ CHOICES = {
     "warm_start.enabled": ("auto", "yes", "no"),
     "warm_start.demonstrations": ("search", "walkthrough"),
     "run.display": ("auto", "plain", "none"),
+    "plan.gpu": ("here", "rtx4090", "a100", "h100", "h200"),
 }
 POSITIVE = (
-    "env.max_turns model.lora_alpha agent.max_prompt_tokens agent.max_response_tokens agent.temperature train.episodes "
-    "train.minibatches train.microbatch_tokens train.max_skipped warm_start.episodes warm_start.epochs "
-    "warm_start.batch_turns eval.every eval.episodes run.save_every run.keep"
+    "env.max_turns model.lora_alpha agent.batch_tokens agent.max_prompt_tokens agent.max_response_tokens "
+    "agent.temperature train.episodes train.minibatches train.microbatch_tokens train.max_skipped warm_start.episodes "
+    "warm_start.epochs warm_start.batch_turns eval.every eval.episodes run.save_every run.keep plan.utilisation"
 ).split()
 NON_NEGATIVE = (
     "agent.history agent.fallback model.lora_rank train.updates train.critic_updates train.warmup_updates train.lr "
     "train.critic_lr train.weight_decay train.grad_clip train.clip_low train.clip_high train.kl_coef "
-    "train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads"
+    "train.entropy_coef train.value_clip warm_start.lr warm_start.noise eval.temperature run.threads "
+    "plan.gpus plan.memory_gb plan.host_memory_gb plan.tflops plan.gb_per_s plan.turns plan.prompt_tokens "
+    "plan.response_tokens"
 ).split()
 UNIT_INTERVAL = (
     "train.final_lr train.beta2 advantage.gamma advantage.lambda_turn advantage.lambda_segment warm_start.noise".split()

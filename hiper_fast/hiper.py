@@ -193,6 +193,8 @@ def update(
         for part in order.tensor_split(config.train.minibatches)
         if part.numel()
     ]
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
     done = [s for s in steps if s is not None]
     metrics = {key: math.fsum(s[key] for s in done) / len(done) for key in (done[0] if done else {})}
     return metrics | explained_variance(targets) | {"optim/skipped_steps": len(steps) - len(done)}
@@ -239,6 +241,9 @@ def step(
             loss, parts = policy_loss(agent, hidden[rows.token_rows], rows.tokens, t, targets, config, tokens)
             for key, value in parts.items():
                 metrics[f"loss/{key}"] += value
+            if agent.critic.trunk is not None:  # what one trunk keeps may go before the other's comes
+                loss.backward()
+                loss, hidden = torch.zeros_like(loss), None
         with torch.set_grad_enabled(train_policy or agent.critic.trunk is not None):  # else a shared trunk stays
             critic_hidden = agent.critic_hidden(batch, hidden)
         values = rows.values(agent.critic(critic_hidden[rows.value_rows]))

@@ -125,7 +125,7 @@ def sampled(agent: Agent, config: Config, temperature: float, seed: int) -> Call
                 temperature=temperature,
                 stop_ids=agent.stop_ids,
                 generator=generator,
-                batch_tokens=config.train.microbatch_tokens,
+                batch_tokens=config.agent.batch_tokens,
                 pasts=pasts,
             )
         if continued:

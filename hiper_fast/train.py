@@ -4,6 +4,7 @@ python -m hiper_fast.train                      # embedded default: household ga
 ALFWORLD_DATA=... python -m hiper_fast.train    # the official ALFWorld games
 python -m hiper_fast.train --env webshop        # a generated shop; WEBSHOP_DATA=... the real one
 python -m hiper_fast.train --model Qwen/Qwen2.5-1.5B-Instruct --config my.yaml --train.lr 1e-6
+python -m hiper_fast.train --config alfworld --plan    # the memory and time that this would need, and no more
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from hiper_fast import checkpoint, hiper, optim, report
+from hiper_fast import checkpoint, hiper, optim, plan, report
 from hiper_fast.config import Config, ConfigError, environment, parse, prompt_style, run_folder, write_file
 from hiper_fast.envs.pddl import GameError
 from hiper_fast.eval import evaluate
@@ -33,6 +34,7 @@ from hiper_fast.warm_start import warm_start
 def train(config: Config) -> None:
     """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints."""
     configure_torch(config.run)
+    plan.check_here(config)
     games = Games(config)
     envs = games.make(config.train.episodes)
     agent = load(config.model, config.run.seed, games.family.tokenizer)
@@ -127,7 +129,10 @@ def seed_of(config: Config, step: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     config = parse(argv, program="train", description=__doc__)
     try:
-        train(config)
+        if config.plan.show:
+            plan.show(config)
+        else:
+            train(config)
     except (ConfigError, GameError, checkpoint.CheckpointError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
         return 2

@@ -69,7 +69,7 @@ def test_short_names():
     )
     assert (config.env.name, config.model.path, config.run.seed) == ("household", "some/folder", 5)
     assert (config.train.updates, config.run.name, config.run.resume) == (3, "mine", False)
-    assert set(SHORT) == {"env", "model", "seed", "updates", "name", "resume"}
+    assert set(SHORT) == {"env", "model", "seed", "updates", "name", "resume", "plan"}
     assert parse("--run.seed", "5").run.seed == 5  # the long name stays
 
 
@@ -316,7 +316,7 @@ def test_the_written_file_reads_back_equal(tmp_path):
     write_file(config, tmp_path / "config.yaml")
     assert resolve([tmp_path / "config.yaml"], {}) == config
     assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == [
-        *("env", "agent", "model", "reward", "advantage", "train", "warm_start", "eval", "run")
+        *("env", "agent", "model", "reward", "advantage", "train", "warm_start", "eval", "run", "plan")
     ]
 
 

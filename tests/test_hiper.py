@@ -429,6 +429,26 @@ def test_the_policy_gradient_is_that_of_plain_loops_in_float64(fresh, budget, mi
         torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_what_one_trunk_keeps_goes_before_the_others_comes(agent, monkeypatch):
+    """A separate critic's pass begins when the policy's gradients are made; after the update none of them is held."""
+    config = settings(minibatches=1)
+    t, *parts = scored(agent, config)
+    targets = estimate(t, *parts, config.advantage)
+    agent = copy.copy(agent)
+    agent.model, agent.critic = copy.deepcopy((agent.model, agent.critic))
+    passes, critic_hidden = [], agent.critic_hidden
+
+    def noted(batch, hidden=None):
+        passes.append((hidden, all(p.grad is not None for p in agent.model.parameters())))
+        return critic_hidden(batch, hidden)
+
+    monkeypatch.setattr(agent, "critic_hidden", noted)
+    update(agent, sgd(agent), t, targets, config, torch.Generator())
+    separate = agent.critic.trunk is not None
+    assert passes and all((hidden is None, ready) == (separate, separate) for hidden, ready in passes[:1])
+    assert all(p.grad is None for m in (agent.model, agent.critic) for p in m.parameters())
+
+
 def test_a_minibatch_is_a_mean_over_its_own_tokens(fresh):
     """Two minibatches of 8 and 7 turns: each divides by what it holds."""
     config = settings(minibatches=2, kl_coef=0.0, entropy_coef=0.0, grad_clip=1e-12)
