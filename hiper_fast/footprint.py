@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -21,9 +20,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hiper_fast import tiny
+from hiper_fast import policy, tiny
 from hiper_fast.config import ConfigError
 
 # Width, width inside the MLP, layers, heads, key-value heads, vocabulary: so that a plan needs no network.
@@ -122,7 +120,7 @@ def footprint(path: str, family: str, local_files_only: bool = True) -> Footprin
         tensors=tuple(p.numel() for p in model.parameters()),
         trunk=tuple(p.numel() for p in trunk.parameters()),
         linears=tuple((n, sum(m.weight.shape)) for n, m in trunk.named_modules() if isinstance(m, nn.Linear)),
-        layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers_of(trunk)),
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in policy.layers(trunk)),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
@@ -141,10 +139,6 @@ def skeleton(source: str, dtype: torch.dtype, layers: int | None = None) -> nn.M
     config = AutoConfig.for_model(**options)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-
-
-def layers_of(trunk: nn.Module) -> list[nn.Module]:
-    return [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 @dataclass(frozen=True)
@@ -168,9 +162,7 @@ def run(f: Footprint, tokens: int, dtype: torch.dtype, *, train: bool, checkpoin
 def _run(source: str, layers: int, tokens: int, dtype: torch.dtype, train: bool, checkpointing: bool) -> Pass:
     trunk = skeleton(source, dtype, layers).base_model
     if checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.recompute(trunk)
     for p in trunk.parameters():
         p.grad_dtype = torch.float32
         p.grad = torch.empty_like(p, dtype=torch.float32)

@@ -210,10 +210,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
 def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool) -> Agent:
     """The agent of a model, its layers recomputed or compiled where the options ask for it."""
     if config.gradient_checkpointing:
-        for layer in layers(model.base_model):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-        model.base_model.register_forward_pre_hook(recompute_with_gradients)
+        recompute(model.base_model)
     if config.compile:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(1, device=model.device))
@@ -228,6 +225,14 @@ def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
 
 def layers(trunk: nn.Module) -> list[nn.Module]:
     return [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def recompute(trunk: nn.Module) -> None:
+    """Has the layers keep their inputs alone and run again in the backward pass."""
+    for layer in layers(trunk):
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    trunk.register_forward_pre_hook(recompute_with_gradients)
 
 
 def recompute_with_gradients(trunk: nn.Module, inputs: tuple) -> None:
