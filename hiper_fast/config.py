@@ -108,7 +108,9 @@ class AdvantageConfig:
 class TrainConfig:
     updates: int = option(45, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
-    minibatches: int = option(8, "optimiser steps per update, over turns drawn without repetition")
+    minibatches: int = option(
+        8, "optimiser steps per update, over turns (transcript: episodes) drawn without repetition"
+    )
     critic_updates: int = option(2, "first updates that train the critic alone")
     final_lr: float = option(0.1, "both rates fall linearly to this share at the last update (reference: 1, constant)")
     beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")

@@ -330,8 +330,10 @@ def test_auto_environment_and_style(monkeypatch):
     assert environment(config) == "alfworld"
     config.env.name, config.model.path = "household", "some/model"
     assert environment(config) == "household" and prompt_style(config) == "reference"
-    config.agent.style = "compact"
-    assert prompt_style(config) == "compact"
+    for style in ("compact", "transcript"):
+        config.agent.style = style
+        check(config)
+        assert prompt_style(config) == style
 
 
 # Run folders.
