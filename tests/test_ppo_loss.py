@@ -138,6 +138,14 @@ def test_linear_ppo_equals_its_parts(n, bias, options):
         torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-12)
 
 
+def test_linear_ppo_of_no_rows_has_gradients():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    none = torch.zeros(0)
+    loss, _ = ops.linear_ppo(hidden, weight, none.long(), none, none, denominator=3.0)
+    for_hidden, for_weight = torch.autograd.grad(loss, (hidden, weight))
+    assert for_hidden.shape == (0, 4) and for_weight.shape == (7, 4) and not for_weight.any()
+
+
 @pytest.mark.parametrize("name", ["old_logprobs", "advantages", "loss_mask", "ref_logprobs", "entropy"])
 def test_bad_arguments_are_named(name):
     logprobs, old, advantages, mask, ref, entropy = random_case(5)

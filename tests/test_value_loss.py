@@ -27,6 +27,12 @@ def test_equals_the_reference_with_gradients(turns, options):
             torch.testing.assert_close(torch.autograd.grad(loss, case[0]), torch.autograd.grad(expected, case[0]))
 
 
+def test_no_turns_have_a_gradient_of_no_turns():
+    values = torch.zeros(0, requires_grad=True)
+    loss, _ = ops.value_loss(values, *torch.zeros(2, 0), torch.zeros(0, dtype=torch.bool), denominator=3.0)
+    assert torch.autograd.grad(loss, values)[0].shape == (0,)
+
+
 def test_by_hand():
     one = torch.tensor
     loss, metrics = ops.value_loss(

@@ -88,11 +88,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    """The saved gradients times that of the loss; None for those that are empty because nothing needs them."""
+def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+    """The saved gradients times that of the loss."""
     if not torch.compiler.is_compiling() and gradient.is_cpu and gradient.item() == 1:
-        return tuple(x if x.numel() else None for x in saved)
-    return tuple(x * gradient.to(x.dtype) if x.numel() else None for x in saved)
+        return saved
+    return tuple(x * gradient.to(x.dtype) for x in saved)
 
 
 def differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
@@ -107,14 +107,13 @@ def differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
             loss, metrics, *gradients = op(*arguments)
             ctx.save_for_backward(*gradients)
             ctx.mark_non_differentiable(metrics)
-            ctx.arguments = len(arguments)
             return loss, metrics
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, gradient, _):
             scaled = dict(zip(places, scale(gradient, *ctx.saved_tensors), strict=True))
-            return tuple(scaled.get(place) for place in range(ctx.arguments))
+            return tuple(scaled.get(place) if need else None for place, need in enumerate(ctx.needs_input_grad))
 
     return Loss
 
