@@ -28,6 +28,10 @@ class Microbatch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
+BLANK = Microbatch(torch.empty(0, dtype=torch.int64), *torch.zeros(2, 1, dtype=torch.int64), prefix_sums([1]), 1)
+# one token that belongs to no sequence: what passes through it changes nothing
+
+
 def microbatches(
     ids: Tensor, cu_seqlens: Tensor, token_budget: int, index: Tensor | None = None
 ) -> Iterator[Microbatch]:

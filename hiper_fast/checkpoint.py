@@ -2,9 +2,10 @@
 
 `folder/step-000010/` holds the policy in Hugging Face layout at its root (it loads with
 `AutoModelForCausalLM.from_pretrained`; with LoRA it is peft's adapter folder), `critic.safetensors`,
-`optimizer.safetensors` with `optimizer.json`, and `state.json`. Nothing is pickled. A checkpoint is
-written to a hidden sibling, flushed to disk and renamed, so a killed or failed save never touches an
-older one.
+`optimizer.safetensors` with `optimizer.json`, and `state.json`. Where many processes train, `critic/` and `optimizer/`
+stand for the two files, a safetensors file in them for each process's part; any number of processes reads either.
+Nothing is pickled. A checkpoint is written to a hidden sibling, flushed to disk and renamed, so a killed or failed
+save never touches an older one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hiper_fast.distributed import ALONE, World
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BEST = "best.json"
 _NAME = re.compile(r"step-\d{6,}")
 
 
@@ -45,17 +48,20 @@ def save(
     critic: nn.Module | None,
     optimizers: Mapping[str, torch.optim.Optimizer],
     state: dict[str, Any],
+    improved: bool = False,
     keep: int = 2,
+    world: World = ALONE,
 ) -> Path:
     """Write `folder/step-{step:06d}` and return it; then prune to the `keep` newest and the best.
 
-    `state` is any JSON-able dict; the random states of python, numpy and torch are stored beside it.
+    `state` is any JSON-able dict; the random states of python, numpy and torch are stored beside it. `improved` makes
+    this checkpoint the best one, in the same moment in which it appears. All processes of `world` call this together.
     Raises CheckpointError when writing fails (a full disk, say): older checkpoints are then untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     try:
-        state_text = json.dumps({"step": step, "state": state, "rng": capture_rng()})
+        json.dumps(state)
     except (TypeError, ValueError) as error:
         raise ValueError(f"state must hold JSON-able values only: {error}") from error
 
@@ -63,30 +69,44 @@ def save(
     target = _path(folder, step)
     temporary = folder / f".{target.name}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        temporary.mkdir()
-        with _quiet_transformers():
-            policy.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        if world.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            temporary.mkdir()
+        world.wait()
+        weights = world.state_dict(policy)
+        if world.main:
+            with _quiet_transformers():
+                policy.save_pretrained(temporary, state_dict=weights)
+                tokenizer.save_pretrained(temporary)
         if critic is not None:
-            _write_tensors(temporary / "critic.safetensors", _own_tensors(critic))
+            _write_tensors(temporary / "critic.safetensors", _own_tensors(critic), world)
         tensors, scalars = _split_optimizers(optimizers)
-        _write_tensors(temporary / "optimizer.safetensors", tensors)
-        (temporary / "optimizer.json").write_text(json.dumps(scalars))
-        (temporary / "state.json").write_text(state_text)
-        for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
-        _put_in_place(temporary, target)
+        _write_tensors(temporary / "optimizer.safetensors", tensors, world)
+        if world.main:
+            (temporary / "optimizer.json").write_text(json.dumps(scalars))
+            content = {
+                "step": step,
+                "best": step if improved else _best_step(folder),
+                "state": state,
+                "rng": capture_rng(),
+                "files": sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*.safetensors")),
+            }
+            (temporary / "state.json").write_text(json.dumps(content))
+            for path in (*temporary.rglob("*"), temporary):
+                _fsync(path)
+            _put_in_place(temporary, target)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(
             f"could not write checkpoint {target}: {error}. Older checkpoints are untouched; "
             "free some disk space or choose another run folder, then resume"
         ) from error
-    _prune(folder, keep)
+    if world.main:
+        _prune(folder, keep)
     return target
 
 
@@ -96,26 +116,34 @@ def load(
     policy: PreTrainedModel,
     critic: nn.Module | None = None,
     optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Restore `policy`, `critic`, `optimizers` and the random states in place; return `state` with "step".
 
     Everything is read and checked before the first weight changes, so a CheckpointError (missing, corrupt or
-    foreign file, wrong shape) leaves all of them as they were.
+    foreign file, wrong shape) leaves all of them as they were. All processes of `world` call this together.
     """
     path = Path(path)
     optimizers = optimizers or {}
-    _sweep(path.parent)
+    if world.main:
+        _sweep(path.parent)
+    world.wait()
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: give a step-…… folder of a run's checkpoints")
 
     saved = _read_json(path / "state.json", {"step", "state", "rng"})
-    policy_tensors = _read_policy(path, policy)
-    critic_tensors = _read_tensors(path / "critic.safetensors") if critic is not None else {}
+    for name in saved.get("files", ()):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing; use another checkpoint")
+    policy_tensors = _read_policy(path, policy) if world.main else {}
+    critic_tensors = {}
     if critic is not None:
-        _check_shapes(path / "critic.safetensors", critic_tensors, _own_tensors(critic))
-    optimizer_states = _read_optimizers(path, optimizers) if optimizers else {}
+        wanted = _own_tensors(critic)
+        critic_tensors = _read_tensors(path / "critic.safetensors", wanted.get, world)
+        _check_shapes(path / "critic.safetensors", critic_tensors, wanted)
+    optimizer_states = _read_optimizers(path, optimizers, world) if optimizers else {}
 
-    _load_policy(policy, policy_tensors)
+    _load_policy(policy, policy_tensors, world)
     if critic is not None:
         critic.load_state_dict(critic_tensors, strict=False)
     for name, optimizer in optimizers.items():
@@ -131,7 +159,7 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def best(folder: str | Path) -> Path | None:
-    """The checkpoint marked best, or None."""
+    """The checkpoint that was saved as the best, or None."""
     step = _best_step(Path(folder))
     return None if step is None else _path(Path(folder), step)
 
@@ -142,22 +170,6 @@ def step_of(path: str | Path) -> int:
     if not _NAME.fullmatch(name):
         raise CheckpointError(f"{path} is no checkpoint: its name must be like step-000010")
     return int(name.removeprefix("step-"))
-
-
-def mark_best(folder: str | Path, step: int) -> None:
-    """Record `step` as the best checkpoint: `best` finds it and pruning spares it."""
-    folder = Path(folder)
-    if not _path(folder, step).is_dir():
-        raise CheckpointError(f"cannot mark step {step} as best: {_path(folder, step)} does not exist; save it first")
-    temporary = folder / f".{BEST}.tmp"
-    try:
-        temporary.write_text(json.dumps({"step": step}))
-        _fsync(temporary)
-        temporary.replace(folder / BEST)
-        _fsync(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {folder / BEST}: {error}. Free some disk space") from error
 
 
 def capture_rng() -> dict[str, Any]:
@@ -214,9 +226,16 @@ def _split_optimizers(
     return tensors, scalars
 
 
-def _read_optimizers(path: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, dict[str, Any]]:
+def _read_optimizers(
+    path: Path, optimizers: Mapping[str, torch.optim.Optimizer], world: World
+) -> dict[str, dict[str, Any]]:
     file = path / "optimizer.safetensors"
-    tensors = _read_tensors(file)
+    parameters = {
+        f"{name}/{index}": parameter
+        for name, optimizer in optimizers.items()
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
+    tensors = _read_tensors(file, lambda name: parameters.get(name.rpartition("/")[0]), world)
     scalars = _read_json(path / "optimizer.json", set(optimizers))
     states: dict[str, dict[str, Any]] = {
         name: {
@@ -300,13 +319,13 @@ def _read_policy(path: Path, policy: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def _load_policy(policy: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+def _load_policy(policy: PreTrainedModel, tensors: dict[str, Tensor], world: World) -> None:
     if hasattr(policy, "peft_config"):
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(policy, tensors)
     else:
-        policy.load_state_dict(tensors)
+        world.load_state_dict(policy, tensors)
 
 
 @contextlib.contextmanager
@@ -339,13 +358,36 @@ def _check_shapes(file: Path, stored: Mapping[str, Tensor], wanted: Mapping[str,
             )
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
+def _read_tensors(file: Path, like: Callable[[str], Tensor | None] = {}.get, world: World = ALONE) -> dict[str, Tensor]:
+    """The tensors of `file`, or of the folder that stands for it; each is spread as `like(name)`, of its shape, is."""
+    folder = file.with_suffix("")
+    files = sorted(folder.glob("*.safetensors")) or [file]
+    if not files[0].is_file():
         raise CheckpointError(f"{file} is missing; use another checkpoint")
     try:
-        return load_file(file)
+        return load_file(file) if world.size == 1 and files == [file] else _read_parts(files, like, world)
     except Exception as error:
         raise CheckpointError(f"{file} is corrupt: {error}; use another checkpoint") from error
+
+
+def _read_parts(files: list[Path], like: Callable[[str], Tensor | None], world: World) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as load_parts
+
+    def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        sample = like(name)
+        if sample is not None and sample.shape == shape:
+            return torch.empty_like(sample, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
+
+    reader = HuggingFaceStorageReader(str(files[0].parent))
+    reader.fs.ls = lambda folder: [str(file) for file in files]
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: room(name, entry.size, entry.properties.dtype) for name, entry in stored.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one process: that it is alone
+        load_parts(tensors, storage_reader=reader, no_dist=world.size == 1)
+    return tensors
 
 
 def _read_json(file: Path, keys: set[str]) -> dict[str, Any]:
@@ -374,15 +416,22 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _best_step(folder: Path) -> int | None:
-    if not (folder / BEST).exists():
-        return None
-    step = _read_json(folder / BEST, {"step"})["step"]
-    return step if _path(folder, step).is_dir() else None
+    """As the newest checkpoint knows it, so that it always names one that is there."""
+    newest = latest(folder)
+    step = _read_json(newest / "state.json", {"step"}).get("best") if newest else None
+    return None if step is None or not _path(folder, step).is_dir() else step
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies, because safetensors refuses tensors that share memory.
-    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, file)
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], world: World) -> None:
+    if world.size == 1:
+        # Copies, because safetensors refuses tensors that share memory.
+        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, file)
+    else:
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint import save as save_parts
+
+        writer = HuggingFaceStorageWriter(str(file.with_suffix("")), save_distributed=True)
+        save_parts(dict(tensors), storage_writer=writer)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -18,8 +18,8 @@ from hiper_fast.games import Games
 from hiper_fast.metrics import wilson
 from hiper_fast.policy import Agent, configure_torch, load
 from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import Play, rollout, sampled, scores
-from hiper_fast.trajectory import Trajectories, pack
+from hiper_fast.rollout import played, scores
+from hiper_fast.trajectory import Trajectories
 
 
 def evaluate(
@@ -28,9 +28,8 @@ def evaluate(
     """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's, not the games'."""
     started = time.perf_counter()
     tasks = games.panel()
-    plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
-    respond = sampled(agent, config, config.eval.temperature, seed)
-    t = pack(rollout(plays, prompter, respond, agent.decode), agent.find_roles)
+    envs = games.make(len(agent.world.share(tasks)))
+    t = played(agent, envs, tasks, prompter, config, config.eval.temperature, seed)
     by_type = defaultdict(list)
     for episode in t.episodes:
         by_type[episode.task_type].append(episode.won)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast import ops
-from hiper_fast.batch import Microbatch, microbatches
+from hiper_fast.batch import BLANK, Microbatch, microbatches
 from hiper_fast.config import AdvantageConfig, Config, RewardConfig
 from hiper_fast.policy import Agent
 from hiper_fast.trajectory import Sequences, Trajectories, ranges
@@ -76,35 +76,40 @@ def score(agent: Agent, t: Trajectories, config: Config) -> tuple[Tensor, Tensor
     recompute = c.old_logprobs == "recomputed"
     values = torch.zeros(t.turns, 3)
     ref_logprobs = torch.zeros_like(t.old_logprobs) if c.kl_coef else None
-    sequences = t.sequences(final=config.advantage.bootstrap)
+    old_logprobs = torch.zeros_like(t.old_logprobs)
     bootstrap = torch.zeros(len(t.terminated))
+    sequences, world = t.sequences(final=config.advantage.bootstrap), agent.world
 
     def logprobs(hidden: Tensor, rows: Rows, **which) -> Tensor:
         targets = t.response_ids[rows.tokens].to(agent.device)
         return agent.logprobs(hidden[rows.token_rows], targets, config.agent.temperature, **which).cpu()
 
-    for batch in microbatches(sequences.ids, sequences.cu_seqlens, c.microbatch_tokens):
+    for batch in world.deal(microbatches(sequences.ids, sequences.cu_seqlens, c.microbatch_tokens), BLANK):
         rows = Rows(sequences, batch, t.roles > 0)
         batch = batch.to(agent.device)
         hidden = agent.trunk(batch) if recompute else None
         if recompute:
-            t.old_logprobs[rows.tokens] = logprobs(hidden, rows)
+            old_logprobs[rows.tokens] = logprobs(hidden, rows)
         critic_hidden = agent.critic_hidden(batch, hidden)
         values[rows.turns] = rows.values(agent.critic(critic_hidden[rows.value_rows])).cpu()
         if config.advantage.bootstrap and t.continued:
             bootstrap[batch.index] = last_values(agent, batch, critic_hidden)
-        if ref_logprobs is not None and rows.tokens.numel():
+        if ref_logprobs is not None:
             ref_logprobs[rows.tokens] = logprobs(agent.trunk(batch, reference=True), rows, reference=True)
     if config.advantage.bootstrap and not t.continued:
-        for batch in microbatches(t.final_ids, t.cu_final, c.microbatch_tokens):
+        for batch in world.deal(microbatches(t.final_ids, t.cu_final, c.microbatch_tokens), BLANK):
             batch = batch.to(agent.device)
             bootstrap[batch.index] = last_values(agent, batch, agent.critic_hidden(batch))
-    return values, bootstrap.masked_fill(t.terminated, 0), ref_logprobs
+    if recompute:
+        t.old_logprobs = torch.where(t.roles > 0, world.sum(old_logprobs), t.old_logprobs)
+    if ref_logprobs is not None:
+        world.sum(ref_logprobs)
+    return world.sum(values), world.sum(bootstrap).masked_fill(t.terminated, 0), ref_logprobs
 
 
 def last_values(agent: Agent, batch: Microbatch, hidden: Tensor) -> Tensor:
     """V_high [sequences] at the last token of each sequence."""
-    return agent.critic(hidden[batch.cu_seqlens[1:].long() - 1])[:, HIGH].cpu()
+    return agent.critic(hidden[batch.cu_seqlens[1:].long() - 1])[: len(batch.index), HIGH].cpu()
 
 
 class Rows:
@@ -219,15 +224,16 @@ def step(
 ):  # fmt: skip
     """Gradients of one minibatch's loss, gathered over microbatches, and the step; None if anything was not finite.
 
-    Every microbatch divides by the minibatch's loss tokens and values, so that uneven ones add up to the whole.
+    Every microbatch divides by the minibatch's loss tokens and values, those of all processes, so that uneven ones add
+    up to the whole.
     """
-    c = config.train
+    c, world = config.train, agent.world
+    whole = microbatches(sequences.ids, sequences.cu_seqlens, c.microbatch_tokens, index)
     batches = [
-        (batch.to(agent.device), Rows(sequences, batch, targets.loss_mask))
-        for batch in microbatches(sequences.ids, sequences.cu_seqlens, c.microbatch_tokens, index)
+        (batch.to(agent.device), Rows(sequences, batch, targets.loss_mask)) for batch in world.deal(whole, BLANK)
     ]
-    tokens = sum(rows.tokens.numel() for _, rows in batches)
-    counts = sum(targets.value_mask[rows.turns].sum(0) for _, rows in batches).tolist()
+    tokens = world.sum(torch.tensor(sum(rows.tokens.numel() for _, rows in batches))).item()
+    counts = world.sum(sum(targets.value_mask[rows.turns].sum(0) for _, rows in batches)).tolist()
     metrics = dict.fromkeys(("loss/policy", "loss/value", "loss/kl", "loss/clip_fraction"), 0.0)
     if c.entropy_coef:  # else no entropy is computed
         metrics["loss/entropy"] = 0.0
@@ -236,7 +242,7 @@ def step(
     for batch, rows in batches:
         loss = torch.zeros((), device=agent.device)
         hidden = None
-        if train_policy and rows.tokens.numel():
+        if train_policy and tokens:
             hidden = agent.trunk(batch)
             loss, parts = policy_loss(agent, hidden[rows.token_rows], rows.tokens, t, targets, config, tokens)
             for key, value in parts.items():
@@ -257,6 +263,8 @@ def step(
                 loss = loss + c.value_coef[head] * head_loss
                 metrics["loss/value"] += c.value_coef[head] * head_loss.item()
         loss.backward()
+    sums = world.sum(torch.tensor([*metrics.values()], dtype=torch.float64))
+    metrics = dict(zip(metrics, sums.tolist(), strict=True))
     norms = {
         name: torch.nn.utils.clip_grad_norm_([p for g in o.param_groups for p in g["params"]], c.grad_clip or math.inf)
         for name, o in optimizers.items()

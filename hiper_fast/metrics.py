@@ -117,6 +117,22 @@ class Logger:
         self.close()
 
 
+class Muted:
+    """Stands for the logger in every process but the first."""
+
+    def log(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def stage(self, name: str) -> contextlib.nullcontext:
+        return contextlib.nullcontext()
+
+    def __enter__(self) -> Muted:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 def _number(key: str, value: Any) -> int | float | None:
     value = value.item() if hasattr(value, "item") else value
     if value is None or isinstance(value, int):

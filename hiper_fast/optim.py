@@ -16,10 +16,14 @@ from hiper_fast.policy import Agent
 def build(agent: Agent, config: Config) -> dict[str, Optimizer]:
     """An optimiser each for the policy and for the critic."""
     betas = (0.9, config.train.beta2)
-    return {
+    optimizers = {
         "policy": adamw(agent.model.parameters(), config.train, betas),
         "critic": adamw(agent.critic.parameters(), config.train, betas),
     }
+    if agent.world.size > 1 and agent.config.dtype == "bfloat16":
+        for optimizer in optimizers.values():
+            store_masters(optimizer)
+    return optimizers
 
 
 MUON = 8.0  # its learning rate over AdamW's
@@ -116,6 +120,29 @@ class MasterWeights(Optimizer):
         moments = {i: {k: v for k, v in e.items() if k != "master"} for i, e in saved["state"].items()}
         self.inner.load_state_dict(saved | {"state": moments})
         self.param_groups[0]["lr"] = self.inner.param_groups[0]["lr"]
+
+
+def store_masters(optimizer: Optimizer) -> None:
+    """Has the state dict of FSDP's float32 shards hold them as masters: `MasterWeights` in one process reads those."""
+
+    def parameters() -> list[nn.Parameter]:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def add(_, saved: dict) -> dict:
+        weights = parameters()
+        return saved | {"state": {i: e | {"master": weights[i].detach()} for i, e in saved["state"].items()}}
+
+    @torch.no_grad()
+    def take(_, saved: dict) -> dict:
+        weights = parameters()
+        for i, entries in saved["state"].items():
+            if "master" in entries:
+                weights[i].copy_(entries["master"])
+        moments = {i: {k: v for k, v in e.items() if k != "master"} for i, e in saved["state"].items()}
+        return saved | {"state": moments}
+
+    optimizer.register_state_dict_post_hook(add)
+    optimizer.register_load_state_dict_pre_hook(take)
 
 
 def adamw_8bit(parameters: list[Tensor], **options) -> Optimizer:

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hiper_fast import attention, ops, tiny
 from hiper_fast.batch import Microbatch
 from hiper_fast.config import ConfigError, ModelConfig, RunConfig
+from hiper_fast.distributed import ALONE, World, inside
 
 
 class Critic(nn.Module):
@@ -38,15 +39,24 @@ class Critic(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., h] -> float32 [..., 3]."""
-        return self.heads(hidden.float())
+        rows = hidden.float().flatten(0, -2)  # of more dimensions a linear layer returns a view: FSDP warns of them
+        return self.heads(rows).unflatten(0, hidden.shape[:-1])
 
 
 class Agent:
     """Policy, critic and frozen reference policy, with the passes that rollouts and updates need."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModelConfig,
+        *,
+        tiny: bool,
+        world: World,
+    ):
         attention.use(model)
-        self.model, self.tokenizer, self.config, self.tiny = model, tokenizer, config, tiny
+        self.model, self.tokenizer, self.config, self.world, self.tiny = model, tokenizer, config, world, tiny
         self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
@@ -67,20 +77,27 @@ class Agent:
         """The critic, its trunk starting from the policy's present weights; its heads start at zero."""
         trunk = self._twin(self.model.base_model) if self.config.critic == "separate" else None
         self.critic = Critic(trunk, self.model.get_input_embeddings().embedding_dim, self.device)
+        self.world.shard(self.critic.heads)
         return self.critic
 
     def freeze_reference(self) -> None:
         """Keeps the present policy as it is: the reference of the KL term. LoRA's base is not copied."""
-        self.reference = self._twin(self.model).eval().requires_grad_(False)
+        self.reference = self._twin(self.model, frozen=True)
         if self.lora and not any(p.any() for name, p in self.reference.named_parameters() if "lora_B" in name):
             self.reference.disable_adapters()  # not trained yet: the base model itself
 
-    def _twin(self, module: nn.Module) -> nn.Module:
-        """A copy that has weights of its own where they train and shares the frozen ones."""
+    def shard(self) -> None:
+        """Spreads the policy over the processes, after reference and critic have been copied from it."""
+        self.world.shard(self.model, layers(self.model))
+
+    def _twin(self, module: nn.Module, *, frozen: bool = False) -> nn.Module:
+        """A copy that has weights of its own where they train and shares the frozen ones; spread over the processes."""
         copied = copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+        if frozen:
+            copied.eval().requires_grad_(False)
         if self.config.compile:
             compile_layers(copied)
-        return copied
+        return self.world.shard(copied, layers(copied))
 
     def eager(self) -> contextlib.AbstractContextManager:
         """For generation: layers compiled for training would be compiled anew for every layer's KV cache."""
@@ -95,7 +112,7 @@ class Agent:
 
     def trunk(self, batch: Microbatch, *, reference: bool = False) -> Tensor:
         """Last hidden states [tokens, h] of packed sequences."""
-        return hidden_states((self.reference if reference else self.model).base_model, batch)
+        return hidden_states(self.reference if reference else self.model, batch)
 
     def critic_hidden(self, batch: Microbatch, policy_hidden: Tensor | None = None) -> Tensor:
         """The hidden states [tokens, h] that the critic's heads read."""
@@ -105,27 +122,28 @@ class Agent:
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float, *, reference: bool = False) -> Tensor:
         """Log-probs, float32 [n], of `targets` [n] from the hidden states that predict them, [n, h]."""
-        weight, bias = self._head(reference)
-        return ops.linear_logprobs(hidden, weight, targets, temperature=temperature, bias=bias)
+        model = self.reference if reference else self.model
+        return inside(
+            model, lambda: ops.linear_logprobs(hidden, targets=targets, temperature=temperature, **head_of(model))
+        )
 
     def ppo_loss(self, hidden: Tensor, *data: Tensor, **options) -> tuple[Tensor, dict[str, Tensor]]:
         """`ops.linear_ppo` through the policy's head; `data`: targets, old log-probs and advantages, each [n]."""
-        weight, bias = self._head()
-        return ops.linear_ppo(hidden, weight, *data, bias=bias, **options)
-
-    def _head(self, reference: bool = False) -> tuple[Tensor, Tensor | None]:
-        head = (self.reference if reference else self.model).get_output_embeddings()
-        return head.weight, getattr(head, "bias", None)
+        names = "targets", "old_logprobs", "advantages"
+        options |= zip(names, data, strict=True)
+        return inside(self.model, lambda: ops.linear_ppo(hidden, **options, **head_of(self.model)))
 
 
-def hidden_states(base: nn.Module, batch: Microbatch) -> Tensor:
-    """The last hidden states [tokens, h] that a trunk gives packed sequences, each read as if it were alone."""
-    out = base(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        **attention.packed(batch, base.dtype),
-    )
+def head_of(model: PreTrainedModel) -> dict[str, Tensor | None]:
+    head = model.get_output_embeddings()
+    return {"weight": head.weight, "bias": getattr(head, "bias", None)}
+
+
+def hidden_states(model: PreTrainedModel, batch: Microbatch) -> Tensor:
+    """The last hidden states [tokens, h] that a model's trunk gives packed sequences, each read as if it were alone."""
+    ids, position_ids = batch.input_ids[None], batch.position_ids[None]
+    options = attention.packed(batch, model.dtype)
+    out = inside(model, lambda: model.base_model(ids, position_ids=position_ids, use_cache=False, **options))
     return out.last_hidden_state[0]
 
 
@@ -136,8 +154,11 @@ def configure_torch(config: RunConfig) -> None:
     torch.set_flush_denormal(True)
 
 
-def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
-    """The policy of `model.path`, any causal LM; "tiny" is built here with random weights for a family of games."""
+def load(config: ModelConfig, seed: int, family: str = "household", world: World = ALONE) -> Agent:
+    """The policy of `model.path`, any causal LM; "tiny" is built here with random weights for a family of games.
+
+    One of many processes keeps it in the CPU's memory, until `Agent.shard` spreads it over them.
+    """
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"model.device: {name} asked for, but torch sees no GPU; use --model.device cpu")
@@ -145,12 +166,14 @@ def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"model.device: {name!r} is no device; use cpu, cuda or auto") from None
+    if world.size > 1:
+        device = torch.device("cpu")
     if config.path == "tiny":
         tokenizer = tiny.load_tokenizer(family)
         model = tiny.build_model(tokenizer, seed).to(device, getattr(torch, config.dtype))
         if config.lora_rank:
             raise ConfigError("model.lora_rank: the tiny model has no trained base to adapt; give a --model, or 0")
-        return prepared(model, tokenizer, config, tiny=True)
+        return prepared(model, tokenizer, config, world=world, tiny=True)
     folder = Path(config.path)
     where = config.path if folder.exists() else f"{config.path} (no such folder here, so taken as a hub id)"
     if (folder / "adapter_config.json").exists():
@@ -180,7 +203,7 @@ def load(config: ModelConfig, seed: int, family: str = "household") -> Agent:
         model.set_adapter("default")
     elif config.lora_rank:
         add_lora(model, config, seed)
-    return prepared(model.to(device), tokenizer, config, tiny=False)
+    return prepared(model.to(device), tokenizer, config, world=world, tiny=False)
 
 
 def import_peft(option: str):
@@ -207,7 +230,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
             raise ConfigError(f"model.lora_targets: {textwrap.shorten(str(error), 300)}") from error
 
 
-def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, *, tiny: bool) -> Agent:
+def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, **options) -> Agent:
     """The agent of a model, its layers recomputed or compiled where the options ask for it."""
     if config.gradient_checkpointing:
         recompute(model.base_model)
@@ -220,7 +243,7 @@ def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
         # Packed attention stays out: its lists of lengths would be compiled anew for every microbatch.
         AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attention))
         compile_layers(model.base_model)
-    return Agent(model, tokenizer, config, tiny=tiny)
+    return Agent(model, tokenizer, config, **options)
 
 
 def layers(trunk: nn.Module) -> list[nn.Module]:

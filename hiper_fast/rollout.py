@@ -11,7 +11,7 @@ from hiper_fast.config import Config
 from hiper_fast.generate import Past, generate
 from hiper_fast.policy import Agent
 from hiper_fast.prompt import Prompter, State
-from hiper_fast.trajectory import Episode, Trajectories, Turn
+from hiper_fast.trajectory import Episode, Trajectories, Turn, pack
 
 Answer = tuple[list[int], list[float]]  # token ids and their log-probs
 
@@ -99,6 +99,18 @@ def rollout(
         see([play for play in running if play.over and not play.episode.terminated])
         running = see([play for play in running if not play.over])
     return [play.episode for play in plays]
+
+
+def played(
+    agent: Agent, envs: list, tasks: list[dict], prompter: Prompter, config: Config, temperature: float, seed: int
+) -> Trajectories:
+    """The episodes of `tasks`, packed; of many processes each plays its share, in `envs`, and gets to know them all."""
+    world = agent.world
+    plays = [Play(env, task, config) for env, task in zip(envs, world.share(tasks), strict=True)]
+    respond = sampled(agent, config, temperature, seed + (world.rank << 32))
+    with world.whole(agent.model):
+        episodes = rollout(plays, prompter, respond, agent.decode)
+    return pack(world.gather(episodes), agent.find_roles)
 
 
 def sampled(agent: Agent, config: Config, temperature: float, seed: int) -> Callable[[list[Play]], list[Answer]]:

@@ -5,6 +5,7 @@ ALFWORLD_DATA=... python -m hiper_fast.train    # the official ALFWorld games
 python -m hiper_fast.train --env webshop        # a generated shop; WEBSHOP_DATA=... the real one
 python -m hiper_fast.train --model Qwen/Qwen2.5-1.5B-Instruct --config my.yaml --train.lr 1e-6
 python -m hiper_fast.train --config alfworld --plan    # the memory and time that this would need, and no more
+torchrun --nproc-per-node 8 -m hiper_fast.train …  # the same on 8 GPUs
 """
 
 from __future__ import annotations
@@ -17,69 +18,74 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from hiper_fast import checkpoint, hiper, optim, plan, report
+from hiper_fast import checkpoint, distributed, hiper, optim, plan, report
 from hiper_fast.config import Config, ConfigError, environment, parse, prompt_style, run_folder, write_file
+from hiper_fast.distributed import World
 from hiper_fast.envs.pddl import GameError
 from hiper_fast.eval import evaluate
 from hiper_fast.games import Games
-from hiper_fast.metrics import Logger
+from hiper_fast.metrics import Logger, Muted
 from hiper_fast.policy import configure_torch, load
 from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import Play, rollout, sampled, summary
-from hiper_fast.trajectory import pack
+from hiper_fast.rollout import played, summary
 from hiper_fast.viewer import write_episodes
 from hiper_fast.warm_start import warm_start
 
 
-def train(config: Config) -> None:
+def train(config: Config, world: World) -> None:
     """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints."""
     configure_torch(config.run)
     plan.check_here(config)
     games = Games(config)
-    envs = games.make(config.train.episodes)
-    agent = load(config.model, config.run.seed, games.family.tokenizer)
+    envs = games.make(len(world.share(range(config.train.episodes))))
+    agent = load(config.model, config.run.seed, games.family.tokenizer, world)
     prompter = Prompter(agent.tokenizer, config.agent, prompt_style(config), games.family.styles)
-    folder = run_folder(config)
+    folder = world.first(lambda: run_folder(config))
     checkpoints, episodes = folder / "checkpoints", folder / "episodes"
     reference = folder / "reference.safetensors"
-    saved = checkpoint.latest(checkpoints) if config.run.resume else None
+    saved = world.first(lambda: checkpoint.latest(checkpoints)) if config.run.resume else None
     start = checkpoint.step_of(saved) if saved else None
     c = config.train
 
-    with Logger(folder, resume_step=start, display=config.run.display, total_steps=c.updates) as logger:
-        write_file(resolved(config), folder / "config.yaml")
+    options = {"resume_step": start, "display": config.run.display, "total_steps": c.updates}
+    with Logger(folder, **options) if world.main else Muted() as logger:
+        if world.main:
+            write_file(resolved(config), folder / "config.yaml")
         if provenance := games.family.provenance():
             logger.message(", ".join(f"{key}: {value}" for key, value in provenance.items()))
         if saved and reference.exists():
             load_model(agent.model, reference)
-        elif not saved and warm_start(agent, games, prompter, config, logger):
-            save_model(agent.model, reference)
+        elif not saved and world.first(lambda: warm_start(agent, games, prompter, config, logger)):
+            world.copy(agent.model)
+            if world.main:
+                save_model(agent.model, reference)
         if c.kl_coef:
             agent.freeze_reference()
         agent.add_critic()
+        agent.shard()
         if config.model.critic == "shared" and max(c.value_coef) > 0.1:
             logger.message("train.value_coef above 0.1 lets the value loss rule the trunk that model.critic: shared "
                            "trains with it; 0.1 or less is usual")  # fmt: skip
         optimizers = optim.build(agent, config)
         state = {"best": -1.0, "skipped": 0}
         if saved:
-            state = checkpoint.load(saved, policy=agent.model, critic=agent.critic, optimizers=optimizers)
+            networks = {"policy": agent.model, "critic": agent.critic}
+            state = checkpoint.load(saved, **networks, optimizers=optimizers, world=world)
 
         for step in range(0 if start is None else start + 1, c.updates + 1):
             if step > 0:
                 began = time.perf_counter()
                 with logger.stage("rollout"):
                     tasks = games.training(f"update {step}", c.episodes)
-                    plays = [Play(env, task, config) for env, task in zip(envs, tasks, strict=True)]
-                    respond = sampled(agent, config, config.agent.temperature, seed_of(config, step))
-                    t = pack(rollout(plays, prompter, respond, agent.decode), agent.find_roles)
+                    seed = seed_of(config, step)
+                    t = played(agent, envs, tasks, prompter, config, config.agent.temperature, seed)
                 with logger.stage("advantages"):
                     if config.advantage.malformed:
                         hiper.train_malformed(t)
                     t.rewards = hiper.shape_rewards(t, config.reward)
                     targets = hiper.estimate(t, *hiper.score(agent, t, config), config.advantage)
                 with logger.stage("update"):
-                    generator = torch.Generator().manual_seed(seed_of(config, step))
+                    generator = torch.Generator().manual_seed(seed)
                     learned = step - c.critic_updates  # the policy's updates so far, this one included
                     share = 1 - (1 - c.final_lr) * step / c.updates
                     optim.set_lr(optimizers["policy"], c.lr * share * min(1.0, learned / max(1, c.warmup_updates)))
@@ -97,21 +103,23 @@ def train(config: Config) -> None:
                 improved = metrics["eval/success"] > state["best"]
                 state["best"] = max(state["best"], metrics["eval/success"])
                 logger.log(step, "eval", metrics)
-                write_episodes(episodes, step, "eval", panel)
-                if step > 0:
-                    write_episodes(episodes, step, "train", t, targets)
+                if world.main:
+                    write_episodes(episodes, step, "eval", panel)
+                    if step > 0:
+                        write_episodes(episodes, step, "train", t, targets)
             if step % config.run.save_every == 0 or improved or last:
                 checkpoint.save(checkpoints, step, policy=agent.model, tokenizer=agent.tokenizer, critic=agent.critic,
-                                optimizers=optimizers, state=state, keep=config.run.keep)  # fmt: skip
-                if improved:
-                    checkpoint.mark_best(checkpoints, step)
-                report.build(folder)
+                                optimizers=optimizers, state=state, improved=improved, keep=config.run.keep,
+                                world=world)  # fmt: skip
+                if world.main:
+                    report.build(folder)
             if stop:
                 raise FloatingPointError(
                     f"the loss was not finite in {state['skipped']} steps in a row, so the run saved its state and "
                     f"stopped; lower train.lr (now {c.lr}) and continue with --resume --name {folder.name}"
                 )
-        logger.message(f"report: {report.build(folder)}")
+        if world.main:
+            logger.message(f"report: {report.build(folder)}")
 
 
 def resolved(config: Config) -> Config:
@@ -132,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.plan.show:
             plan.show(config)
         else:
-            train(config)
+            with distributed.started(config) as world:
+                train(config, world)
     except (ConfigError, GameError, checkpoint.CheckpointError, FloatingPointError, OSError, SafetensorError) as error:
         print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
         return 2

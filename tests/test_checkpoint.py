@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -171,21 +174,19 @@ def names(folder: Path) -> list[str]:
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     training = Training()
     assert checkpoint.latest(tmp_path) is None and checkpoint.best(tmp_path / "nowhere") is None
-    training.save(tmp_path, 1)
-    checkpoint.mark_best(tmp_path, 1)
+    training.save(tmp_path, 1, improved=True)
     for step in (2, 3, 4):
         training.save(tmp_path, step)
-    assert names(tmp_path) == ["best.json", "step-000001", "step-000003", "step-000004"]
+    assert names(tmp_path) == ["step-000001", "step-000003", "step-000004"]
     assert checkpoint.best(tmp_path) == tmp_path / "step-000001"
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000004"
-    checkpoint.mark_best(tmp_path, 4)
+    training.save(tmp_path, 4, improved=True)
     training.save(tmp_path, 5, keep=1)
-    assert names(tmp_path) == ["best.json", "step-000004", "step-000005"]
+    assert names(tmp_path) == ["step-000004", "step-000005"]
 
 
 def test_resume_finds_a_best_checkpoint_that_is_alone(tmp_path):
-    Training().save(tmp_path, 6)
-    checkpoint.mark_best(tmp_path, 6)
+    Training().save(tmp_path, 6, improved=True)
     assert checkpoint.latest(tmp_path) == checkpoint.best(tmp_path) == tmp_path / "step-000006"
 
 
@@ -193,11 +194,6 @@ def test_step_of():
     assert checkpoint.step_of("runs/a/checkpoints/step-001234") == 1234
     with pytest.raises(CheckpointError, match="step-000010"):
         checkpoint.step_of("runs/a/checkpoints/best")
-
-
-def test_mark_best_refuses_a_step_that_was_not_saved(tmp_path):
-    with pytest.raises(CheckpointError, match="step 9"):
-        checkpoint.mark_best(tmp_path, 9)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -294,6 +290,50 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     path.rename(tmp_path / ".step-000003.old")
     assert checkpoint.latest(tmp_path) == path
     Training(seed=1).load(path)
+
+
+def dies_at(moment: int, folder: Path, act) -> bool:
+    """Whether a child process that does `act` comes to its `moment`th touch of a file under `folder`: there it dies."""
+    touches = iter(range(moment - 1))
+
+    def kill(event, arguments):
+        if event in TOUCHES and str(arguments[0]).startswith(str(folder)) and next(touches, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        sys.addaudithook(kill)
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    training = Training()
+    training.step()
+    training.save(tmp_path / "start", 1, improved=True)
+    weights = {1: training.weights()}
+    training.step()
+    weights[2] = training.weights()
+    found = []
+    for moment in itertools.count(1):
+        folder = tmp_path / f"{moment}"
+        shutil.copytree(tmp_path / "start", folder)
+        if not dies_at(moment, folder, lambda folder=folder: training.save(folder, 2, improved=True, keep=1)):
+            break
+        path = checkpoint.latest(folder)
+        resumed = Training(seed=1)
+        found.append(resumed.load(path)["step"])
+        assert_same_weights(resumed.weights(), weights[found[-1]])
+        assert checkpoint.best(folder) == path, "a checkpoint and that it is the best one appear together"
+        assert {name for name in names(folder) if name.startswith(".")} == set()
+    assert len(found) > 20 and found == sorted(found) and set(found) == {1, 2}
+    assert names(folder) == ["step-000002"]
 
 
 def test_an_interrupt_cleans_up_and_passes_through(tmp_path, monkeypatch):

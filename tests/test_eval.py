@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from hiper_fast import config as configuration
-from hiper_fast import eval as evaluation
 from hiper_fast import policy
 from hiper_fast.config import Config, ConfigError, ModelConfig
 from hiper_fast.envs.household import TASK_TYPES, Household
@@ -133,7 +132,7 @@ def test_each_game_is_played_exactly_once(agent, monkeypatch):
 
 @pytest.mark.parametrize("wins", [0, 5, 9])
 def test_success_is_counted_per_game_and_per_type(agent, monkeypatch, wins):
-    monkeypatch.setattr(evaluation, "sampled", solver(wins))
+    monkeypatch.setattr("hiper_fast.rollout.sampled", solver(wins))
     metrics, t = run(agent, settings(episodes=9, max_turns=40))
     assert metrics["eval/success"] == pytest.approx(wins / 9)
     assert (metrics["eval/low"], metrics["eval/high"]) == wilson(wins, 9)
@@ -204,7 +203,7 @@ def test_command_prints_the_table(saved, capsys):
 
 
 def test_command_plays_what_the_options_say(saved, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "sampled", solver(3))
+    monkeypatch.setattr("hiper_fast.rollout.sampled", solver(3))
     argv = ["--checkpoint", str(saved), "--env.max_turns", "40", "--eval.episodes", "5"]
     assert main([*argv, "--env.task_types", "look_at_obj_in_light"]) == 0
     lines = capsys.readouterr().out.splitlines()

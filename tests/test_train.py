@@ -1,7 +1,10 @@
 """Whole runs, as small as they go: what they leave behind, how they resume, and how they fail."""
 
+import importlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -256,6 +259,44 @@ def test_a_run_of_transcripts_resumes_exactly_and_is_evaluated_and_shown(tmp_pat
     assert {e["stage"] for e in episodes} == {"train", "eval"} and all(e["turns"] for e in episodes)
 
 
+def dies_in(module, name, call, argv):
+    """A run that dies by SIGKILL at the `call`th call of a function."""
+    module, calls = importlib.import_module(module), itertools.count(1)
+    original = getattr(module, name)
+
+    def deadly(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, deadly)
+    train.main(argv)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("hiper_fast.hiper", "step", 6),  # between the two optimiser steps of update 3
+        ("hiper_fast.checkpoint", "_put_in_place", 3),  # step 4 is evaluated and logged, its checkpoint not yet there
+        ("hiper_fast.checkpoint", "_prune", 3),  # it is there, older ones are too
+        ("hiper_fast.report", "build", 3),  # all of it is written but the report
+    ],
+)
+def test_a_run_killed_at_any_moment_resumes_exactly(finished, tmp_path, moment):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hiper_fast.train"])
+    child = context.Process(target=dies_in, args=(*moment, arguments(tmp_path, name="killed")))
+    child.start()
+    child.join(200)
+    assert child.exitcode == -signal.SIGKILL
+    assert train.main(["--resume", "--name", "killed", f"--run.folder={tmp_path}"]) == 0
+    killed = tmp_path / "killed"
+    assert rows(killed) == rows(finished)
+    last, best = ([find(run / "checkpoints").name for run in (killed, finished)] for find in (
+        checkpoint.latest, checkpoint.best))  # fmt: skip
+    assert last[0] == last[1] and best[0] == best[1]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path):
     run = tmp_path / "early"
     run.mkdir()
@@ -339,10 +380,10 @@ def test_nan_now_and_then_is_skipped_and_counted(tmp_path, monkeypatch):
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, capsys):
     write = checkpoint._write_tensors
 
-    def full(file, tensors):
+    def full(file, *rest):
         if "step-000002" in str(file) and "optimizer" in str(file):
             raise OSError(28, "No space left on device")
-        write(file, tensors)
+        write(file, *rest)
 
     monkeypatch.setattr(checkpoint, "_write_tensors", full)
     assert train.main(arguments(tmp_path, name="full", updates=2, **{"warm_start.enabled": "no"})) == 2
