@@ -333,7 +333,8 @@ def test_two_processes_resume_after_a_kill_as_if_nothing_had_been(tmp_path):
         ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)]  # fmt: skip
     assert all(row["eval/episodes"] == 4 for row in whole if row["stage"] == "eval")
 
-    assert run_of_two(folder(name="killed"), dies=True) == [-signal.SIGKILL] * 2
+    first, second = run_of_two(folder(name="killed"), dies=True)
+    assert first == -signal.SIGKILL and second != 0
     assert checkpoint.latest(tmp_path / "killed" / "checkpoints").name == "step-000001"
     again = ["--resume", "--name", "killed", f"--run.folder={tmp_path}"]
     assert run_of_two(again) == [0, 0]
