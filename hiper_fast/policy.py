@@ -53,7 +53,7 @@ class Agent:
         config: ModelConfig,
         *,
         tiny: bool,
-        world: World,
+        world: World = ALONE,
     ):
         attention.use(model)
         self.model, self.tokenizer, self.config, self.world, self.tiny = model, tokenizer, config, world, tiny
