@@ -102,14 +102,15 @@ def test_a_world_of_one_has_all():
 # Training.
 
 
-def make_agent(world, critic="separate", tied=True, **options):
-    """As in test_hiper, of the tiny model with its head tied to its embeddings or not."""
+def make_agent(world, critic="separate", tied=True, continued=False, **options):
+    """As in test_hiper, of the tiny model, its head tied to its embeddings or not, its turns continued or not."""
     agent = policy.load(ModelConfig(critic=critic, **options), 0, world=world)
     if not tied:
         agent.model.config.tie_word_embeddings = False
         agent.model.lm_head.weight = nn.Parameter(agent.model.lm_head.weight.detach() * 0.9)
     assert (agent.model.lm_head.weight is agent.model.model.embed_tokens.weight) == tied
     t = test_hiper.build(agent)
+    t.continued = continued
     generator = torch.Generator().manual_seed(1)
     trained = copy.deepcopy(agent.model.state_dict())
     with torch.no_grad():
@@ -178,6 +179,7 @@ def assert_same(found, expected, tolerance=1e-5):
         ({"tied": False}, {"microbatch_tokens": 200, "old_logprobs": "recomputed"}),
         ({"gradient_checkpointing": True}, {"microbatch_tokens": 200, "lr": 1e-4, "critic_lr": 1e-4}),
         ({"critic": "shared"}, {"microbatch_tokens": 120}),
+        ({"continued": True}, {"microbatch_tokens": 200, "old_logprobs": "recomputed"}),
         # One microbatch a minibatch: the second process has no row at all.
         ({"critic": "shared", "tied": False}, {"microbatch_tokens": 8192}),
     ],
