@@ -190,6 +190,8 @@ def load(config: ModelConfig, seed: int, family: str = "household", world: World
         mend = "; to download it, add --model.local_files_only=false" if missing else ""
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
+    if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
+        raise ConfigError(f"model.path: {where} holds no tokenizer; save the model's own beside its weights")
     scaled = [
         k
         for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
