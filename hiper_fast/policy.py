@@ -180,6 +180,8 @@ def load(config: ModelConfig, seed: int, family: str = "household", world: World
         import_peft("model.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, local_files_only=config.local_files_only)
+        if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
+            raise ValueError("it holds no tokenizer; save the model's own beside its weights")
         model = AutoModelForCausalLM.from_pretrained(
             str(folder.absolute()) if folder.exists() else config.path,  # adapters store where their base is
             dtype=getattr(torch, config.dtype),
@@ -190,8 +192,6 @@ def load(config: ModelConfig, seed: int, family: str = "household", world: World
         mend = "; to download it, add --model.local_files_only=false" if missing else ""
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
-    if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
-        raise ConfigError(f"model.path: {where} holds no tokenizer; save the model's own beside its weights")
     scaled = [
         k
         for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
