@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2C
 from hiper_fast import attention, footprint, optim, plan, policy, train
 from hiper_fast.batch import microbatches
 from hiper_fast.config import Config, ConfigError, recipes, resolve
+from hiper_fast.distributed import ALONE
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
 from hiper_fast.policy import Critic, hidden_states
 from hiper_fast.trajectory import prefix_sums
@@ -100,7 +101,7 @@ def test_weights_gradients_and_states_to_the_byte(folder, critic, dtype, optimiz
     )
     policy_model = model(config)
     trunk = model(config).base_model if critic == "separate" else None
-    agent = SimpleNamespace(model=policy_model, critic=Critic(trunk, 64, torch.device("cpu")))
+    agent = SimpleNamespace(model=policy_model, critic=Critic(trunk, 64, torch.device("cpu")), world=ALONE)
     optimizers = optim.build(agent, config)
     planned = sizes(config)
     for name, module in (("policy", agent.model), ("critic", agent.critic)):
