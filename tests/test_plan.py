@@ -387,7 +387,7 @@ def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(train, "Games", lambda config: pytest.fail("the run was started"))
     with pytest.raises(ConfigError, match="small has 21.8 to give"):
-        train.train(config)
+        train.train(config, ALONE)
 
 
 def test_rates_are_measured_where_there_is_a_device():
