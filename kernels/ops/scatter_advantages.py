@@ -28,13 +28,19 @@ def _either(a, b):
 
 
 @triton.jit
+def _training(opens):
+    """The roles that train at a turn: the subgoal only where one is named, at a segment's first."""
+    return tl.where(opens, _ACTION + _SUBGOAL + _SWITCH, _ACTION + _SWITCH)
+
+
+@triton.jit
 def _moment(level, turn, chosen):
     return moments(tl.load(level + turn, mask=chosen, other=0.0).to(tl.float64), chosen)
 
 
 @triton.jit(do_not_specialize=["tokens", "turns", "steps"])
 def _moments_kernel(
-    low, high, switch, boundary, roles, cu_tokens, parts, flags, tokens, turns, steps,
+    low, high, switch, boundary, roles, cu_tokens, parts, trained, flags, tokens, turns, steps,
     SLOT: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -54,9 +60,11 @@ def _moments_kernel(
             carried |= tl.reduce(role, 1, _either)
             start += TOKENS
         opens = tl.load(boundary + turn, mask=turn < turns, other=0) != 0
+        carried &= _training(opens)
+        tl.store(trained + turn, carried.to(tl.uint8), mask=turn < turns)
         count, mean, squares = _moment(low, turn, (carried & _ACTION) != 0)
         low_count, low_mean, low_squares = merge(low_count, low_mean, low_squares, count, mean, squares)
-        count, mean, squares = _moment(high, turn, ((carried & _SUBGOAL) != 0) & opens)
+        count, mean, squares = _moment(high, turn, (carried & _SUBGOAL) != 0)
         high_count, high_mean, high_squares = merge(high_count, high_mean, high_squares, count, mean, squares)
         count, mean, squares = _moment(switch, turn, (carried & _SWITCH) != 0)
         switch_count, switch_mean, switch_squares = merge(
@@ -78,7 +86,7 @@ def _level(level, turn, there, parts, number, eps, dtype: tl.constexpr, NORMALIZ
 
 @triton.jit(do_not_specialize=["tokens", "turns", "number"])
 def _scatter_kernel(
-    low, high, switch, boundary, roles, cu_tokens, parts, advantages, loss_mask, levels, flags,
+    low, high, switch, boundary, roles, cu_tokens, parts, trained, advantages, loss_mask, levels, flags,
     tokens, turns, number, eps: tl.float64,
     SLOT: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -90,31 +98,27 @@ def _scatter_kernel(
     a_low = _level(low, turn, there, parts, number, eps, dtype, NORMALIZE, PARTS)
     a_high = _level(high, turn, there, parts + 3 * number, number, eps, dtype, NORMALIZE, PARTS)
     a_switch = _level(switch, turn, there, parts + 6 * number, number, eps, dtype, NORMALIZE, PARTS)
-    # What each role adds, and where a subgoal trains nothing.
-    trained = tl.where(opens, _ACTION + _SUBGOAL + _SWITCH, _ACTION + _SWITCH)
-
-    carried = tl.zeros([TURNS], tl.int32)
+    if NORMALIZE:
+        carried = tl.load(trained + turn, mask=there, other=0).to(tl.int32)
+        tl.store(levels + turn, tl.where((carried & _ACTION) != 0, a_low, 0.0), mask=there)
+        tl.store(levels + turns + turn, tl.where((carried & _SUBGOAL) != 0, a_high, 0.0), mask=there)
+        tl.store(levels + 2 * turns + turn, tl.where((carried & _SWITCH) != 0, a_switch, 0.0), mask=there)
+    training = _training(opens)
     longest = tl.max(end - begin, axis=0)
     start = 0
     while start < longest:
         token = begin[:, None] + start + tl.arange(0, TOKENS)[None, :]
         inside = token < end[:, None]
-        role = tl.load(roles + token, mask=inside, other=0).to(tl.int32) & trained[:, None]
+        role = tl.load(roles + token, mask=inside, other=0).to(tl.int32) & training[:, None]
         advantage = tl.where((role & _ACTION) != 0, a_low[:, None], 0.0)
         advantage += tl.where((role & _SUBGOAL) != 0, a_high[:, None], 0.0)
         advantage += tl.where((role & _SWITCH) != 0, a_switch[:, None], 0.0)
         tl.store(advantages + token, advantage, mask=inside)
         tl.store(loss_mask + token, role != 0, mask=inside)
-        if NORMALIZE:
-            carried |= tl.reduce(role, 1, _either)
         start += TOKENS
-    if NORMALIZE:
-        tl.store(levels + turn, tl.where((carried & _ACTION) != 0, a_low, 0.0), mask=there)
-        tl.store(levels + turns + turn, tl.where((carried & _SUBGOAL) != 0, a_high, 0.0), mask=there)
-        tl.store(levels + 2 * turns + turn, tl.where((carried & _SWITCH) != 0, a_switch, 0.0), mask=there)
 
 
-def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps):
+def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, trained, levels, eps):
     turns, tokens = boundary.shape[0], roles.shape[0]
     advantages = low.new_empty(tokens)
     loss_mask = torch.empty(tokens, dtype=torch.bool, device=roles.device)
@@ -123,8 +127,9 @@ def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps):
     if turns:
         with on_device(low):
             _scatter_kernel[(triton.cdiv(turns, _TURNS),)](
-                low, high, switch, boundary, roles, cu_tokens, parts if normalizes else low, advantages, loss_mask,
-                levels if normalizes else advantages, _errors.flags(), tokens, turns, number, eps,
+                low, high, switch, boundary, roles, cu_tokens, parts if normalizes else low,
+                trained if normalizes else roles, advantages, loss_mask, levels if normalizes else advantages,
+                _errors.flags(), tokens, turns, number, eps,
                 SLOT=_errors.SCATTER_TOKENS, NORMALIZE=normalizes, PARTS=part_block(number),
                 TURNS=_TURNS, TOKENS=_TOKENS, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
@@ -136,7 +141,7 @@ def scatter_advantages(
     cu_tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     levels = buffer(advantages_low), buffer(advantages_high), buffer(advantages_switch)
-    return _scatter(*levels, boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous(), None, None, 0.0)
+    return _scatter(*levels, boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous(), None, None, None, 0.0)
 
 
 def normalize_and_scatter(
@@ -157,11 +162,12 @@ def normalize_and_scatter(
     levels = low.new_empty(3, turns)
     steps = max(1, triton.cdiv(turns, _MOMENT_TURNS * MOST_PARTS))
     parts = low.new_empty(9, triton.cdiv(turns, _MOMENT_TURNS * steps), dtype=torch.float64)
+    trained = roles.new_empty(turns)
     if turns:
         with on_device(low):
             _moments_kernel[(parts.shape[1],)](
-                low, high, switch, boundary, roles, cu_tokens, parts, _errors.flags(), tokens, turns, steps,
+                low, high, switch, boundary, roles, cu_tokens, parts, trained, _errors.flags(), tokens, turns, steps,
                 SLOT=_errors.SCATTER_TOKENS, TURNS=_MOMENT_TURNS, TOKENS=_TOKENS,
                 num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
-    return *_scatter(low, high, switch, boundary, roles, cu_tokens, parts, levels, eps), levels
+    return *_scatter(low, high, switch, boundary, roles, cu_tokens, parts, trained, levels, eps), levels
