@@ -160,23 +160,12 @@ def estimate(
         value_mask = torch.stack([~every, every, ~every], 1)
     returns = torch.stack([levels.returns_low, levels.returns_high, levels.returns_switch], 1)
     if config.normalize:
-        levels = levels._replace(
-            advantages_low=ops.normalize(levels.advantages_low, carries(t, ops.reference.ACTION)),
-            advantages_high=ops.normalize(levels.advantages_high, levels.boundary & carries(t, ops.reference.SUBGOAL)),
-            advantages_switch=ops.normalize(levels.advantages_switch, carries(t, ops.reference.SWITCH)),
-        )
-    if config.estimator == "hae":
-        advantages, loss_mask = ops.scatter_advantages(levels, t.roles, t.cu_tokens)
+        advantages, loss_mask, levels = ops.normalize_and_scatter(levels, t.roles, t.cu_tokens)
     else:
-        loss_mask = t.roles > 0
+        advantages, loss_mask = ops.scatter_advantages(levels, t.roles, t.cu_tokens)
+    if config.estimator == "gae":  # one level: a token of several roles takes its advantage once
         advantages = levels.advantages_low.repeat_interleave(t.cu_tokens.diff()) * loss_mask
     return Targets(advantages, loss_mask, ref_logprobs, values, returns, value_mask, levels)
-
-
-def carries(t: Trajectories, role: int) -> Tensor:
-    """bool [turns]: the turn has a token of that role."""
-    turn_of_token = torch.arange(t.turns).repeat_interleave(t.cu_tokens.diff())
-    return torch.zeros(t.turns, dtype=torch.bool).index_fill_(0, turn_of_token[(t.roles & role) > 0], True)
 
 
 def update(

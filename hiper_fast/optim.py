@@ -108,8 +108,7 @@ class MasterWeights(Optimizer):
             master.grad = None
 
     def state_dict(self) -> dict:
-        saved = self.inner.state_dict()
-        return saved | {"state": {i: entries | {"master": self.masters[i]} for i, entries in saved["state"].items()}}
+        return with_masters(self.inner.state_dict(), self.masters)
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict) -> None:
@@ -117,9 +116,18 @@ class MasterWeights(Optimizer):
         for i, (p, master) in enumerate(zip(self.param_groups[0]["params"], self.masters, strict=True)):
             master.copy_(saved["state"].get(i, {}).get("master", p))
             p.copy_(master)
-        moments = {i: {k: v for k, v in e.items() if k != "master"} for i, e in saved["state"].items()}
-        self.inner.load_state_dict(saved | {"state": moments})
+        self.inner.load_state_dict(without_masters(saved))
         self.param_groups[0]["lr"] = self.inner.param_groups[0]["lr"]
+
+
+def with_masters(saved: dict, masters: list[Tensor]) -> dict:
+    """A state dict that holds each master beside its moments."""
+    return saved | {"state": {i: entries | {"master": masters[i]} for i, entries in saved["state"].items()}}
+
+
+def without_masters(saved: dict) -> dict:
+    moments = {i: {k: v for k, v in entries.items() if k != "master"} for i, entries in saved["state"].items()}
+    return saved | {"state": moments}
 
 
 def store_masters(optimizer: Optimizer) -> None:
@@ -129,8 +137,7 @@ def store_masters(optimizer: Optimizer) -> None:
         return [p for group in optimizer.param_groups for p in group["params"]]
 
     def add(_, saved: dict) -> dict:
-        weights = parameters()
-        return saved | {"state": {i: e | {"master": weights[i].detach()} for i, e in saved["state"].items()}}
+        return with_masters(saved, [p.detach() for p in parameters()])
 
     @torch.no_grad()
     def take(_, saved: dict) -> dict:
@@ -138,8 +145,7 @@ def store_masters(optimizer: Optimizer) -> None:
         for i, entries in saved["state"].items():
             if "master" in entries:
                 weights[i].copy_(entries["master"])
-        moments = {i: {k: v for k, v in e.items() if k != "master"} for i, e in saved["state"].items()}
-        return saved | {"state": moments}
+        return without_masters(saved)
 
     optimizer.register_state_dict_post_hook(add)
     optimizer.register_load_state_dict_pre_hook(take)

@@ -20,7 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from hiper_fast.config import Config, ConfigError, PlanConfig, environment, flatten, prompt_style
+from hiper_fast.families import FAMILIES
 from hiper_fast.footprint import Footprint, footprint, run
+from hiper_fast.ops._head import CHUNK_BYTES
+from hiper_fast.policy import device_name
 
 GIB = 2**30
 KEPT, ROLLOUT, SCORING, UPDATE, HOST = "kept throughout", "in rollout", "in scoring", "in update", "on the CPU"
@@ -34,7 +37,8 @@ LONGEST = 2  # a batch's longest response over the mean
 LAUNCH = 10e-6  # seconds to launch an operation on a GPU, where none was measured
 HOST_RATE, LINK_RATE = 20e9, 25e9  # bytes/s of AdamW in the CPU's memory, and between it and a GPU
 
-SCRATCH = {"cuda": 480_000_000, "cpu": 2**27}  # bytes of the fused head: a chunk of logits and of their gradients
+# Bytes of the fused head, a chunk of logits and of their gradients: on a GPU as its Triton kernels bound it.
+SCRATCH = CHUNK_BYTES | {"cuda": 480_000_000}
 
 
 def show(config: Config) -> None:
@@ -94,11 +98,7 @@ def machine(config: Config) -> Machine:
 
 
 def device_kind(config: Config) -> str:
-    if config.plan.gpu != "here":
-        return "cuda"
-    if config.model.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.model.device.split(":")[0]
+    return "cuda" if config.plan.gpu != "here" else device_name(config.model).split(":")[0]
 
 
 def device_memory(kind: str) -> tuple[float, float]:
@@ -141,8 +141,8 @@ def processes(config: Config) -> int:
 
 
 def model_of(config: Config) -> Footprint:
-    family = "webshop" if environment(config) == "webshop" else "household"
-    return footprint(config.model.path, family, config.model.local_files_only)
+    tokenizer = FAMILIES[environment(config)].tokenizer
+    return footprint(config.model.path, tokenizer, config.model.local_files_only)
 
 
 def dtype_of(config: Config) -> torch.dtype:

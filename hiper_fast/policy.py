@@ -154,12 +154,19 @@ def configure_torch(config: RunConfig) -> None:
     torch.set_flush_denormal(True)
 
 
+def device_name(config: ModelConfig) -> str:
+    """`model.device` with auto resolved."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(config: ModelConfig, seed: int, family: str = "household", world: World = ALONE) -> Agent:
     """The policy of `model.path`, any causal LM; "tiny" is built here with random weights for a family of games.
 
     One of many processes keeps it in the CPU's memory, until `Agent.shard` spreads it over them.
     """
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(config)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"model.device: {name} asked for, but torch sees no GPU; use --model.device cpu")
     try:
