@@ -12,7 +12,7 @@ void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int6
       const T* z = logits + row * vocabulary;
       const Softmax<T> softmax(z, vocabulary, temperature);
       logprobs[row] = T(softmax.logprob(z[targets[row]]));
-      entropy[row] = T(softmax.entropy());
+      if (entropy) entropy[row] = T(softmax.entropy());
     }
   });
 }

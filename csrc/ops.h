@@ -1,5 +1,5 @@
 // The CPU kernels: plain functions over contiguous raw buffers, so that one build serves every torch version.
-// Shapes and dtypes are checked in Python; what only the data can tell (prefix sums, ids) is checked here and
+// Shapes and dtypes are checked before; what only the data can tell (prefix sums, ids) is checked here and
 // thrown as std::invalid_argument, which Python sees as a ValueError. Those with an Isa are compiled once for
 // each instruction set; `threads` is the most a kernel may use, where its size pays for them.
 #pragma once
@@ -53,7 +53,8 @@ void normalize_and_scatter(const T* advantages_low, const T* advantages_high, co
                            int64_t tokens, int64_t turns, double eps, T* levels, T* advantages,
                            bool* loss_mask, int threads);
 
-// Of each row of logits [rows, vocabulary]: the target's log-probability, at most 0, and the entropy.
+// Of each row of logits [rows, vocabulary]: the target's log-probability, at most 0, and the entropy (may be
+// null).
 template <class Isa, class T>
 void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
                      double temperature, T* logprobs, T* entropy, int threads);

@@ -18,12 +18,10 @@ SETS = [s for s in ("portable", "avx2") if hasattr(_library.extension, s)]
 def instructions(request, monkeypatch):
     """The vectorised kernels are those of one instruction set."""
     kernels = getattr(_library.extension, request.param)
-    kernel = _library.kernel.__wrapped__
-
-    def chosen(name, dtype):
-        return getattr(kernels, f"{name}_{str(dtype).removeprefix('torch.')}", None) or kernel(name, dtype)
-
-    monkeypatch.setattr(_library, "kernel", chosen)
+    for name in set(dir(kernels)) & set(dir(_library.extension)):
+        if not name.startswith("__"):
+            monkeypatch.setattr(_library.extension, name, getattr(kernels, name))
+    monkeypatch.setattr(_library, "kernel", _library.kernel.__wrapped__)  # it remembers those it has given
     return kernels
 
 

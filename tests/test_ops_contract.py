@@ -1,12 +1,18 @@
 """What holds for every op: registration, torch.compile, dtypes, strides, gradients made once, errors that name."""
 
+import pickle
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hiper_fast import bench, ops
-from hiper_fast.ops import _head
+from hiper_fast.ops import _head, _library
 
 SIZE = bench.Size(3, 7, 40, 9, 14, 30)
 LOSSES = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
@@ -75,6 +81,131 @@ def test_compiles_in_one_graph(x, op):
         compiled = torch.compile(lambda: call(ops), fullgraph=True, backend="aot_eager")
         result, expected = compiled(), call(ops)
     torch.testing.assert_close(result, expected)
+
+
+seen = []
+
+
+def log(self, function, types, args=(), kwargs=None):
+    seen.append(str(function))
+    return function(*args, **kwargs or {})
+
+
+class DispatchLog(TorchDispatchMode):
+    __torch_dispatch__ = log
+
+
+class FunctionLog(TorchFunctionMode):
+    __torch_function__ = log
+
+
+@pytest.mark.parametrize("mode", [DispatchLog, FunctionLog])
+@pytest.mark.parametrize("op", ops.implementations())
+def test_modes_see_every_op(x, op, mode):
+    expected = bench.calls(x)[op](ops)
+    seen.clear()
+    with mode():
+        result = bench.calls(x)[op](ops)
+    assert f"hiper_fast.{op}.default" in seen
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", ops.implementations())
+def test_the_profiler_sees_every_op(x, op):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        bench.calls(x)[op](ops)
+    assert f"hiper_fast::{op}" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("op", [op for op in ops.implementations() if op not in LOSSES])
+def test_fake_tensors_need_no_memory(x, op):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = SimpleNamespace(**{k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in vars(x).items()})
+        fake.levels = ops.HAE(*map(mode.from_tensor, x.levels))
+        result = bench.calls(fake)[op](ops)
+    assert_alike(result, bench.calls(x)[op](ops))
+
+
+def test_losses_of_fake_tensors(x):
+    for arguments, run in (
+        ((x.logprobs, x.old_logprobs, x.advantages, x.loss_mask), lambda *a: ops.ppo_loss(*a)[0]),
+        ((x.values, x.values_low, x.rewards, x.switch), lambda *a: ops.value_loss(*a)[0]),
+        ((x.hidden, x.weight, x.targets), ops.linear_logprobs),
+        ((x.hidden, x.weight, x.targets, x.row_old, x.row_advantages), lambda *a: ops.linear_ppo(*a)[0]),
+    ):
+        with FakeTensorMode() as mode:
+            result = run(*map(mode.from_tensor, arguments))
+        assert_alike(result, run(*arguments))
+
+
+def assert_alike(fakes, real):
+    for a, b in zip(*([r] if torch.is_tensor(r) else r for r in (fakes, real)), strict=True):
+        assert isinstance(a, FakeTensor) and (a.shape, a.dtype, a.requires_grad) == (b.shape, b.dtype, b.requires_grad)
+
+
+class Sub(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_subclasses_have_their_say(x):
+    values, mask = x.rewards.as_subclass(Sub), x.switch
+    seen.clear()
+    result = ops.normalize(values, mask)
+    assert type(result) is Sub and "hiper_fast.normalize.default" in seen
+    torch.testing.assert_close(result.as_subclass(torch.Tensor), ops.normalize(x.rewards, mask))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_transforms_go_where_they_did(x):
+    values, mask = torch.stack([x.rewards, x.values_low]), torch.stack([x.switch, ~x.switch])
+    one_by_one = torch.stack([ops.normalize(v, m) for v, m in zip(values, mask, strict=True)])
+    assert torch.equal(torch.vmap(ops.normalize)(values, mask), one_by_one)
+    gradient = torch.func.grad(lambda v: (v * ops.normalize(v, x.switch)).sum())(x.rewards)
+    assert torch.equal(gradient, ops.normalize(x.rewards, x.switch))
+    for trace in (make_fx, lambda f: lambda v: torch.jit.trace(f, (v,))):
+        traced = trace(lambda v: ops.normalize(v, x.switch))(x.values_low)
+        assert torch.equal(traced(x.rewards), ops.normalize(x.rewards, x.switch))
+
+
+def test_a_sign_kept_apart_from_the_memory_counts(x):
+    flipped = torch._neg_view(x.rewards)
+    assert flipped.is_neg() and torch.equal(ops.normalize(flipped, x.switch), -ops.normalize(x.rewards, x.switch))
+    nothing = ops.normalize(torch._efficientzerotensor(len(x.switch)), x.switch)
+    assert torch.equal(nothing, torch.zeros(len(x.switch)))
+
+
+def test_parameters_inference_and_results_as_any_tensor(x):
+    assert torch.equal(ops.normalize(torch.nn.Parameter(x.rewards), x.switch), ops.normalize(x.rewards, x.switch))
+    with torch.inference_mode():
+        assert all(t.is_inference() for t in ops.find_roles(x.token_ids, x.cu_tokens, x.pieces))
+    result = ops.normalize(x.rewards, x.switch)
+    array, copy = result.numpy(), result.clone()
+    assert torch.equal(pickle.loads(pickle.dumps(result)), copy)
+    result.requires_grad_().square().sum().backward()
+    torch.testing.assert_close(result.grad, 2 * copy)
+    del result
+    assert array.tolist() == copy.tolist()  # the memory lives as long as its last user
+
+
+@pytest.mark.skipif(_library.extension is None, reason="needs the extension")
+def test_plain_arguments_go_straight_to_the_kernel(x, monkeypatch):
+    def no(*_):
+        raise AssertionError("it went the long way")
+
+    expected = ops.normalize(x.rewards, x.switch)
+    monkeypatch.setattr(sys.modules["hiper_fast.ops.normalize"], "check_vector", no)
+    assert torch.equal(ops.normalize(x.rewards, x.switch), expected)
+    with pytest.raises(AssertionError, match="long way"):
+        ops.normalize(x.rewards.bfloat16(), x.switch)
+
+
+@pytest.mark.skipif(_library.extension is None, reason="needs the extension")
+def test_a_raw_op_refuses_what_its_kernel_cannot_read(x):
+    with pytest.raises(RuntimeError):
+        torch.ops.hiper_fast.normalize(x.rewards, x.switch[:-1], 1e-8)
 
 
 def cast(tensors, dtype):
@@ -169,7 +300,7 @@ def test_without_need_no_gradient_is_made(x, monkeypatch):
     ops.linear_ppo(x.hidden.detach(), x.weight.detach(), *arguments)
     assert not made
     ops.linear_ppo(x.hidden, x.weight.detach(), *arguments)
-    assert made and len(made[0].grad_weight) == 0 and len(made[0].grad_hidden)
+    assert made and made[0].grad_weight is None and made[0].grad_hidden is not None
 
 
 def test_a_denominator_as_number_or_tensor(x):

@@ -23,23 +23,24 @@ class Head:
     Every product writes to a tensor that is given, which autocast leaves alone.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden=False, need_weight=False, need_bias=False
+    ):
         self.dtype = _library.wide(hidden.dtype)
         self.hidden, self.weight = hidden, weight
-        self.bias = None if bias is None else bias.to(self.dtype)
-        need_hidden, need_weight, need_bias = needs
-        self.grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-        self.grad_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=self.dtype)
-        self.grad_bias = weight.new_zeros(len(weight) if need_bias else 0, dtype=self.dtype)
+        self.bias = None if bias is None else cast(bias, self.dtype)
+        self.grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
+        self.grad_weight = weight.new_empty(weight.shape, dtype=self.dtype) if need_weight else None
+        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None
         self.begun = False  # grad_weight holds a sum
         self.lent = 0  # its last rows, where the first chunk's logits are
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows with their logits [rows, v], which the caller may overwrite."""
-        n, (v, h) = len(self.hidden), self.weight.shape
+        n, (v, h) = self.hidden.shape[0], self.weight.shape
         most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**27) // (v * self.dtype.itemsize))
         first = 0
-        if len(self.grad_weight) and h // 4 > most:
+        if self.grad_weight is not None and h // 4 > most:
             # The weight's gradient is still empty and larger than a chunk would be: its end serves the first one.
             first = min(n, h // 4)
             self.lent = -(-first * v // h)
@@ -48,56 +49,73 @@ class Head:
         buffer = self.hidden.new_empty((-(-(n - first) // count) if count else 0, v), dtype=self.dtype)
         for i in range(count):
             part = slice(first + (n - first) * i // count, first + (n - first) * (i + 1) // count)
-            yield self._logits(part, buffer[: part.stop - part.start])
+            yield self._logits(part, take(buffer, slice(0, part.stop - part.start)))
 
     def _logits(self, part: slice, out: Tensor) -> tuple[slice, Tensor]:
-        rows = self.hidden[part].to(self.dtype)
+        rows = cast(take(self.hidden, part), self.dtype)
         for tile, weight in self._tiles():
             if self.bias is None:
-                torch.mm(rows, weight.T, out=out[:, tile])
+                torch.mm(rows, weight.T, out=take(out, tile, dim=1))
             else:
-                torch.addmm(self.bias[tile], rows, weight.T, out=out[:, tile])
+                torch.addmm(take(self.bias, tile), rows, weight.T, out=take(out, tile, dim=1))
         return part, out
 
     def backward(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
         """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows `live` [k] (None: of all
         of them); the other rows have none."""
-        rows = self.hidden[part].to(self.dtype)
+        rows = cast(take(self.hidden, part), self.dtype)
         if live is not None:
             rows = rows[live]
-        grad_rows = torch.zeros_like(rows) if len(self.grad_hidden) else None
-        if grad_rows is not None:
+        if self.grad_hidden is not None:
+            out = take(self.grad_hidden, part)
+            whole = live is None and out.dtype == self.dtype
+            grad_rows = out if whole else torch.empty_like(rows)
             for tile, weight in self._tiles():
-                grad_rows.addmm_(gradient[:, tile], weight)
-        if len(self.grad_bias):
+                grad_rows.addmm_(take(gradient, tile, dim=1), weight, beta=int(tile.start > 0))
+            if live is not None:
+                out.zero_()[live] = grad_rows.to(out.dtype)
+            elif not whole:
+                out.copy_(grad_rows)
+        if self.grad_bias is not None:
             self.grad_bias += gradient.sum(dim=0)
-        if len(self.grad_weight) and len(rows):
-            whole = len(self.grad_weight) - self.lent
-            last = gradient[:, whole:].clone() if self.lent else None
-            self.grad_weight[:whole].addmm_(gradient[:, :whole].T, rows, beta=int(self.begun))
+        if self.grad_weight is not None and rows.shape[0]:
+            kept = slice(0, self.grad_weight.shape[0] - self.lent)
+            last = gradient[:, kept.stop :].clone() if self.lent else None
+            take(self.grad_weight, kept).addmm_(take(gradient, kept, dim=1).T, rows, beta=int(self.begun))
             if last is not None:
-                torch.mm(last.T, rows, out=self.grad_weight[whole:])
+                torch.mm(last.T, rows, out=self.grad_weight[kept.stop :])
             self.begun = True
         self.lent = 0
-        if grad_rows is not None and live is None:
-            self.grad_hidden[part] = grad_rows
-        elif grad_rows is not None:
-            self.grad_hidden[part] = 0
-            self.grad_hidden[part][live] = grad_rows.to(self.hidden.dtype)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias; empty where not needed."""
-        return self.grad_hidden, self.grad_weight if self.begun else self.grad_weight.zero_(), self.grad_bias
+        if self.grad_weight is not None and not self.begun:
+            self.grad_weight.zero_()
+        found = (
+            (self.grad_hidden, self.hidden.dtype),
+            (self.grad_weight, self.dtype),
+            (self.grad_bias, self.dtype),
+        )
+        return tuple(self.hidden.new_empty(0, dtype=dtype) if x is None else x for x, dtype in found)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in self.dtype: as it is, or a copy of some rows at a time."""
-        if self.weight.dtype == self.dtype:
-            yield slice(None), self.weight
-            return
-        size = max(1, TILE_BYTES // (max(1, self.weight.shape[1]) * self.dtype.itemsize))
-        for start in range(0, len(self.weight), size):
-            tile = slice(start, start + size)
-            yield tile, self.weight[tile].to(self.dtype)
+        v, h = self.weight.shape
+        size = v if self.weight.dtype == self.dtype else max(1, TILE_BYTES // (max(1, h) * self.dtype.itemsize))
+        for start in range(0, v, size):
+            tile = slice(start, min(start + size, v))
+            yield tile, cast(take(self.weight, tile), self.dtype)
+
+
+def take(tensor: Tensor, part: slice, dim: int = 0) -> Tensor:
+    """The part of a tensor; itself where that is all, since a view takes half as long as a small product."""
+    size = part.stop - part.start
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, part.start, size)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes as long as a view where nothing changes."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def softmax_gradient(
@@ -137,7 +155,7 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
             raise ValueError(f"targets must lie in [0, {vocabulary}), got {low if low < 0 else high}")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, bias: Tensor | None) -> None:
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, *_) -> None:
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if not isinstance(matrix, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(matrix).__name__}")

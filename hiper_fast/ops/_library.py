@@ -9,6 +9,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _autograd,
+    _functorch,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.compiler import is_dynamo_compiling
 
 try:
     from hiper_fast import _C as extension
@@ -32,13 +40,26 @@ _library = torch.library.Library("hiper_fast", "DEF")
 
 
 def define(
-    schema: str, *, cpp: Callable, plain: Callable, fake: Callable, cuda: bool = False, module: str = ""
+    schema: str,
+    *,
+    check: Callable,
+    plain: Callable,
+    fake: Callable,
+    cpp: Callable | None = None,
+    cuda: bool = False,
+    module: str = "",
 ) -> Callable:
     """Register one op: its schema, its kernels and its fake kernel. Returns the callable op.
 
-    It has no gradient of its own. On the CPU runs `cpp`, or `plain` where there is no extension; on a GPU the function
-    of the op's name in hiper_fast.kernels.<module, else the op's name>. Where that cannot be loaded, `plain` runs if it
-    is made of `cuda` operations; else the tensors are copied to the host, and the result back.
+    It has no gradient of its own. `check` takes the arguments of a call and raises a ValueError where they do not fit.
+    On the CPU runs the extension's function of the op's name, or `cpp` where it is given, or `plain` where there is no
+    extension; on a GPU the function of the op's name in hiper_fast.kernels.<module, else the op's name>. Where that
+    cannot be loaded, `plain` runs if it is made of `cuda` operations; else the tensors are copied to the host, and the
+    result back.
+
+    The extension's functions take what is given as it is, and return NotImplemented where it is not what they read. So
+    a call goes straight to them, and is checked and dispatched only where that fails or someone wants to see it: to
+    check and to dispatch costs more than small tensors do.
     """
     name = schema.split("(", 1)[0]
     kernel_modules[name], runs_on_cuda[name] = module or name, cuda
@@ -47,14 +68,49 @@ def define(
     plain = torch.no_grad()(plain)
     otherwise = plain if cuda else _through_host(op)
 
+    def in_extension(*arguments):
+        return getattr(extension, name)(torch.get_num_threads(), *arguments)
+
+    def in_cpp(*arguments):
+        if not extension.are_plain(*arguments):
+            return NotImplemented
+        check(*arguments)
+        return cpp(*arguments)
+
+    def on_cpu(*arguments):
+        return in_extension(*map(_plain_argument, arguments))
+
     def on_gpu(*arguments):
         return (triton_kernel(name)[0] or otherwise)(*arguments)
 
-    _library.impl(name, plain if extension is None else cpp, "CPU")
+    _library.impl(name, plain if extension is None else cpp or on_cpu, "CPU")
     _library.impl(name, on_gpu, "CUDA")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"hiper_fast::{name}", fake, lib=_library)
-    return op
+
+    direct = in_cpp if cpp else in_extension
+
+    def run(*arguments):
+        if extension is not None and not _watched():
+            results = direct(*arguments)
+            if results is not NotImplemented:
+                return results
+        check(*arguments)
+        return op(*arguments)
+
+    return run
+
+
+def _watched() -> bool:
+    """A compiler, a mode, a transform, a tracer or the profiler wants to see the call: it must go the long way."""
+    return bool(
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _functorch.peek_interpreter_stack()
+        or _get_tracing_state()
+        or _autograd._profiler_enabled()
+    )
 
 
 @functools.cache
@@ -81,6 +137,13 @@ def plain_buffer(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return (tensor.float() if tensor.dtype in HALVES else tensor).contiguous()
+
+
+def _plain_argument(argument):
+    if not isinstance(argument, Tensor):
+        return argument
+    buffer = plain_buffer(argument)
+    return buffer if type(buffer) is Tensor else buffer.as_subclass(Tensor)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -119,7 +182,7 @@ def differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
 
 
 def needs_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    return isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def split_denominator(denominator: float | Tensor | None) -> tuple[float | None, Tensor | None]:

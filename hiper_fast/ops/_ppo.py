@@ -12,8 +12,12 @@ METRICS = ("policy", "approx_kl", "clip_fraction", "dual_clip_fraction", "kl", "
 
 def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:
     """The row of METRICS as 0-d tensors, those of absent terms left out."""
-    there = {"kl": kl, "entropy": entropy}
-    return {name: x for name, x in zip(METRICS, metrics.unbind(0), strict=True) if there.get(name, True)}
+    named = dict(zip(METRICS, metrics.unbind(0), strict=True))
+    if not kl:
+        del named["kl"]
+    if not entropy:
+        del named["entropy"]
+    return named
 
 
 def ppo_terms(

@@ -125,18 +125,9 @@ def byte_level_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _cpu(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
-    token_ids, cu_tokens = token_ids.contiguous(), cu_tokens.contiguous()
-    tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
-    roles = torch.empty(tokens, dtype=torch.uint8)
-    switch, valid = torch.empty(turns, dtype=torch.bool), torch.empty(turns, dtype=torch.bool)
-    value_index = torch.empty((turns, 3), dtype=torch.int32)
-    _library.kernel("find_roles", token_ids.dtype)(
-        token_ids.data_ptr(), cu_tokens.data_ptr(), piece_bytes.data_ptr(), piece_offsets.data_ptr(),
-        piece_flags.data_ptr(), tokens, turns, piece_flags.shape[0],
-        roles.data_ptr(), switch.data_ptr(), value_index.data_ptr(), valid.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return roles, switch, value_index, valid
+def _check(token_ids, cu_tokens, *_):
+    check_vector("token_ids", token_ids, None, (torch.int64, torch.int32), None)
+    check_cu("cu_tokens", cu_tokens, token_ids.device)
 
 
 def _reference(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
@@ -163,7 +154,7 @@ def _fake(token_ids, cu_tokens, *_):
 _op = _library.define(
     "find_roles(Tensor token_ids, Tensor cu_tokens, Tensor piece_bytes, Tensor piece_offsets, "
     "Tensor piece_flags) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpp=_cpu,
+    check=_check,
     plain=_reference,
     fake=_fake,
 )
@@ -193,8 +184,7 @@ def find_roles(token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces) -> tup
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    check_vector("token_ids", token_ids, None, (torch.int64, torch.int32), None)
-    check_cu("cu_tokens", cu_tokens, token_ids.device)
     if not isinstance(pieces, TokenPieces):
         raise ValueError(f"pieces must be ops.TokenPieces(tokenizer), got {type(pieces).__name__}")
-    return _op(token_ids, cu_tokens, *pieces.on(token_ids.device))
+    device = token_ids.device if isinstance(token_ids, Tensor) else torch.device("cpu")
+    return _op(token_ids, cu_tokens, *pieces.on(device))

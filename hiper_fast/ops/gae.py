@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, plain_buffer, wide
+from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer, wide
 
 
-def _cpu(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
-    rewards, values, bootstrap = plain_buffer(rewards), plain_buffer(values), plain_buffer(bootstrap)
-    terminated, cu_turns = terminated.contiguous(), cu_turns.contiguous()
-    turns = rewards.shape[0]
-    out = rewards.new_empty(2, turns)
-    _library.kernel("gae", rewards.dtype)(
-        rewards.data_ptr(), values.data_ptr(), terminated.data_ptr(), cu_turns.data_ptr(), address(bootstrap),
-        turns, terminated.shape[0], gamma, lambda_, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+def _check(rewards, values, terminated, cu_turns, bootstrap, *_):
+    check_vector("rewards", rewards, None, FLOATS, None)
+    turns, device, dtype = rewards.shape[0], rewards.device, (rewards.dtype,)
+    check_vector("values", values, turns, dtype, device)
+    trajectories = check_cu("cu_turns", cu_turns, device)
+    check_vector("terminated", terminated, trajectories, (torch.bool,), device)
+    if bootstrap is not None:
+        check_vector("bootstrap", bootstrap, trajectories, dtype, device)
 
 
 def _reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
@@ -32,7 +30,7 @@ def _reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_)
 _op = _library.define(
     "gae(Tensor rewards, Tensor values, Tensor terminated, Tensor cu_turns, Tensor? bootstrap, "
     "float gamma, float lambda_) -> Tensor",
-    cpp=_cpu,
+    check=_check,
     plain=_reference,
     fake=lambda rewards, *_: rewards.new_empty(2, rewards.shape[0], dtype=wide(rewards.dtype)),
 )
@@ -66,11 +64,4 @@ def gae(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    check_vector("rewards", rewards, None, FLOATS, None)
-    turns, device, dtype = rewards.shape[0], rewards.device, (rewards.dtype,)
-    check_vector("values", values, turns, dtype, device)
-    trajectories = check_cu("cu_turns", cu_turns, device)
-    check_vector("terminated", terminated, trajectories, (torch.bool,), device)
-    if bootstrap is not None:
-        check_vector("bootstrap", bootstrap, trajectories, dtype, device)
     return _op(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_).unbind(0)

@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, address, check_cu, check_vector, plain_buffer, wide
+from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer, wide
 from hiper_fast.ops.reference import HAE
 
 
-def _cpu(
-    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
-    bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,
+def _check(
+    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high, *_
 ):  # fmt: skip
-    rewards, values_low, values_high = plain_buffer(rewards), plain_buffer(values_low), plain_buffer(values_high)
-    values_switch, bootstrap_low, bootstrap_high = map(plain_buffer, (values_switch, bootstrap_low, bootstrap_high))
-    switch, terminated, cu_turns = switch.contiguous(), terminated.contiguous(), cu_turns.contiguous()
-    turns = rewards.shape[0]
-    levels, boundary = rewards.new_empty(6, turns), torch.empty_like(switch)
-    _library.kernel("hae", rewards.dtype)(
-        rewards.data_ptr(), values_low.data_ptr(), values_high.data_ptr(), address(values_switch), switch.data_ptr(),
-        terminated.data_ptr(), cu_turns.data_ptr(), address(bootstrap_low), address(bootstrap_high),
-        turns, terminated.shape[0], gamma, lambda_turn, lambda_segment, levels.data_ptr(), boundary.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return levels, boundary
+    check_vector("rewards", rewards, None, FLOATS, None)
+    turns, device, dtype = rewards.shape[0], rewards.device, (rewards.dtype,)
+    check_vector("values_low", values_low, turns, dtype, device)
+    check_vector("values_high", values_high, turns, dtype, device)
+    check_vector("switch", switch, turns, (torch.bool,), device)
+    trajectories = check_cu("cu_turns", cu_turns, device)
+    check_vector("terminated", terminated, trajectories, (torch.bool,), device)
+    if values_switch is not None:
+        check_vector("values_switch", values_switch, turns, dtype, device)
+    if bootstrap_low is not None:
+        check_vector("bootstrap_low", bootstrap_low, trajectories, dtype, device)
+    if bootstrap_high is not None:
+        check_vector("bootstrap_high", bootstrap_high, trajectories, dtype, device)
 
 
 def _reference(
@@ -49,7 +49,7 @@ _op = _library.define(
     "hae(Tensor rewards, Tensor values_low, Tensor values_high, Tensor? values_switch, Tensor switch, "
     "Tensor terminated, Tensor cu_turns, Tensor? bootstrap_low, Tensor? bootstrap_high, "
     "float gamma, float lambda_turn, float lambda_segment) -> (Tensor, Tensor)",
-    cpp=_cpu,
+    check=_check,
     plain=_reference,
     fake=_fake,
 )
@@ -107,19 +107,6 @@ def hae(
         >>> result.advantages_low, result.advantages_high
         (tensor([0.5000, 0.4000, 0.7000]), tensor([0.5000, 0.0000, 0.4000]))
     """
-    check_vector("rewards", rewards, None, FLOATS, None)
-    turns, device, dtype = rewards.shape[0], rewards.device, (rewards.dtype,)
-    check_vector("values_low", values_low, turns, dtype, device)
-    check_vector("values_high", values_high, turns, dtype, device)
-    check_vector("switch", switch, turns, (torch.bool,), device)
-    trajectories = check_cu("cu_turns", cu_turns, device)
-    check_vector("terminated", terminated, trajectories, (torch.bool,), device)
-    if values_switch is not None:
-        check_vector("values_switch", values_switch, turns, dtype, device)
-    if bootstrap_low is not None:
-        check_vector("bootstrap_low", bootstrap_low, trajectories, dtype, device)
-    if bootstrap_high is not None:
-        check_vector("bootstrap_high", bootstrap_high, trajectories, dtype, device)
     levels, boundary = _op(
         rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
         bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,

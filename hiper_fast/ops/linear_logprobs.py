@@ -6,50 +6,40 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _head, _library
-from hiper_fast.ops._head import Head
+from hiper_fast.ops._head import Head, take
 from hiper_fast.ops._library import needs_gradient
 
 
 def _forward(rows_of, hidden, weight, bias, targets, temperature, want_entropy):
-    head = Head(hidden, weight, bias, (False, False, False))
-    logprobs = hidden.new_empty(len(hidden), dtype=head.dtype)
-    entropy = hidden.new_empty(len(hidden), dtype=head.dtype)
+    head = Head(hidden, weight, bias)
+    n = hidden.shape[0]
+    logprobs = hidden.new_empty(n, dtype=head.dtype)
+    entropy = hidden.new_empty(n if want_entropy else 0, dtype=head.dtype)
     for part, logits in head.chunks():
-        rows_of(logits, targets[part], temperature, logprobs[part], entropy[part])
-    return logprobs, entropy if want_entropy else entropy.new_empty(0)
+        wanted = take(entropy, part) if want_entropy else None
+        rows_of(logits, take(targets, part), temperature, take(logprobs, part), wanted)
+    return logprobs, entropy
 
 
-def _backward(
-    rows_of,
-    grad_logprobs,
-    grad_entropy,
-    hidden,
-    weight,
-    bias,
-    targets,
-    temperature,
-    need_hidden,
-    need_weight,
-    need_bias,
-):
-    head = Head(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+def _backward(rows_of, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
+    head = Head(hidden, weight, bias, *needs)
     for part, logits in head.chunks():
-        grads = grad_logprobs[part], grad_entropy[part] if len(grad_entropy) else None
-        live = rows_of(logits, targets[part], temperature, *grads)
+        grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
+        live = rows_of(logits, take(targets, part), temperature, *grads)
         head.backward(part, live, logits if live is None else logits[: len(live)])
     return head.gradients()
 
 
 def _cpu(hidden, weight, bias, targets, temperature, want_entropy):
     targets = targets.contiguous()
-    _library.extension.check_targets(targets.data_ptr(), len(targets), len(weight))
+    _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
     return _forward(_cpp_rows, hidden, weight, bias, targets, temperature, want_entropy)
 
 
 def _cpp_rows(logits, targets, temperature, logprobs, entropy):
     _library.kernel("linear_logprobs", logits.dtype)(
         logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
-        logprobs.data_ptr(), entropy.data_ptr(), torch.get_num_threads(),
+        logprobs.data_ptr(), _library.address(entropy), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -64,7 +54,7 @@ def _cpp_rows_backward(logits, targets, temperature, grad_logprobs, grad_entropy
         logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
         grad_logprobs.data_ptr(), _library.address(grad_entropy), live.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return None if count == len(live) else live[:count]
+    return None if count == live.shape[0] else live[:count]
 
 
 def _torch(hidden, weight, bias, targets, temperature, want_entropy):
@@ -73,7 +63,9 @@ def _torch(hidden, weight, bias, targets, temperature, want_entropy):
 
 
 def _torch_rows(logits, targets, temperature, logprobs, entropy):
-    logprobs[:], entropy[:] = _head.statistics(logits, targets, temperature)[1:]
+    _, logprobs[:], entropies = _head.statistics(logits, targets, temperature)
+    if entropy is not None:
+        entropy[:] = entropies
 
 
 def _torch_backward(*arguments):
@@ -97,6 +89,7 @@ def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, t
 _op = _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
     "bool want_entropy) -> (Tensor, Tensor)",
+    check=_head.check_linear,
     cpp=_cpu,
     plain=_torch,
     cuda=True,
@@ -106,6 +99,7 @@ _op_backward = _library.define(
     "linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor targets, float temperature, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor)",
+    check=lambda *_: None,
     cpp=_cpu_backward,
     plain=_torch_backward,
     cuda=True,
@@ -162,7 +156,6 @@ def linear_logprobs(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    _head.check_linear(hidden, weight, targets, temperature, bias)
     run = _LinearLogprobs.apply if any(map(needs_gradient, (hidden, weight, bias))) else _op
     logprobs, entropies = run(hidden, weight, bias, targets, float(temperature), entropy)
     return (logprobs, entropies) if entropy else logprobs

@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _head, _library
-from hiper_fast.ops._head import Head
+from hiper_fast.ops._head import Head, take
 from hiper_fast.ops._library import address, check_vector, needs_gradient
 from hiper_fast.ops._ppo import METRICS, named_metrics, ppo_terms
 
 
 def _run(
     rows_of, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
-    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, need_hidden, need_weight, need_bias,
+    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, *needs,
 ):  # fmt: skip
     """A chunk of logits at a time: `rows_of` adds to the sums and turns the logits into their gradient, from which
     come those of hidden, weight and bias. A row's gradient needs nothing of the other rows, so it need not wait for
     backward and the product is not made twice."""
-    head = Head(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    head = Head(hidden, weight, bias, *needs)
     sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)
     options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
-    options = *options, float(len(targets) or 1) if denominator is None else denominator
-    want_gradient = need_hidden or need_weight or need_bias
+    options = *options, float(targets.shape[0] or 1) if denominator is None else denominator
+    want_gradient = any(needs)
     for part, logits in head.chunks():
-        data = (x if x is None else x[part] for x in (targets, old_logprobs, advantages, ref_logprobs))
+        data = (x if x is None else take(x, part) for x in (targets, old_logprobs, advantages, ref_logprobs))
         live = rows_of(logits, *data, temperature, *options, want_gradient, sums)
         if want_gradient:
             head.backward(part, live, logits if live is None else logits[: len(live)])
@@ -35,7 +35,7 @@ def _run(
 def _cpu(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
     targets, old_logprobs, advantages = targets.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     ref_logprobs = ref_logprobs if ref_logprobs is None else ref_logprobs.contiguous()
-    _library.extension.check_targets(targets.data_ptr(), len(targets), len(weight))
+    _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
     return _run(_cpp_rows, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options)
 
 
@@ -46,7 +46,7 @@ def _cpp_rows(logits, targets, old_logprobs, advantages, ref_logprobs, temperatu
         logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), address(ref_logprobs),
         *logits.shape, temperature, *options, sums.data_ptr(), live.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return None if count == len(live) else live[:count]
+    return None if count == live.shape[0] else live[:count]
 
 
 def _torch(hidden, weight, bias, targets, *others):
@@ -69,6 +69,15 @@ def _torch_rows(logits, targets, old_logprobs, advantages, ref_logprobs, tempera
         logits[:] = _head.softmax_gradient(log_p, targets, grad, grad_entropy, entropy).div_(temperature)
 
 
+def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature, *_):
+    _head.check_linear(hidden, weight, bias, targets, temperature)
+    n, device, dtype = hidden.shape[0], hidden.device, (_library.wide(hidden.dtype),)
+    check_vector("old_logprobs", old_logprobs, n, dtype, device)
+    check_vector("advantages", advantages, n, dtype, device)
+    if ref_logprobs is not None:
+        check_vector("ref_logprobs", ref_logprobs, n, dtype, device)
+
+
 def _fake(hidden, weight, *others):
     dtype = _library.wide(hidden.dtype)
     sums = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(METRICS), dtype=dtype)
@@ -80,6 +89,7 @@ _op = _library.define(
     "Tensor? ref_logprobs, float temperature, float clip_low, float clip_high, float dual_clip, float kl_coef, "
     "float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check,
     cpp=_cpu,
     plain=_torch,
     cuda=True,
@@ -124,12 +134,6 @@ def linear_ppo(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    _head.check_linear(hidden, weight, targets, temperature, bias)
-    n, device, dtype = hidden.shape[0], hidden.device, (_library.wide(hidden.dtype),)
-    check_vector("old_logprobs", old_logprobs, n, dtype, device)
-    check_vector("advantages", advantages, n, dtype, device)
-    if ref_logprobs is not None:
-        check_vector("ref_logprobs", ref_logprobs, n, dtype, device)
     fixed, divisor = _library.split_denominator(denominator)
     needs = needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias)
     run = _LinearPPO.apply if any(needs) else _op

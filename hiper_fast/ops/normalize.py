@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, check_vector, plain_buffer, wide
+from hiper_fast.ops._library import FLOATS, check_vector, wide
 
 
 @torch.no_grad()
@@ -24,16 +24,14 @@ def _torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     return (centred / (std + eps)).to(wide(values.dtype))
 
 
-def _cpu(values: Tensor, mask: Tensor, eps: float) -> Tensor:
-    values, mask = plain_buffer(values), mask.contiguous()
-    out = torch.empty_like(values)
-    _library.kernel("normalize", values.dtype)(values.data_ptr(), mask.data_ptr(), values.shape[0], eps, out.data_ptr())
-    return out
+def _check(values, mask, *_):
+    check_vector("values", values, None, FLOATS, None)
+    check_vector("mask", mask, values.shape[0], (torch.bool,), values.device)
 
 
 _op = _library.define(
     "normalize(Tensor values, Tensor mask, float eps) -> Tensor",
-    cpp=_cpu,
+    check=_check,
     plain=_torch,
     cuda=True,
     fake=lambda values, mask, eps: values.new_empty(values.shape, dtype=wide(values.dtype)),
@@ -54,6 +52,7 @@ def normalize(values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.Pr
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
-    check_vector("values", values, None, FLOATS, None)
-    check_vector("mask", mask, values.shape[0], (torch.bool,), values.device)
-    return _op(values, mask, eps) if group is None else _torch(values, mask, eps, group)
+    if group is None:
+        return _op(values, mask, eps)
+    _check(values, mask)
+    return _torch(values, mask, eps, group)

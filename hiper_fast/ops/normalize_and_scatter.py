@@ -11,20 +11,6 @@ from hiper_fast.ops.reference import HAE
 from hiper_fast.ops.scatter_advantages import check_turns_and_tokens
 
 
-def _cpu(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
-    low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
-    boundary, roles, cu_tokens = boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()
-    tokens, turns = roles.shape[0], boundary.shape[0]
-    advantages, loss_mask = low.new_empty(tokens), torch.empty(tokens, dtype=torch.bool)
-    levels = low.new_empty(3, turns)
-    _library.kernel("normalize_and_scatter", low.dtype)(
-        low.data_ptr(), high.data_ptr(), switch.data_ptr(), boundary.data_ptr(), roles.data_ptr(),
-        cu_tokens.data_ptr(), tokens, turns, eps, levels.data_ptr(), advantages.data_ptr(), loss_mask.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return advantages, loss_mask, levels
-
-
 def _reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
     _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
     low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
@@ -45,7 +31,7 @@ def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, c
 _op = _library.define(
     "normalize_and_scatter(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
     "Tensor boundary, Tensor roles, Tensor cu_tokens, float eps) -> (Tensor, Tensor, Tensor)",
-    cpp=_cpu,
+    check=check_turns_and_tokens,
     plain=_reference,
     fake=_fake,
     module="scatter_advantages",
@@ -68,7 +54,6 @@ def normalize_and_scatter(hae: HAE, roles: Tensor, cu_tokens: Tensor, eps: float
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    check_turns_and_tokens(hae, roles, cu_tokens)
     given = hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary
     advantages, loss_mask, levels = _op(*given, roles, cu_tokens, eps)
     low, high, switch = levels.unbind(0)

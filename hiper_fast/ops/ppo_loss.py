@@ -6,27 +6,20 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, address, check_vector, needs_gradient, plain_buffer
+from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient
 from hiper_fast.ops._ppo import METRICS, named_metrics, ppo_terms
 
 
-def _cpu(
-    logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
-    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, want_gradient,
-):  # fmt: skip
-    logprobs, old_logprobs, advantages = plain_buffer(logprobs), plain_buffer(old_logprobs), plain_buffer(advantages)
-    ref_logprobs, entropy, loss_mask = plain_buffer(ref_logprobs), plain_buffer(entropy), loss_mask.contiguous()
-    tokens = logprobs.shape[0]
-    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
-    gradient = logprobs.new_empty(tokens if want_gradient else 0)
-    gradient_entropy = logprobs.new_empty(tokens if want_gradient and entropy is not None else 0)
-    _library.kernel("ppo_loss", logprobs.dtype)(
-        logprobs.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), loss_mask.data_ptr(),
-        address(ref_logprobs), address(entropy), tokens, clip_low, clip_high, dual_clip, kl_coef, entropy_coef,
-        denominator, loss.data_ptr(), metrics.data_ptr(),
-        gradient.data_ptr(), gradient_entropy.data_ptr(),
-    )  # fmt: skip
-    return loss, metrics, gradient, gradient_entropy
+def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *_):
+    check_vector("logprobs", logprobs, None, FLOATS, None)
+    tokens, device, dtype = logprobs.shape[0], logprobs.device, (logprobs.dtype,)
+    check_vector("old_logprobs", old_logprobs, tokens, dtype, device)
+    check_vector("advantages", advantages, tokens, dtype, device)
+    check_vector("loss_mask", loss_mask, tokens, (torch.bool,), device)
+    if ref_logprobs is not None:
+        check_vector("ref_logprobs", ref_logprobs, tokens, dtype, device)
+    if entropy is not None:
+        check_vector("entropy", entropy, tokens, dtype, device)
 
 
 def _fake(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
@@ -39,7 +32,7 @@ _op = _library.define(
     "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor loss_mask, Tensor? ref_logprobs, "
     "Tensor? entropy, float clip_low, float clip_high, float dual_clip, float kl_coef, float entropy_coef, "
     "float? denominator, bool want_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpp=_cpu,
+    check=_check,
     plain=ppo_terms,
     cuda=True,
     fake=_fake,
@@ -83,15 +76,6 @@ def ppo_loss(
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
-    check_vector("logprobs", logprobs, None, FLOATS, None)
-    tokens, device, dtype = logprobs.shape[0], logprobs.device, (logprobs.dtype,)
-    check_vector("old_logprobs", old_logprobs, tokens, dtype, device)
-    check_vector("advantages", advantages, tokens, dtype, device)
-    check_vector("loss_mask", loss_mask, tokens, (torch.bool,), device)
-    if ref_logprobs is not None:
-        check_vector("ref_logprobs", ref_logprobs, tokens, dtype, device)
-    if entropy is not None:
-        check_vector("entropy", entropy, tokens, dtype, device)
     fixed, divisor = _library.split_denominator(denominator)
     needed = needs_gradient(logprobs) or needs_gradient(entropy)
     run = _PPOLoss.apply if needed else _op

@@ -10,17 +10,15 @@ from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer
 from hiper_fast.ops.reference import HAE
 
 
-def _cpu(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
-    low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
-    boundary, roles, cu_tokens = boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()
-    tokens = roles.shape[0]
-    advantages, loss_mask = low.new_empty(tokens), torch.empty(tokens, dtype=torch.bool)
-    _library.kernel("scatter_advantages", low.dtype)(
-        low.data_ptr(), high.data_ptr(), switch.data_ptr(), boundary.data_ptr(), roles.data_ptr(),
-        cu_tokens.data_ptr(), tokens, boundary.shape[0], advantages.data_ptr(), loss_mask.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return advantages, loss_mask
+def check_turns_and_tokens(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, *_):
+    check_vector("roles", roles, None, (torch.uint8,), None)
+    device = roles.device
+    turns = check_cu("cu_tokens", cu_tokens, device)
+    check_vector("hae.advantages_low", advantages_low, turns, FLOATS, device)
+    dtype = (advantages_low.dtype,)
+    check_vector("hae.advantages_high", advantages_high, turns, dtype, device)
+    check_vector("hae.advantages_switch", advantages_switch, turns, dtype, device)
+    check_vector("hae.boundary", boundary, turns, (torch.bool,), device)
 
 
 def _reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
@@ -37,7 +35,7 @@ def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, c
 _op = _library.define(
     "scatter_advantages(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
     "Tensor boundary, Tensor roles, Tensor cu_tokens) -> (Tensor, Tensor)",
-    cpp=_cpu,
+    check=check_turns_and_tokens,
     plain=_reference,
     fake=_fake,
 )
@@ -59,16 +57,4 @@ def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tens
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    check_turns_and_tokens(hae, roles, cu_tokens)
     return _op(hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary, roles, cu_tokens)
-
-
-def check_turns_and_tokens(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> None:
-    check_vector("roles", roles, None, (torch.uint8,), None)
-    device = roles.device
-    turns = check_cu("cu_tokens", cu_tokens, device)
-    check_vector("hae.advantages_low", hae.advantages_low, turns, FLOATS, device)
-    dtype = (hae.advantages_low.dtype,)
-    check_vector("hae.advantages_high", hae.advantages_high, turns, dtype, device)
-    check_vector("hae.advantages_switch", hae.advantages_switch, turns, dtype, device)
-    check_vector("hae.boundary", hae.boundary, turns, (torch.bool,), device)

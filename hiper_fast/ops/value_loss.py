@@ -11,18 +11,12 @@ from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient, plain_
 METRICS = ("value", "clip_fraction")
 
 
-def _cpu(values, old_values, returns, mask, clip, denominator, want_gradient):
-    values, old_values, returns = plain_buffer(values), plain_buffer(old_values), plain_buffer(returns)
-    mask = mask.contiguous()
-    turns = values.shape[0]
-    loss, metrics = values.new_empty(()), values.new_empty(len(METRICS))
-    gradient = values.new_empty(turns if want_gradient else 0)
-    _library.kernel("value_loss", values.dtype)(
-        values.data_ptr(), old_values.data_ptr(), returns.data_ptr(), mask.data_ptr(), turns, clip,
-        denominator,
-        loss.data_ptr(), metrics.data_ptr(), gradient.data_ptr() if want_gradient else 0,
-    )  # fmt: skip
-    return loss, metrics, gradient
+def _check(values, old_values, returns, mask, *_):
+    check_vector("values", values, None, FLOATS, None)
+    turns, device, dtype = values.shape[0], values.device, (values.dtype,)
+    check_vector("old_values", old_values, turns, dtype, device)
+    check_vector("returns", returns, turns, dtype, device)
+    check_vector("mask", mask, turns, (torch.bool,), device)
 
 
 def _torch(values, old_values, returns, mask, clip, denominator, want_gradient):
@@ -47,7 +41,7 @@ def _fake(values, old_values, returns, mask, clip, denominator, want_gradient):
 _op = _library.define(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip, float? denominator, "
     "bool want_gradient) -> (Tensor, Tensor, Tensor)",
-    cpp=_cpu,
+    check=_check,
     plain=_torch,
     cuda=True,
     fake=_fake,
@@ -78,11 +72,6 @@ def value_loss(
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
-    check_vector("values", values, None, FLOATS, None)
-    turns, device, dtype = values.shape[0], values.device, (values.dtype,)
-    check_vector("old_values", old_values, turns, dtype, device)
-    check_vector("returns", returns, turns, dtype, device)
-    check_vector("mask", mask, turns, (torch.bool,), device)
     fixed, divisor = _library.split_denominator(denominator)
     needed = needs_gradient(values)
     run = _ValueLoss.apply if needed else _op
