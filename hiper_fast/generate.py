@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -72,8 +75,8 @@ def sample_group(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=position_ids,
-            past_key_values=cache,
             logits_to_keep=1,
+            **{cache_name(type(model)): cache},
         )
         tokens, logprobs = sample(out.logits[:, -1], temperature, generator)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -92,6 +95,12 @@ def sample_group(
             rows = [rows[i] for i in kept.tolist()]
         ids, position_ids = tokens[:, None], position_ids[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+
+
+@functools.cache
+def cache_name(model: type) -> str:
+    """What `forward` calls its KV cache; transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def join(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
