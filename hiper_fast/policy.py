@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import textwrap
 from pathlib import Path
@@ -25,6 +26,8 @@ from hiper_fast import attention, ops, tiny
 from hiper_fast.batch import Microbatch
 from hiper_fast.config import ConfigError, ModelConfig, RunConfig
 from hiper_fast.distributed import ALONE, World, inside
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Critic(nn.Module):
@@ -152,6 +155,17 @@ def configure_torch(config: RunConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: else each pass gets its activations' memory from the system anew, page by page."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def device_name(config: ModelConfig) -> str:
