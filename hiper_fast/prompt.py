@@ -20,6 +20,7 @@ class State:
     commands: list[str]  # admissible now
     subgoal: str | None = None  # None before the first one
     history: list[tuple[str, str]] = field(default_factory=list)  # (observation, action), oldest first
+    refused: int = 0  # how many of the last commands in a row did nothing
     sent: set[str] = field(default_factory=set)  # all actions of the episode
     context: list[int] = field(default_factory=list)  # transcript: token ids read and answered before this turn
 
@@ -39,11 +40,14 @@ def without_refused(state: State) -> State:
     """The state as if commands answered by `NOTHING` had never been sent: they changed nothing in the game either."""
     outcomes = [observation for observation, _ in state.history[1:]] + [state.observation]
     history, before = [], state.history[0][0] if state.history else state.observation
+    refused = 0
     for (_, action), outcome in zip(state.history, outcomes, strict=False):
+        refused += 1
         if outcome != NOTHING:
+            refused = 0
             history.append((before, action))
             before = outcome
-    return replace(state, history=history, observation=before)
+    return replace(state, history=history, observation=before, refused=refused)
 
 
 INSTRUCTIONS = """You act in a text world, one command a turn. Your task: {task}
@@ -124,9 +128,10 @@ def compact(state: State) -> str:
                 groups.setdefault((again, searching, verb, rest), []).append(thing)
     did = "; ".join(action.removeprefix("go to ") for _, action in state.history)
     see = LIST_ITEM.sub(" ", state.observation)
-    can = "; ".join(f"{verb} {' '.join(things)}{rest}" for (*_, verb, rest), things in sorted(groups.items()))
-    best = "; ".join(command for *_, command in sorted(fitting))
-    return f"task: {state.task}\ndid: {did}\nsee: {see}\ncan: {can}\nsubgoal: {state.subgoal}\n{best}\n"
+    can = "".join(f"{verb} {' '.join(things)}{rest}\n" for (*_, verb, rest), things in sorted(groups.items()))
+    best = "".join(f"{command}\n" for *_, command in sorted(fitting))
+    refused = f"Nothing happens {min(state.refused, 9)}\n" if state.refused else ""
+    return f"task: {state.task}\ndid: {did}\nsee: {see}\nsubgoal: {state.subgoal}\n{refused}{can}{best}"
 
 
 STYLES = {

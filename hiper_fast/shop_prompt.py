@@ -52,8 +52,8 @@ def compact(state: State) -> str:
     """For small models: past actions only, lower case, few filling words, whole dollars; clickables in brackets.
 
     What shares a word with the task and was not yet clicked stands at the end, next to the response, what shares most
-    last; before a search that is the instruction's words. An ASIN follows its title and price. Pages that only inform
-    (description, features, reviews) stay possible but are not listed.
+    last, each as a command in a line of its own; before a search that is the instruction's words. An ASIN follows its
+    title and price. Pages that only inform (description, features, reviews) stay possible but are not listed.
     """
     wish = Wish(state.task)
     options = "".join(f" {name}={value}" for name, value in wish.options.items())
@@ -65,12 +65,12 @@ def compact(state: State) -> str:
     for place, (name, *title_and_price) in enumerate(entries(page(state.observation, state.task), clicks)):
         if name in NAVIGATION + INFORMATION:
             continue
-        text = " ".join([*map(shortened, title_and_price), f"[{name}]" if name in clicks else shortened(name)])
+        about = " ".join(map(shortened, title_and_price))
         shared = len(wanted.intersection([name, *WORD.findall(" ".join(title_and_price))]))
         if name in clicks and shared and f"click[{name}]" not in state.sent:
-            fitting.append((shared, -place, text))
+            fitting.append((shared, -place, f"{about}\nclick[{name}]".lstrip()))
         else:
-            see.append(text)
+            see.append(f"{about} [{name}]".lstrip() if name in clicks else shortened(name))
     can = "".join(f"[{c}]" for c in NAVIGATION if c in clicks)
     did = "".join(action.removeprefix("click") for _, action in state.history)
     best = "\n".join(text for *_, text in sorted(fitting))

@@ -57,7 +57,8 @@ def test_compact_results():
         "see: page 1 fern's tea 3 to 11 [b07]\n"
         "can: [next >][back to search]\n"
         "subgoal: search\n"
-        "orla tea gluten free daily wear 19 [tea12]\n"
+        "orla tea gluten free daily wear 19\n"
+        "click[tea12]\n"
     )
 
 
@@ -66,9 +67,9 @@ def test_compact_puts_last_what_shares_most_and_what_was_clicked_back():
         "A1 [SEP] Free Teas [SEP] $5.0 [SEP] A2 [SEP] Gluten Free Teas [SEP] $6.0 [SEP] A3 [SEP] Free Teas [SEP] $7.0"
     )
     shown = state(HEAD + "Page 1 (Total results: 3) [SEP] Next > [SEP] " + rows, ["next >", "a1", "a2", "a3"])
-    assert compact(shown).endswith("\nfree teas 7 [a3]\nfree teas 5 [a1]\ngluten free teas 6 [a2]\n")
+    assert compact(shown).endswith("\nfree teas 7\nclick[a3]\nfree teas 5\nclick[a1]\ngluten free teas 6\nclick[a2]\n")
     shown.sent.add("click[a2]")
-    assert compact(shown).endswith("\nfree teas 7 [a3]\nfree teas 5 [a1]\n")
+    assert compact(shown).endswith("\nfree teas 7\nclick[a3]\nfree teas 5\nclick[a1]\n")
     assert "see: page 1 gluten free teas 6 [a2]\n" in compact(shown)
 
 
@@ -77,7 +78,7 @@ def test_compact_item():
     text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose product"))
     assert "did: search[gluten free teas][tea12]\n" in text
     assert "see: flavor [lemon] orla tea price: 18\n" in text
-    assert text.endswith("can: [buy now][< prev][back to search]\nsubgoal: choose product\n[mint]\n")
+    assert text.endswith("can: [buy now][< prev][back to search]\nsubgoal: choose product\nclick[mint]\n")
     text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose options", sent={"click[mint]"}))
     assert "see: flavor [lemon] [mint] orla tea price: 18\n" in text
     assert text.endswith("subgoal: choose options\n\n")

@@ -77,7 +77,7 @@ def test_a_whole_game_falls_back_to_bytes_nowhere(tokenizer):
 
 @pytest.mark.parametrize("family", tiny.FOLDERS)
 def test_the_shipped_file_is_what_a_rebuild_gives(family):
-    rebuilt = tiny.build_tokenizer(tiny.vocabulary(family)).backend_tokenizer.to_str()
+    rebuilt = tiny.build_tokenizer(tiny.vocabulary(family), tiny.OPENINGS[family]).backend_tokenizer.to_str()
     assert json.loads((tiny.FOLDERS[family] / "tokenizer.json").read_text()) == json.loads(rebuilt)
 
 
@@ -93,6 +93,28 @@ def test_weights_depend_on_the_seed_alone(tokenizer):
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_starts_by_copying(tokenizer, seed):
+    """Untrained, it attends to what followed the present token earlier, and prefers that to nearly all others."""
+    model = tiny.build_model(tokenizer, seed)
+    model.set_attn_implementation("eager")
+    prompt = (
+        "task: put some egg on shelf.\nsee: On the bed 1, you see pen 4.\ngo to desk 2\ntake keychain 3 from safe 1\n"
+    )
+    ids = torch.tensor([ids_of(tokenizer, prompt + "<action>take keychain 3 from safe 1")])
+    with torch.no_grad():
+        out = model(ids, output_attentions=True)
+    last = ids.shape[1] - 1
+    back, copying = (attention[0, 0] for attention in out.attentions)
+    assert back[range(1, last + 1), range(last)].min() > 0.5, "the first head looks one token back"
+    for place in range(last - 5, last):  # take, keychain, 3, from, safe
+        source = (ids[0, :place] == ids[0, place]).nonzero()[-1] + 1
+        assert ids[0, source] == ids[0, place + 1]
+        assert copying[place].argmax() == source
+        better = (out.logits[0, place] > out.logits[0, place, ids[0, source]]).sum()
+        assert better < 0.05 * len(tokenizer)
 
 
 def test_size_is_around_half_a_million(tokenizer):
