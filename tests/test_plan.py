@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2C
 
 from hiper_fast import attention, footprint, optim, plan, policy, train
 from hiper_fast.batch import microbatches
+from hiper_fast.generate import cache_name
 from hiper_fast.config import Config, ConfigError, recipes, resolve
 from hiper_fast.distributed import ALONE
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
@@ -163,7 +164,8 @@ def test_the_kv_cache_to_the_byte(folder):
                    "agent.max_response_tokens": 5}
     )  # fmt: skip
     cache = DynamicCache(config=plan_architecture(config))
-    model(config)(input_ids=torch.ones(2, 25, dtype=torch.long), past_key_values=cache, use_cache=True)
+    network = model(config)
+    network(input_ids=torch.ones(2, 25, dtype=torch.long), use_cache=True, **{cache_name(type(network)): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert plan.in_flight(config) == 2 and sizes(config)[ROLLOUT, "KV cache"] == held
 

@@ -13,6 +13,7 @@ from hiper_fast import checkpoint, optim, policy, tiny, train
 from hiper_fast import eval as evaluation
 from hiper_fast.batch import microbatches
 from hiper_fast.config import Config, ConfigError, ModelConfig
+from hiper_fast.generate import cache_name
 from hiper_fast.trajectory import prefix_sums
 
 SIZES = {
@@ -283,13 +284,14 @@ def test_recomputed_layers_give_the_same_gradients(tmp_path, monkeypatch, kind, 
     mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         generated = recomputed.model(input_ids=IDS, use_cache=True)
-    assert len(calls) == 1 and generated.past_key_values.get_seq_length() == IDS.shape[1], "caches stay usable"
+    cache = cache_name(type(recomputed.model))
+    assert len(calls) == 1 and generated[cache].get_seq_length() == IDS.shape[1], "caches stay usable"
     calls.clear()
     for ours, expected in zip(gradients(recomputed), gradients(plain), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     assert len(calls) == 4, "policy and critic, each forward and again in the backward pass"
     with torch.no_grad():
-        assert recomputed.model(input_ids=IDS, use_cache=True).past_key_values.get_seq_length() == IDS.shape[1]
+        assert recomputed.model(input_ids=IDS, use_cache=True)[cache].get_seq_length() == IDS.shape[1]
 
 
 def test_recomputing_keeps_fewer_activations(base):
