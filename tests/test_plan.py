@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2C
 
 from hiper_fast import attention, footprint, optim, plan, policy, train
 from hiper_fast.batch import microbatches
-from hiper_fast.generate import cache_name
 from hiper_fast.config import Config, ConfigError, recipes, resolve
 from hiper_fast.distributed import ALONE
+from hiper_fast.generate import cache_name
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
 from hiper_fast.policy import Critic, hidden_states
 from hiper_fast.trajectory import prefix_sums
