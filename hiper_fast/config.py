@@ -145,7 +145,7 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(600, "scripted episodes")
+    episodes: int = option(500, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
