@@ -106,7 +106,7 @@ class AdvantageConfig:
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(40, "policy updates; 0 stops after the warm start")
+    updates: int = option(32, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
     minibatches: int = option(
         8, "optimiser steps per update, over turns (transcript: episodes) drawn without repetition"
@@ -119,7 +119,7 @@ class TrainConfig:
     old_logprobs: str = option(
         "sampled", "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16"
     )
-    lr: float = option(2.5e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    lr: float = option(3e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     optimizer: str = option(
@@ -145,7 +145,7 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(500, "scripted episodes")
+    episodes: int = option(400, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     batch_turns: int = option(32, "turns per optimiser step")
@@ -156,7 +156,7 @@ class WarmStartConfig:
 
 @dataclass(slots=True)
 class EvalConfig:
-    every: int = option(10, "updates between evaluations (the first and last state are always evaluated)")
+    every: int = option(8, "updates between evaluations (the first and last state are always evaluated)")
     episodes: int = option(512, "games of the fixed panel; alfworld: at most the whole split, each game once")
     temperature: float = option(1.0, "sampling temperature in evaluation (reference: 0.4)")
 
