@@ -114,12 +114,15 @@ class TrainConfig:
     critic_updates: int = option(2, "first updates that train the critic alone")
     final_lr: float = option(0.1, "both rates fall linearly to this share at the last update (reference: 1, constant)")
     beta2: float = option(0.99, "AdamW's second beta (reference: 0.999)")
+    eps: float = option(
+        1e-4, "AdamW's epsilon (reference: 1e-8): what has gradients far below it, as rare tokens have, hardly moves"
+    )
     warmup_updates: int = option(4, "policy updates over which its learning rate rises")
     microbatch_tokens: int = option(8192, "tokens in one forward pass, or one longer sequence")
     old_logprobs: str = option(
         "sampled", "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16"
     )
-    lr: float = option(3e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    lr: float = option(4e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     optimizer: str = option(
@@ -231,8 +234,8 @@ CHOICES = {
 }
 POSITIVE = (
     "env.max_turns model.lora_alpha agent.batch_tokens agent.max_prompt_tokens agent.max_response_tokens "
-    "agent.temperature train.episodes train.minibatches train.microbatch_tokens train.max_skipped warm_start.episodes "
-    "warm_start.epochs warm_start.batch_turns eval.every eval.episodes run.save_every run.keep plan.utilisation"
+    "agent.temperature train.episodes train.eps train.minibatches train.microbatch_tokens train.max_skipped "
+    "warm_start.episodes warm_start.epochs warm_start.batch_turns eval.every eval.episodes run.save_every run.keep plan.utilisation"
 ).split()
 NON_NEGATIVE = (
     "agent.history agent.fallback model.lora_rank train.updates train.critic_updates train.warmup_updates train.lr "

@@ -15,10 +15,10 @@ from hiper_fast.policy import Agent
 
 def build(agent: Agent, config: Config) -> dict[str, Optimizer]:
     """An optimiser each for the policy and for the critic."""
-    betas = (0.9, config.train.beta2)
+    options = {"betas": (0.9, config.train.beta2), "eps": config.train.eps}
     optimizers = {
-        "policy": adamw(agent.model.parameters(), config.train, betas),
-        "critic": adamw(agent.critic.parameters(), config.train, betas),
+        "policy": adamw(agent.model.parameters(), config.train, **options),
+        "critic": adamw(agent.critic.parameters(), config.train, **options),
     }
     if agent.world.size > 1 and agent.config.dtype == "bfloat16":
         for optimizer in optimizers.values():
@@ -42,7 +42,9 @@ def imitation(agent: Agent, config: TrainConfig) -> list[tuple[Optimizer, float]
     return optimizers
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig, betas: tuple[float, float]) -> Optimizer:
+def adamw(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, betas: tuple[float, float], eps: float = 1e-8
+) -> Optimizer:
     """AdamW over those parameters that train; `set_lr` gives it its learning rate.
 
     Weights in bfloat16 get float32 masters and gradients unless `train.master_weights` is off. Float32 weights (and
@@ -60,7 +62,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig, betas: tuple[
         make = adamw_8bit
     else:
         make = functools.partial(AdamW, fused=offload or any(m.is_cuda for m in masters) or None)
-    make = functools.partial(make, betas=betas, weight_decay=config.weight_decay)
+    make = functools.partial(make, betas=betas, eps=eps, weight_decay=config.weight_decay)
     same = all(m.dtype == p.dtype and m.device == p.device for p, m in zip(parameters, masters, strict=True))
     return make(parameters) if same else MasterWeights(parameters, masters, make)
 
