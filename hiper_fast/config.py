@@ -235,7 +235,8 @@ CHOICES = {
 POSITIVE = (
     "env.max_turns model.lora_alpha agent.batch_tokens agent.max_prompt_tokens agent.max_response_tokens "
     "agent.temperature train.episodes train.eps train.minibatches train.microbatch_tokens train.max_skipped "
-    "warm_start.episodes warm_start.epochs warm_start.batch_turns eval.every eval.episodes run.save_every run.keep plan.utilisation"
+    "warm_start.episodes warm_start.epochs warm_start.batch_turns eval.every eval.episodes run.save_every run.keep "
+    "plan.utilisation"
 ).split()
 NON_NEGATIVE = (
     "agent.history agent.fallback model.lora_rank train.updates train.critic_updates train.warmup_updates train.lr "
