@@ -57,6 +57,30 @@ def test_an_update_of_a_millionth_is_kept_by_masters_and_lost_without(master_wei
         assert optimizer.state_dict()["state"][0]["master"].tolist() == pytest.approx([expected] * 3, abs=1e-4)
 
 
+def test_traces_of_gradients_move_nothing_as_far_as_gradients_do():
+    """With AdamW's usual epsilon a row whose gradients are a thousandth moves as far as the others."""
+    agent = policy.load(ModelConfig(), seed=0)
+    agent.add_critic()
+    config = Config()
+    config.train.weight_decay = 0.0
+
+    def moved(eps):
+        config.train.eps = eps
+        optimizer = optim.build(agent, config)["policy"]
+        optim.set_lr(optimizer, 1e-3)
+        weight = agent.model.get_input_embeddings().weight
+        before = weight.detach().clone()
+        weight.grad = torch.full_like(weight, 1e-3)
+        weight.grad[7] = 1e-6
+        optimizer.step()
+        return [float((before - weight)[row].mean()) for row in (6, 7)]
+
+    usual, trace = moved(1e-8)
+    assert trace == pytest.approx(usual, rel=0.02)
+    usual, trace = moved(1e-4)
+    assert usual == pytest.approx(1e-3 / 1.1, rel=0.01) and trace < 0.02 * usual
+
+
 @pytest.mark.parametrize("name", ["adamw", "offload"])
 def test_masters_are_what_float32_training_would_have(name):
     half, full = weights(), [nn.Parameter(p.detach().float()) for p in weights()]
