@@ -73,7 +73,7 @@ def test_traces_of_gradients_move_nothing_as_far_as_gradients_do():
         weight.grad = torch.full_like(weight, 1e-3)
         weight.grad[7] = 1e-6
         optimizer.step()
-        return [float((before - weight)[row].mean()) for row in (6, 7)]
+        return [(before - weight.detach())[row].mean().item() for row in (6, 7)]
 
     usual, trace = moved(1e-8)
     assert trace == pytest.approx(usual, rel=0.02)
