@@ -250,7 +250,8 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
         try:
             model.add_adapter(lora)
         except ValueError as error:
-            raise ConfigError(f"model.lora_targets: {textwrap.shorten(str(error), 300)}") from error
+            option = "model.lora_targets" if config.lora_targets else "model.lora_rank"
+            raise ConfigError(f"{option}: {textwrap.shorten(str(error), 300)}") from error
 
 
 def prepared(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, **options) -> Agent:
