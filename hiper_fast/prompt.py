@@ -37,13 +37,17 @@ NOTHING = "Nothing happens."
 
 
 def without_refused(state: State) -> State:
-    """The state as if commands answered by `NOTHING` had never been sent: they changed nothing in the game either."""
+    """The state as if commands answered by `NOTHING` had never been sent: they changed nothing in the game either.
+
+    How many of the last ones did nothing stays known, in `refused`.
+    """
     outcomes = [observation for observation, _ in state.history[1:]] + [state.observation]
     history, before = [], state.history[0][0] if state.history else state.observation
     refused = 0
     for (_, action), outcome in zip(state.history, outcomes, strict=False):
-        refused += 1
-        if outcome != NOTHING:
+        if outcome == NOTHING:
+            refused += 1
+        else:
             refused = 0
             history.append((before, action))
             before = outcome
