@@ -172,6 +172,17 @@ def assert_same(found, expected, tolerance=1e-5):
         assert abs(found[name] - expected[name]).max() <= tolerance, name
 
 
+def assert_same_metrics(found, expected):
+    """To 1e-5; explained variance to ten times that, for it divides by the small variance of a few returns: there
+    values that agree to 1e-5 move it by 2e-5 * sqrt(1 - explained) / std(returns)."""
+    explained = {name for name in expected if name.startswith("value/explained")}
+    for names, tolerance in ((expected.keys() - explained, 1e-5), (explained, 1e-4)):
+        assert {n: found[n] for n in names} == pytest.approx(
+            {n: expected[n] for n in names}, rel=tolerance, abs=tolerance
+        )
+    assert found.keys() == expected.keys()
+
+
 @pytest.mark.parametrize(
     "model, options",
     [
@@ -191,7 +202,7 @@ def test_two_processes_learn_what_one_does(together, model, options):
     assert losses_0 == losses_1 and not after_1
     assert_same(after_0, after)
     for ours, theirs in zip(losses_0, losses, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        assert_same_metrics(ours, theirs)
     start = weights(make_agent(ALONE, **model)[0])
     for part in {name.split(".")[0] for name in after}:
         assert max(abs(x - start[name]).max() for name, x in after.items() if name.startswith(part)) > 1e-4, part
@@ -238,7 +249,7 @@ def test_any_number_of_processes_resumes_a_checkpoint(together, tmp_path):
         assert_same(by_both, before, 0.0)
         assert_same(by_one, before, 0.0)
         for found in (again, again_alone):
-            assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-5)
+            assert_same_metrics(found[0], expected[0])
     assert checkpoint.best(both) == both / "step-000001"
 
 
