@@ -60,7 +60,8 @@ def shape_rewards(trajectories: Trajectories, config: RewardConfig) -> Tensor:
 def train_malformed(t: Trajectories) -> None:
     """Gives the tokens outside every block of an invalid turn the action's role.
 
-    Else nothing teaches a policy not to sample them again: a block counts only with both its tags.
+    Else nothing teaches a policy not to sample them again: a block counts only with both its tags. What they are
+    measured against is `estimate`'s concern.
     """
     stray = (t.roles == 0) & ~t.valid.repeat_interleave(t.cu_tokens.diff())
     t.roles = t.roles.masked_fill(stray, ops.reference.ACTION)
@@ -140,16 +141,22 @@ def within(sequences: Sequences, batch: Microbatch, positions: Tensor) -> tuple[
 def estimate(
     t: Trajectories, values: Tensor, bootstrap: Tensor, ref_logprobs: Tensor | None, config: AdvantageConfig
 ) -> Targets:
-    """Values -> advantages -> token advantages. A truncated episode's low level bootstraps like a segment's end."""
+    """Values -> advantages -> token advantages. A truncated episode's low level bootstraps like a segment's end.
+
+    V_low stands behind the subgoal. Of a turn without that block it would know that the turn has failed already, and
+    its tokens would look no worse than any: with `advantage.malformed` such a turn is measured against V_switch, which
+    knows only the prompt, and V_low does not learn from it.
+    """
     low, high, switch = values.unbind(1)
+    named = has_role(t, ops.reference.SUBGOAL) | (not config.malformed)
+    low = torch.where(named, low, switch)
     if config.estimator == "hae":
         levels = ops.hae(
             t.rewards, low, high, t.switch, t.terminated, t.cu_turns,
             values_switch=switch, bootstrap_low=bootstrap, bootstrap_high=bootstrap,
             gamma=config.gamma, lambda_turn=config.lambda_turn, lambda_segment=config.lambda_segment,
         )  # fmt: skip
-        every = torch.ones_like(levels.boundary)
-        value_mask = torch.stack([every, levels.boundary, every], 1)
+        value_mask = torch.stack([named, levels.boundary, torch.ones_like(named)], 1)
     else:
         advantages, returns = ops.gae(
             t.rewards, high, t.terminated, t.cu_turns,
@@ -166,6 +173,12 @@ def estimate(
     if config.estimator == "gae":  # one level: a token of several roles takes its advantage once
         advantages = levels.advantages_low.repeat_interleave(t.cu_tokens.diff()) * loss_mask
     return Targets(advantages, loss_mask, ref_logprobs, values, returns, value_mask, levels)
+
+
+def has_role(t: Trajectories, role: int) -> Tensor:
+    """bool [turns]: whether any token of the turn has it."""
+    turn = torch.arange(t.turns).repeat_interleave(t.cu_tokens.diff())
+    return torch.zeros(t.turns, dtype=torch.bool).index_fill(0, turn[(t.roles & role) > 0], True)
 
 
 def update(

@@ -292,19 +292,27 @@ def test_truncated_episodes_bootstrap_and_terminated_ones_do_not(agent):
         assert bool(moved[begin:end].any()) == (not terminated)
 
 
-def test_estimate_is_hae_normalised_per_level_and_scattered(agent):
+@pytest.mark.parametrize("malformed", [True, False])
+def test_estimate_is_hae_normalised_per_level_and_scattered(agent, malformed):
     config = settings()
+    config.advantage.malformed = malformed
     t, values, bootstrap, ref = scored(agent, config)
+    before = values.clone()
     targets = estimate(t, values, bootstrap, ref, config.advantage)
+    assert torch.equal(targets.old_values, before) and torch.equal(values, before)
+    named = torch.tensor([turn.subgoal_span is not None for turns in turn_texts() for turn in turns])
+    assert 0 < named.sum() < t.turns
+    low = values[:, LOW].where(named, values[:, SWITCH]) if malformed else values[:, LOW]
     raw = ops.reference.hae(
-        t.rewards, *(values[:, head] for head in (LOW, HIGH)), t.switch, t.terminated, t.cu_turns,
+        t.rewards, low, values[:, HIGH], t.switch, t.terminated, t.cu_turns,
         values_switch=values[:, SWITCH], bootstrap_low=bootstrap, bootstrap_high=bootstrap,
         gamma=0.9, lambda_turn=0.8, lambda_segment=0.7,
     )  # fmt: skip
     returns = torch.stack([raw.returns_low, raw.returns_high, raw.returns_switch], 1)
     torch.testing.assert_close(targets.returns, returns)
     assert torch.equal(targets.value_mask[:, HIGH], raw.boundary)
-    assert targets.value_mask[:, [LOW, SWITCH]].all()
+    assert targets.value_mask[:, SWITCH].all()
+    assert torch.equal(targets.value_mask[:, LOW], named | (not malformed))
     levels = dict(zip((1, 2, 4), (raw.advantages_low, raw.advantages_high, raw.advantages_switch), strict=True))
     ranges, expected = bounds(t.cu_tokens), torch.zeros(t.response_ids.numel())
     expected_mask = torch.zeros_like(targets.loss_mask)
