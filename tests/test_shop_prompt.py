@@ -78,10 +78,22 @@ def test_compact_item():
     text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose product"))
     assert "did: search[gluten free teas][tea12]\n" in text
     assert "see: flavor [lemon] orla tea price: 18\n" in text
-    assert text.endswith("can: [buy now][< prev][back to search]\nsubgoal: choose product\nclick[mint]\n")
+    assert text.endswith(
+        "can: [buy now][< prev][back to search]\nsubgoal: choose product\nmissing: flavor=mint pack=triple\nclick[mint]\n"
+    )
+    history += [(ITEM, "click[mint]")]
     text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose options", sent={"click[mint]"}))
     assert "see: flavor [lemon] [mint] orla tea price: 18\n" in text
-    assert text.endswith("subgoal: choose options\n\n")
+    assert text.endswith("subgoal: choose options\nmissing: pack=triple\n\n")
+    history += [(ITEM, "click[triple]")]
+    text = compact(state(ITEM, ITEM_CLICKS, history=history, subgoal="choose options"))
+    assert text.endswith("missing: nothing\n\n")
+
+
+def test_an_item_opened_anew_has_nothing_chosen():
+    history = [(RESULTS, "click[tea12]"), (ITEM, "click[mint]"), (ITEM, "click[< prev]"), (RESULTS, "click[b07]")]
+    text = compact(state(ITEM, ITEM_CLICKS, history=history, sent={"click[mint]"}))
+    assert text.endswith("\nmissing: flavor=mint pack=triple\nclick[mint]\n")
 
 
 def test_compact_search_page():
