@@ -106,7 +106,7 @@ class AdvantageConfig:
 
 @dataclass(slots=True)
 class TrainConfig:
-    updates: int = option(32, "policy updates; 0 stops after the warm start")
+    updates: int = option(24, "policy updates; 0 stops after the warm start")
     episodes: int = option(128, "episodes per update")
     minibatches: int = option(
         8, "optimiser steps per update, over turns (transcript: episodes) drawn without repetition"
@@ -148,9 +148,12 @@ class WarmStartConfig:
     demonstrations: str = option(
         "search", "search: an expert that looks for things; walkthrough: the game's own solution"
     )
-    episodes: int = option(400, "scripted episodes")
+    episodes: int = option(1000, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
+    imitate_noise: bool = option(
+        True, "imitate those turns too, so that reinforcement has mistakes to unlearn; false: only what follows them"
+    )
     batch_turns: int = option(32, "turns per optimiser step")
     lr: float = option(
         2.5e-3, "peak learning rate; warms up, then falls to a tenth (Muon, for the tiny model's matrices: 8 times it)"

@@ -27,11 +27,11 @@ def warm_start(agent: Agent, games: Games, prompter: Prompter, config: Config, l
     if wanted == "no" or (wanted == "auto" and not agent.tiny):
         return False
     with logger.stage("demonstrations"):
-        trajectories, own = demonstrate(agent, games, prompter, config)
+        trajectories, imitated = demonstrate(agent, games, prompter, config)
     won = trajectories.won.float().mean().item()
     logger.message(f"{len(trajectories.won)} scripted episodes, {trajectories.turns} turns, {won:.0%} won")
     began = time.perf_counter()
-    for step, steps, loss, accuracy in imitate(agent, trajectories, own, config):
+    for step, steps, loss, accuracy in imitate(agent, trajectories, imitated, config):
         if step % max(1, steps // 20) == 0 or step == steps:
             metrics = {
                 "loss/imitation": loss,
@@ -49,14 +49,14 @@ def response_text(move: Move, subgoal: str | None) -> str:
 
 
 def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) -> tuple[Trajectories, torch.Tensor]:
-    """Scripted episodes and bool [turns]: which turns are the expert's own.
+    """Scripted episodes and bool [turns]: which turns are to be imitated.
 
     On a share `warm_start.noise` of the turns the expert stumbles, so that imitation also sees how to go on from a
-    mistake; those turns are stored but not imitated.
+    mistake; those turns are stored, and imitated with `warm_start.imitate_noise`.
     """
     c = config.warm_start
     rng = random.Random(f"{config.run.seed} demonstrations")
-    own: dict[int, list[bool]] = {}
+    imitated: dict[int, list[bool]] = {}
 
     def respond(plays: list[Play]):
         texts = []
@@ -66,7 +66,7 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
             expert.observe(last, play.state.observation, play.state.commands)
             move = expert.move(play.state.commands)
             stumbles = c.demonstrations == "search" and rng.random() < c.noise
-            own[id(play)].append(not stumbles)
+            imitated[id(play)].append(c.imitate_noise or not stumbles)
             if stumbles:
                 move = expert.stumble(move, play.state.commands, rng)
             texts.append(response_text(move, play.state.subgoal))
@@ -76,22 +76,22 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
     tasks = games.training("warm start", c.episodes)
     plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
     players = {id(p): games.family.player(c.demonstrations, p.env, random.Random(rng.random())) for p in plays}
-    own |= {id(p): [] for p in plays}
+    imitated |= {id(p): [] for p in plays}
     episodes = rollout(plays, prompter, respond, agent.decode)
-    return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in own[id(p)]])
+    return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in imitated[id(p)]])
 
 
-def imitate(agent: Agent, t: Trajectories, own: torch.Tensor, config: Config):
-    """Trains the policy on the responses of the expert's turns; yields (step, steps, loss, accuracy) of each.
+def imitate(agent: Agent, t: Trajectories, imitated: torch.Tensor, config: Config):
+    """Trains the policy on the responses of the turns `imitated`; yields (step, steps, loss, accuracy) of each.
 
     Where turns continue each other a step takes whole trajectories, as many as have about `batch_turns` such turns.
     """
     c = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
     optimizers = optim.imitation(agent, config.train)
-    loss_mask = own.repeat_interleave(t.cu_tokens.diff())
+    loss_mask = imitated.repeat_interleave(t.cu_tokens.diff())
     sequences = t.sequences()
-    owners = torch.searchsorted(sequences.cu_seqlens.long(), sequences.value_index[own, HIGH], right=True) - 1
+    owners = torch.searchsorted(sequences.cu_seqlens.long(), sequences.value_index[imitated, HIGH], right=True) - 1
     chosen = owners.unique()
     size = max(1, c.batch_turns * len(chosen) // max(1, len(owners)))
     parts = [p for _ in range(c.epochs) for p in chosen[torch.randperm(len(chosen), generator=generator)].split(size)]

@@ -19,7 +19,14 @@ def settings(**options):
     config = Config()
     config.env.name, config.env.max_turns = "household", 30
     config.agent.max_prompt_tokens = 4000
-    for name, value in {"episodes": 12, "epochs": 1, "batch_turns": 16, "noise": 0.0, **options}.items():
+    for name, value in {
+        "episodes": 12,
+        "epochs": 1,
+        "batch_turns": 16,
+        "noise": 0.0,
+        "imitate_noise": False,
+        **options,
+    }.items():
         setattr(config.warm_start, name, value)
     return config
 
@@ -64,6 +71,8 @@ def test_the_same_seed_shows_the_same_episodes(agent):
 
 def test_a_share_of_the_turns_is_disturbed_and_marked(agent):
     t, own = show(agent, settings(noise=0.3, episodes=30))
+    same, every = show(agent, settings(noise=0.3, episodes=30, imitate_noise=True))
+    assert every.all() and torch.equal(same.response_ids, t.response_ids), "the mark only tells what is imitated"
     assert 0.2 < 1 - own.float().mean() < 0.4
     assert t.valid.all(), "whatever it does, it keeps the format"
     mine = iter(own.tolist())
