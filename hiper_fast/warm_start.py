@@ -20,6 +20,8 @@ from hiper_fast.prompt import Prompter
 from hiper_fast.rollout import Play, rollout
 from hiper_fast.trajectory import Trajectories, pack
 
+AT_ONCE = 128  # scripted episodes played in step: a large room with all it can do takes megabytes
+
 
 def warm_start(agent: Agent, games: Games, prompter: Prompter, config: Config, logger: Logger) -> bool:
     """Demonstrations, then imitation, the run's first stage; False, and nothing done, for models that need none."""
@@ -56,29 +58,32 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
     """
     c = config.warm_start
     rng = random.Random(f"{config.run.seed} demonstrations")
-    imitated: dict[int, list[bool]] = {}
 
     def respond(plays: list[Play]):
         texts = []
         for play in plays:
-            expert = players[id(play)]
+            expert, marks = players[id(play)]
             last = play.state.history[-1][1] if play.state.history else None
             expert.observe(last, play.state.observation, play.state.commands)
             move = expert.move(play.state.commands)
             stumbles = c.demonstrations == "search" and rng.random() < c.noise
-            imitated[id(play)].append(c.imitate_noise or not stumbles)
+            marks.append(c.imitate_noise or not stumbles)
             if stumbles:
                 move = expert.stumble(move, play.state.commands, rng)
             texts.append(response_text(move, play.state.subgoal))
         ids = agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [(row + [agent.stop_ids[0]], [0.0] * (len(row) + 1)) for row in ids]
 
-    tasks = games.training("warm start", c.episodes)
-    plays = [Play(env, task, config) for env, task in zip(games.make(len(tasks)), tasks, strict=True)]
-    players = {id(p): games.family.player(c.demonstrations, p.env, random.Random(rng.random())) for p in plays}
-    imitated |= {id(p): [] for p in plays}
-    episodes = rollout(plays, prompter, respond, agent.decode)
-    return pack(episodes, agent.find_roles), torch.tensor([x for p in plays for x in imitated[id(p)]])
+    tasks, envs = games.training("warm start", c.episodes), games.make(min(c.episodes, AT_ONCE))
+    episodes, imitated = [], []
+    for start in range(0, len(tasks), AT_ONCE):
+        plays = [Play(env, task, config) for env, task in zip(envs, tasks[start : start + AT_ONCE], strict=False)]
+        players = {
+            id(p): (games.family.player(c.demonstrations, p.env, random.Random(rng.random())), []) for p in plays
+        }
+        episodes += rollout(plays, prompter, respond, agent.decode)
+        imitated += [mark for p in plays for mark in players[id(p)][1]]
+    return pack(episodes, agent.find_roles), torch.tensor(imitated)
 
 
 def imitate(agent: Agent, t: Trajectories, imitated: torch.Tensor, config: Config):
