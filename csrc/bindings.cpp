@@ -69,6 +69,13 @@ void def_all(py::module_& module) {
         a.number(5), a.number(6), out, a.threads);
     return out.tensor();
   });
+  def_op<float, double>(module, "normalize", [](auto type, const Arguments& a) {
+    using T = decltype(type);
+    const int64_t turns = a.length(0);
+    const Result<T> out({turns});
+    run(&normalize<Isa, T>, a.vector<T>(0, turns), a.vector<bool>(1, turns), turns, a.number(2), out);
+    return out.tensor();
+  });
   def_op<float, double>(module, "scatter_advantages", [](auto type, const Arguments& a) {
     using T = decltype(type);
     const int64_t tokens = a.length(4), turns = a.segments(5);
@@ -131,13 +138,6 @@ PYBIND11_MODULE(_C, module) {
         a.optional_vector<T>(8, trajectories), turns, trajectories, a.number(9), a.number(10), a.number(11),
         out, boundary, a.threads);
     return tuple_of(out, boundary);
-  });
-  def_op<float, double>(module, "normalize", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t turns = a.length(0);
-    const Result<T> out({turns});
-    run(&normalize<T>, a.vector<T>(0, turns), a.vector<bool>(1, turns), turns, a.number(2), out);
-    return out.tensor();
   });
   def_op<int64_t, int32_t>(module, "find_roles", [](auto type, const Arguments& a) {
     using Id = decltype(type);

@@ -22,7 +22,8 @@ void normalize_and_scatter(const T* advantages_low, const T* advantages_high, co
     }
   });
   const T* const given[] = {advantages_low, advantages_high, advantages_switch};
-  for (int k = 0; k < 3; ++k) normalize(given[k], trains.get() + k * turns, turns, eps, levels + k * turns);
+  for (int k = 0; k < 3; ++k)
+    normalize<Isa>(given[k], trains.get() + k * turns, turns, eps, levels + k * turns);
   scatter_advantages<Isa>(levels, levels + turns, levels + 2 * turns, boundary, roles, cu_tokens, tokens,
                           turns, advantages, loss_mask, threads);
 }

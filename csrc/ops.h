@@ -29,7 +29,7 @@ void gae(const T* rewards, const T* values, const bool* terminated, const int32_
          int threads);
 
 // out: [turns], 0 off the mask.
-template <class T>
+template <class Isa, class T>
 void normalize(const T* values, const bool* mask, int64_t turns, double eps, T* out);
 
 enum PieceFlag : uint8_t { kHasAngle = 1, kHasHighByte = 2, kEmpty = 4 };

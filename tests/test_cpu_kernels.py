@@ -64,6 +64,19 @@ def test_agrees_with_the_reference(instructions, op):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 511, 512, 513, 520, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalize_of_every_length(instructions, length, dtype):
+    """Means far from 0, and off the mask what must not be touched."""
+    values = vectors(length, dtype)() + 30
+    mask = torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.7
+    values[~mask] = math.nan
+    result = ops.normalize(values, mask)
+    truth = ops.reference.normalize(values.double(), mask)
+    assert (result - truth).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-12)
+    assert (result[~mask] == 0).all()
+
+
 @pytest.mark.parametrize("length", [1, 3, 7, 8, 9, 16, 31, 1000])
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.99, 0.95), (0.0, 0.5)])
 def test_gae_of_every_length(instructions, length, factors):
