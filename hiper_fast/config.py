@@ -31,7 +31,7 @@ def option(default, help: str):
 class EnvConfig:
     name: str = option(
         "auto",
-        "household, alfworld, webshop (recipes/default-webshop.yaml lies over the defaults), or auto: alfworld if "
+        "household, alfworld, webshop (recipes/default-NAME.yaml lies over the defaults), or auto: alfworld if "
         "$ALFWORLD_DATA is set, else household",
     )
     engine: str = option("native", "native, or textworld: the same games through the real TextWorld")
@@ -420,7 +420,7 @@ def parse(argv: list[str] | None, *, program: str, description: str) -> Config:
 def resolve(files: list[str | Path], given: dict[str, typing.Any]) -> Config:
     """Defaults, those of the environment over them, then `files`, then the options `given`; checked."""
     config = layered(files, given)
-    own = RECIPES / f"default-{config.env.name}.yaml"
+    own = RECIPES / f"default-{environment(config)}.yaml"
     if own.exists():
         config = layered([own, *files], given)
     check(config)

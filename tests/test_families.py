@@ -1,8 +1,10 @@
 """Each family of environments brings its games, prompts, players and defaults; WebShop through all of the loop."""
 
 import random
+from dataclasses import replace
 
 import pytest
+import yaml
 
 from hiper_fast import config as configuration
 from hiper_fast import policy
@@ -66,6 +68,22 @@ def test_webshop_has_defaults_of_its_own_which_files_and_the_command_line_overru
     file.write_text("env: {name: webshop, max_turns: 9}\nagent: {fallback: 7}\n")
     config = resolve([file], {"agent.fallback": "8"})
     assert (config.env.max_turns, config.agent.fallback, config.env.eval_split) == (9, 8, "test")
+
+
+def test_the_official_games_have_defaults_of_their_own_also_where_auto_finds_them(monkeypatch):
+    assert resolve([], {}).env.max_turns == Config().env.max_turns
+    named = resolve([], {"env.name": "alfworld"})
+    assert (named.env.max_turns, named.eval.episodes) == (50, 140)
+    monkeypatch.setenv("ALFWORLD_DATA", "somewhere")
+    found = resolve([], {})
+    assert found.env.name == "auto" and replace(found, env=named.env) == replace(named, env=named.env)
+
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop"])
+def test_the_papers_recipe_leaves_nothing_to_the_environments_defaults(name):
+    recipe, own = (yaml.safe_load((configuration.RECIPES / f"{p}{name}.yaml").read_text()) for p in ("", "default-"))
+    left = {(section, key) for section, entries in own.items() for key in entries if key not in recipe[section]}
+    assert left <= {("warm_start", "episodes")} and recipe["warm_start"] == {"enabled": False}
 
 
 def test_the_papers_recipe():
