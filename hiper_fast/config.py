@@ -151,8 +151,8 @@ class WarmStartConfig:
     episodes: int = option(1000, "scripted episodes")
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
-    imitate_noise: bool = option(
-        True, "imitate those turns too, so that reinforcement has mistakes to unlearn; false: only what follows them"
+    imitate_noise: str = option(
+        "auto", "imitate those turns too, a broad start for reinforcement: yes, no, or auto: only for the tiny model"
     )
     batch_turns: int = option(32, "turns per optimiser step")
     lr: float = option(
@@ -232,6 +232,7 @@ CHOICES = {
     "train.old_logprobs": ("sampled", "recomputed"),
     "warm_start.enabled": ("auto", "yes", "no"),
     "warm_start.demonstrations": ("search", "walkthrough"),
+    "warm_start.imitate_noise": ("auto", "yes", "no"),
     "run.display": ("auto", "plain", "none"),
     "plan.gpu": ("here", "rtx4090", "a100", "h100", "h200"),
 }

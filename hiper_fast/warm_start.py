@@ -25,8 +25,7 @@ AT_ONCE = 128  # scripted episodes played in step: a large room with all it can 
 
 def warm_start(agent: Agent, games: Games, prompter: Prompter, config: Config, logger: Logger) -> bool:
     """Demonstrations, then imitation, the run's first stage; False, and nothing done, for models that need none."""
-    wanted = config.warm_start.enabled
-    if wanted == "no" or (wanted == "auto" and not agent.tiny):
+    if not wanted(config.warm_start.enabled, agent):
         return False
     with logger.stage("demonstrations"):
         trajectories, imitated = demonstrate(agent, games, prompter, config)
@@ -44,6 +43,11 @@ def warm_start(agent: Agent, games: Games, prompter: Prompter, config: Config, l
     return True
 
 
+def wanted(option: str, agent: Agent) -> bool:
+    """What yes, no and auto, which is for the tiny model only, mean for this one."""
+    return option == "yes" or (option == "auto" and agent.tiny)
+
+
 def response_text(move: Move, subgoal: str | None) -> str:
     """The response that makes `move` while `subgoal` is the current one."""
     switch = "KEEP" if move.subgoal == subgoal else "SWITCH"
@@ -58,6 +62,7 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
     """
     c = config.warm_start
     rng = random.Random(f"{config.run.seed} demonstrations")
+    imitate_noise = wanted(c.imitate_noise, agent)
 
     def respond(plays: list[Play]):
         texts = []
@@ -67,7 +72,7 @@ def demonstrate(agent: Agent, games: Games, prompter: Prompter, config: Config) 
             expert.observe(last, play.state.observation, play.state.commands)
             move = expert.move(play.state.commands)
             stumbles = c.demonstrations == "search" and rng.random() < c.noise
-            marks.append(c.imitate_noise or not stumbles)
+            marks.append(imitate_noise or not stumbles)
             if stumbles:
                 move = expert.stumble(move, play.state.commands, rng)
             texts.append(response_text(move, play.state.subgoal))

@@ -125,7 +125,7 @@ def test_wrong_options_are_named():
 
 
 def test_demonstrations_of_webshop(agent):
-    config = settings(warm_start__episodes="20", warm_start__noise="0.1", warm_start__imitate_noise="false")
+    config = settings(warm_start__episodes="20", warm_start__noise="0.1", warm_start__imitate_noise="no")
     games = Games(config)
     t, own = demonstrate(agent, games, prompter(agent, games, config), config)
     assert t.valid.all() and 0.8 < own.float().mean() < 1

@@ -297,7 +297,7 @@ def test_no_limit_is_too_small_and_an_over_long_first_observation_is_shortened(a
 def test_imitation_learns_the_experts_own_turns_of_whole_trajectories(agent):
     config = transcripts(max_turns=20)
     config.env.name, config.train.microbatch_tokens = "household", 5000
-    for name, value in {"episodes": 6, "noise": 0.3, "imitate_noise": False, "batch_turns": 1000}.items():
+    for name, value in {"episodes": 6, "noise": 0.3, "imitate_noise": "no", "batch_turns": 1000}.items():
         setattr(config.warm_start, name, value)
     prompter = Prompter(agent.tokenizer, config.agent, "transcript")
     ours = copy.copy(agent)

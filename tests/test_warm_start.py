@@ -24,7 +24,7 @@ def settings(**options):
         "epochs": 1,
         "batch_turns": 16,
         "noise": 0.0,
-        "imitate_noise": False,
+        "imitate_noise": "no",
         **options,
     }.items():
         setattr(config.warm_start, name, value)
@@ -71,8 +71,12 @@ def test_the_same_seed_shows_the_same_episodes(agent):
 
 def test_a_share_of_the_turns_is_disturbed_and_marked(agent):
     t, own = show(agent, settings(noise=0.3, episodes=30))
-    same, every = show(agent, settings(noise=0.3, episodes=30, imitate_noise=True))
+    same, every = show(agent, settings(noise=0.3, episodes=30, imitate_noise="yes"))
     assert every.all() and torch.equal(same.response_ids, t.response_ids), "the mark only tells what is imitated"
+    automatic = settings(noise=0.3, episodes=30, imitate_noise="auto")
+    assert show(agent, automatic)[1].all()
+    agent.tiny = False
+    assert torch.equal(show(agent, automatic)[1], own), "a model that is to be good at once is shown no mistakes"
     assert 0.2 < 1 - own.float().mean() < 0.4
     assert t.valid.all(), "whatever it does, it keeps the format"
     mine = iter(own.tolist())
