@@ -152,7 +152,7 @@ class WarmStartConfig:
     epochs: int = option(1, "passes over them")
     noise: float = option(0.2, "share of turns on which the searching expert stumbles")
     imitate_noise: str = option(
-        "auto", "imitate those turns too, a broad start for reinforcement: yes, no, or auto: only for the tiny model"
+        "auto", "imitate those turns too, for reinforcement to unlearn: yes, no, or auto: only for the tiny model"
     )
     batch_turns: int = option(32, "turns per optimiser step")
     lr: float = option(
