@@ -122,7 +122,7 @@ class TrainConfig:
     old_logprobs: str = option(
         "sampled", "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16"
     )
-    lr: float = option(4e-4, "policy learning rate (reference, 1.5B: 1e-6)")
+    lr: float = option(8e-4, "policy learning rate (reference, 1.5B: 1e-6)")
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)")
     weight_decay: float = option(0.01, "AdamW weight decay")
     optimizer: str = option(
