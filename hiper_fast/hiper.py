@@ -12,7 +12,7 @@ from hiper_fast import ops
 from hiper_fast.batch import BLANK, Microbatch, microbatches
 from hiper_fast.config import AdvantageConfig, Config, RewardConfig
 from hiper_fast.policy import Agent
-from hiper_fast.trajectory import Sequences, Trajectories, ranges
+from hiper_fast.trajectory import Sequences, Trajectories, ranges, spread
 
 LOW, HIGH, SWITCH = range(3)  # columns of values, returns and value positions
 
@@ -148,11 +148,10 @@ def estimate(
     knows only the prompt, and V_low does not learn from it.
     """
     low, high, switch = values.unbind(1)
-    named = has_role(t, ops.reference.SUBGOAL) | (not config.malformed)
-    low = torch.where(named, low, switch)
     if config.estimator == "hae":
+        named = has_role(t, ops.reference.SUBGOAL) | (not config.malformed)
         levels = ops.hae(
-            t.rewards, low, high, t.switch, t.terminated, t.cu_turns,
+            t.rewards, torch.where(named, low, switch), high, t.switch, t.terminated, t.cu_turns,
             values_switch=switch, bootstrap_low=bootstrap, bootstrap_high=bootstrap,
             gamma=config.gamma, lambda_turn=config.lambda_turn, lambda_segment=config.lambda_segment,
         )  # fmt: skip
@@ -177,7 +176,7 @@ def estimate(
 
 def has_role(t: Trajectories, role: int) -> Tensor:
     """bool [turns]: whether any token of the turn has it."""
-    turn = torch.arange(t.turns).repeat_interleave(t.cu_tokens.diff())
+    turn = spread(torch.arange(t.turns), t.cu_tokens)
     return torch.zeros(t.turns, dtype=torch.bool).index_fill(0, turn[(t.roles & role) > 0], True)
 
 
