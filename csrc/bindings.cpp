@@ -31,89 +31,140 @@ void def(py::module_& module, const char* name, Result (*kernel)(A...)) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-template <class A>
-struct Same {
-  using type = A;
-};
-
-template <class... A>
-void run(void (*kernel)(A...), typename Same<A>::type... arguments) {
+template <class Kernel>
+void run(Kernel kernel) {
   const py::gil_scoped_release released;
-  kernel(arguments...);
+  kernel();
 }
 
-// The op takes (threads, the arguments of its schema), T the dtype of the first, and returns its results, or
-// NotImplemented where an argument is not as its kernel reads it.
-template <class... T, class Op>
-void def_op(py::module_& module, const char* name, Op op) {
-  module.def(name, [op](int threads, const py::args& given) {
-    const Arguments a(threads, given);
-    auto results = py::reinterpret_borrow<py::object>(Py_NotImplemented);
-    try {
-      (void)((a.has<T>(0) && (results = op(T{}, a), true)) || ...);
-    } catch (const Unfit&) {
-    }
-    return results;
+// The ops. Each takes (threads, the arguments of its schema) and returns its results.
+template <class Isa, class T>
+py::object run_gae(int threads, Vector<T> rewards, Vector<T> values, Vector<bool> terminated,
+                   Vector<int32_t> cu_turns, std::optional<Vector<T>> bootstrap, double gamma,
+                   double lambda) {
+  const int64_t turns = rewards.length, trajectories = count_segments(cu_turns);
+  const Result<T> out({2, turns});
+  run([&] {
+    gae<Isa, T>(rewards.data, values.expect(turns), terminated.expect(trajectories), cu_turns.data,
+                expect(bootstrap, trajectories), turns, trajectories, gamma, lambda, out, threads);
   });
+  return out.tensor();
 }
 
-// The ops whose kernels are compiled for each instruction set.
+template <class Isa, class T>
+py::object run_normalize(int, Vector<T> values, Vector<bool> mask, double eps) {
+  const int64_t turns = values.length;
+  const Result<T> out({turns});
+  run([&] { normalize<Isa, T>(values.data, mask.expect(turns), turns, eps, out); });
+  return out.tensor();
+}
+
+template <class Isa, class T>
+py::tuple run_scatter_advantages(int threads, Vector<T> low, Vector<T> high, Vector<T> switches,
+                                 Vector<bool> boundary, Vector<uint8_t> roles, Vector<int32_t> cu_tokens) {
+  const int64_t tokens = roles.length, turns = count_segments(cu_tokens);
+  const Result<T> advantages({tokens});
+  const Result<bool> loss_mask({tokens});
+  run([&] {
+    scatter_advantages<Isa, T>(low.expect(turns), high.expect(turns), switches.expect(turns),
+                               boundary.expect(turns), roles.data, cu_tokens.data, tokens, turns, advantages,
+                               loss_mask, threads);
+  });
+  return pack(advantages, loss_mask);
+}
+
+template <class Isa, class T>
+py::tuple run_normalize_and_scatter(int threads, Vector<T> low, Vector<T> high, Vector<T> switches,
+                                    Vector<bool> boundary, Vector<uint8_t> roles, Vector<int32_t> cu_tokens,
+                                    double eps) {
+  const int64_t tokens = roles.length, turns = count_segments(cu_tokens);
+  const Result<T> advantages({tokens}), levels({3, turns});
+  const Result<bool> loss_mask({tokens});
+  run([&] {
+    normalize_and_scatter<Isa, T>(low.expect(turns), high.expect(turns), switches.expect(turns),
+                                  boundary.expect(turns), roles.data, cu_tokens.data, tokens, turns, eps,
+                                  levels, advantages, loss_mask, threads);
+  });
+  return pack(advantages, loss_mask, levels);
+}
+
+template <class Isa, class T>
+py::tuple run_ppo_loss(int, Vector<T> logprobs, Vector<T> old_logprobs, Vector<T> advantages,
+                       Vector<bool> loss_mask, std::optional<Vector<T>> ref_logprobs,
+                       std::optional<Vector<T>> entropy, double clip_low, double clip_high, double dual_clip,
+                       double kl_coef, double entropy_coef, std::optional<double> denominator,
+                       bool want_gradient) {
+  const int64_t tokens = logprobs.length, wanted = want_gradient ? tokens : 0;
+  const Result<T> loss({}), metrics({6}), gradient({wanted}), gradient_entropy({entropy ? wanted : 0});
+  run([&] {
+    ppo_loss<Isa, T>(logprobs.data, old_logprobs.expect(tokens), advantages.expect(tokens),
+                     loss_mask.expect(tokens), expect(ref_logprobs, tokens), expect(entropy, tokens), tokens,
+                     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, loss, metrics,
+                     gradient, gradient_entropy);
+  });
+  return pack(loss, metrics, gradient, gradient_entropy);
+}
+
+template <class Isa, class T>
+py::tuple run_value_loss(int, Vector<T> values, Vector<T> old_values, Vector<T> returns, Vector<bool> mask,
+                         double clip, std::optional<double> denominator, bool want_gradient) {
+  const int64_t turns = values.length;
+  const Result<T> loss({}), metrics({2}), gradient({want_gradient ? turns : 0});
+  run([&] {
+    value_loss<Isa, T>(values.data, old_values.expect(turns), returns.expect(turns), mask.expect(turns),
+                       turns, clip, denominator, loss, metrics, gradient);
+  });
+  return pack(loss, metrics, gradient);
+}
+
+template <class T>
+py::tuple run_hae(int threads, Vector<T> rewards, Vector<T> values_low, Vector<T> values_high,
+                  std::optional<Vector<T>> values_switch, Vector<bool> switches, Vector<bool> terminated,
+                  Vector<int32_t> cu_turns, std::optional<Vector<T>> bootstrap_low,
+                  std::optional<Vector<T>> bootstrap_high, double gamma, double lambda_turn,
+                  double lambda_segment) {
+  const int64_t turns = rewards.length, trajectories = count_segments(cu_turns);
+  const Result<T> out({6, turns});
+  const Result<bool> boundary({turns});
+  run([&] {
+    hae<T>(rewards.data, values_low.expect(turns), values_high.expect(turns), expect(values_switch, turns),
+           switches.expect(turns), terminated.expect(trajectories), cu_turns.data,
+           expect(bootstrap_low, trajectories), expect(bootstrap_high, trajectories), turns, trajectories,
+           gamma, lambda_turn, lambda_segment, out, boundary, threads);
+  });
+  return pack(out, boundary);
+}
+
+template <class Id>
+py::tuple run_find_roles(int threads, Vector<Id> token_ids, Vector<int32_t> cu_tokens,
+                         Vector<uint8_t> piece_bytes, Vector<int32_t> piece_offsets,
+                         Vector<uint8_t> piece_flags) {
+  const int64_t tokens = token_ids.length, turns = count_segments(cu_tokens), vocabulary = piece_flags.length;
+  const Result<uint8_t> roles({tokens});
+  const Result<bool> switches({turns}), valid({turns});
+  const Result<int32_t> value_index({turns, 3});
+  run([&] {
+    find_roles<Id>(token_ids.data, cu_tokens.data, piece_bytes.data, piece_offsets.expect(vocabulary + 1),
+                   piece_flags.data, tokens, turns, vocabulary, roles, switches, value_index, valid, threads);
+  });
+  return pack(roles, switches, value_index, valid);
+}
+
+template <class Isa, class T>
+void def_ops(py::module_& module) {
+  module.def("gae", &run_gae<Isa, T>);
+  module.def("normalize", &run_normalize<Isa, T>);
+  module.def("scatter_advantages", &run_scatter_advantages<Isa, T>);
+  module.def("normalize_and_scatter", &run_normalize_and_scatter<Isa, T>);
+  module.def("ppo_loss", &run_ppo_loss<Isa, T>);
+  module.def("value_loss", &run_value_loss<Isa, T>);
+}
+
+// What is compiled for each instruction set.
 template <class Isa>
 void def_all(py::module_& module) {
-  def_op<float, double>(module, "gae", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t turns = a.length(0), trajectories = a.segments(3);
-    const Result<T> out({2, turns});
-    run(&gae<Isa, T>, a.vector<T>(0, turns), a.vector<T>(1, turns), a.vector<bool>(2, trajectories),
-        a.vector<int32_t>(3, trajectories + 1), a.optional_vector<T>(4, trajectories), turns, trajectories,
-        a.number(5), a.number(6), out, a.threads);
-    return out.tensor();
-  });
-  def_op<float, double>(module, "normalize", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t turns = a.length(0);
-    const Result<T> out({turns});
-    run(&normalize<Isa, T>, a.vector<T>(0, turns), a.vector<bool>(1, turns), turns, a.number(2), out);
-    return out.tensor();
-  });
-  def_op<float, double>(module, "scatter_advantages", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t tokens = a.length(4), turns = a.segments(5);
-    const Result<T> advantages({tokens});
-    const Result<bool> loss_mask({tokens});
-    run(&scatter_advantages<Isa, T>, a.vector<T>(0, turns), a.vector<T>(1, turns), a.vector<T>(2, turns),
-        a.vector<bool>(3, turns), a.vector<uint8_t>(4, tokens), a.vector<int32_t>(5, turns + 1), tokens,
-        turns, advantages, loss_mask, a.threads);
-    return tuple_of(advantages, loss_mask);
-  });
-  def_op<float, double>(module, "normalize_and_scatter", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t tokens = a.length(4), turns = a.segments(5);
-    const Result<T> advantages({tokens}), levels({3, turns});
-    const Result<bool> loss_mask({tokens});
-    run(&normalize_and_scatter<Isa, T>, a.vector<T>(0, turns), a.vector<T>(1, turns), a.vector<T>(2, turns),
-        a.vector<bool>(3, turns), a.vector<uint8_t>(4, tokens), a.vector<int32_t>(5, turns + 1), tokens,
-        turns, a.number(6), levels, advantages, loss_mask, a.threads);
-    return tuple_of(advantages, loss_mask, levels);
-  });
-  def_op<float, double>(module, "ppo_loss", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t tokens = a.length(0), wanted = a.flag(12) ? tokens : 0;
-    const Result<T> loss({}), metrics({6}), gradient({wanted}), gradient_entropy({a.is_none(5) ? 0 : wanted});
-    run(&ppo_loss<Isa, T>, a.vector<T>(0, tokens), a.vector<T>(1, tokens), a.vector<T>(2, tokens),
-        a.vector<bool>(3, tokens), a.optional_vector<T>(4, tokens), a.optional_vector<T>(5, tokens), tokens,
-        a.number(6), a.number(7), a.number(8), a.number(9), a.number(10), a.optional_number(11), loss,
-        metrics, gradient, gradient_entropy);
-    return tuple_of(loss, metrics, gradient, gradient_entropy);
-  });
-  def_op<float, double>(module, "value_loss", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t turns = a.length(0);
-    const Result<T> loss({}), metrics({2}), gradient({a.flag(6) ? turns : 0});
-    run(&value_loss<Isa, T>, a.vector<T>(0, turns), a.vector<T>(1, turns), a.vector<T>(2, turns),
-        a.vector<bool>(3, turns), turns, a.number(4), a.optional_number(5), loss, metrics, gradient);
-    return tuple_of(loss, metrics, gradient);
-  });
+  def_ops<Isa, float>(module);
+  def_ops<Isa, double>(module);
   def(module, "linear_logprobs_float32", &linear_logprobs<Isa, float>);
   def(module, "linear_logprobs_float64", &linear_logprobs<Isa, double>);
   def(module, "linear_logprobs_backward_float32", &linear_logprobs_backward<Isa, float>);
@@ -127,31 +178,10 @@ void def_all(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   load_torch();
-  def_op<float, double>(module, "hae", [](auto type, const Arguments& a) {
-    using T = decltype(type);
-    const int64_t turns = a.length(0), trajectories = a.segments(6);
-    const Result<T> out({6, turns});
-    const Result<bool> boundary({turns});
-    run(&hae<T>, a.vector<T>(0, turns), a.vector<T>(1, turns), a.vector<T>(2, turns),
-        a.optional_vector<T>(3, turns), a.vector<bool>(4, turns), a.vector<bool>(5, trajectories),
-        a.vector<int32_t>(6, trajectories + 1), a.optional_vector<T>(7, trajectories),
-        a.optional_vector<T>(8, trajectories), turns, trajectories, a.number(9), a.number(10), a.number(11),
-        out, boundary, a.threads);
-    return tuple_of(out, boundary);
-  });
-  def_op<int64_t, int32_t>(module, "find_roles", [](auto type, const Arguments& a) {
-    using Id = decltype(type);
-    const int64_t tokens = a.length(0), turns = a.segments(1), vocabulary = a.length(4);
-    const Result<uint8_t> roles({tokens});
-    const Result<bool> switches({turns}), valid({turns});
-    const Result<int32_t> value_index({turns, 3});
-    run(&find_roles<Id>, a.vector<Id>(0, tokens), a.vector<int32_t>(1, turns + 1),
-        a.vector<uint8_t>(2, a.length(2)), a.vector<int32_t>(3, vocabulary + 1),
-        a.vector<uint8_t>(4, vocabulary), tokens, turns, vocabulary, roles, switches, value_index, valid,
-        a.threads);
-    return tuple_of(roles, switches, value_index, valid);
-  });
-  module.def("are_plain", [](const py::args& given) { return Arguments(1, given).are_plain(); });
+  module.def("hae", &run_hae<float>);
+  module.def("hae", &run_hae<double>);
+  module.def("find_roles", &run_find_roles<int64_t>);
+  module.def("find_roles", &run_find_roles<int32_t>);
   def(module, "check_targets", &check_targets);
   def(module, "bm25_search", &bm25_search);
 

@@ -3,12 +3,15 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <new>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 namespace hiper_fast {
@@ -61,135 +64,64 @@ constexpr DType dtype_of() {
 
 struct Torch {
   const ExchangeAPI* api;
-  PyTypeObject *tensor, *parameter;
-  PyObject* is_neg;  // the method's name
+  PyTypeObject* tensor;
 };
 
 Torch torch;
 
 void load_torch() {
-  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  py::object tensor = py::module_::import("torch").attr("Tensor");
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   torch.api = static_cast<const ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!torch.api || torch.api->major != 1 || !torch.api->borrow) {
     PyErr_Clear();
     throw py::import_error("this version of torch does not exchange tensors by DLPack 1.3");
   }
-  const auto keep = [](py::object type) { return reinterpret_cast<PyTypeObject*>(type.release().ptr()); };
-  torch.tensor = keep(tensor);
-  torch.parameter = keep(py::module_::import("torch.nn").attr("Parameter"));
-  torch.is_neg = py::str("is_neg").release().ptr();
+  torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
 }
 
-// An argument is not as a kernel reads it.
-struct Unfit {};
+// A contiguous vector on the CPU, as the kernels read it; it does not own its memory.
+template <class T>
+struct Vector {
+  const T* data;
+  int64_t length;
 
-// The arguments of an op's schema. A kernel reads contiguous vectors on the CPU, of torch's own classes
-// (others may mean something else by their memory), and Python's numbers; at everything else Unfit is thrown.
-class Arguments {
- public:
-  Arguments(int threads, const py::args& given) : threads(threads), given_(given) {}
-
-  const int threads;
-
-  template <class T>
-  bool has(size_t place) const {
-    Tensor tensor;
-    return borrow(place, tensor) && tensor.dtype == dtype_of<T>();
-  }
-
-  int64_t length(size_t place) const {
-    Tensor tensor;
-    if (!borrow(place, tensor) || tensor.dimensions != 1) throw Unfit();
-    return tensor.shape[0];
-  }
-
-  // Of an exclusive prefix sum.
-  int64_t segments(size_t place) const {
-    const int64_t found = length(place) - 1;
-    if (found < 0) throw Unfit();
-    return found;
-  }
-
-  template <class T>
-  const T* vector(size_t place, int64_t length) const {
-    constexpr DType dtype = dtype_of<T>();
-    Tensor tensor;
-    if (!borrow(place, tensor) || tensor.dimensions != 1 || !(tensor.dtype == dtype) ||
-        tensor.shape[0] != length || (length > 1 && tensor.strides && tensor.strides[0] != 1) ||
-        (std::is_floating_point_v<T> && is_negated(place))) {
-      throw Unfit();
+  const T* expect(int64_t wanted) const {
+    if (length != wanted) {
+      throw std::invalid_argument("a vector must have " + std::to_string(wanted) +
+                                  " elements to go with the others, got " + std::to_string(length));
     }
-    return reinterpret_cast<const T*>(static_cast<const char*>(tensor.data) + tensor.byte_offset);
+    return data;
   }
-
-  template <class T>
-  const T* optional_vector(size_t place, int64_t length) const {
-    return is_none(place) ? nullptr : vector<T>(place, length);
-  }
-
-  // Numbers, and tensors of any shape and dtype whose memory on the CPU says all there is to them.
-  bool are_plain() const {
-    for (size_t place = 0; place < given_.size(); ++place) {
-      PyObject* const object = at(place);
-      Tensor tensor;
-      if (is_none(place) || PyFloat_Check(object) || PyLong_Check(object)) continue;
-      if (!borrow(place, tensor) || is_negated(place)) return false;
-    }
-    return true;
-  }
-
-  bool is_none(size_t place) const { return at(place) == Py_None; }
-
-  double number(size_t place) const {
-    PyObject* const object = at(place);
-    if (!PyFloat_Check(object) && !PyLong_Check(object)) throw Unfit();
-    const double value = PyFloat_AsDouble(object);
-    if (value == -1 && PyErr_Occurred()) {
-      PyErr_Clear();
-      throw Unfit();
-    }
-    return value;
-  }
-
-  std::optional<double> optional_number(size_t place) const {
-    return is_none(place) ? std::nullopt : std::optional(number(place));
-  }
-
-  bool flag(size_t place) const {
-    if (!PyBool_Check(at(place))) throw Unfit();
-    return at(place) == Py_True;
-  }
-
- private:
-  PyObject* at(size_t place) const {
-    if (place >= given_.size()) throw Unfit();
-    return PyTuple_GET_ITEM(given_.ptr(), Py_ssize_t(place));
-  }
-
-  bool borrow(size_t place, Tensor& tensor) const {
-    PyObject* const object = at(place);
-    if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return false;
-    if (torch.api->borrow(object, &tensor) != 0) {
-      PyErr_Clear();  // it has no memory
-      return false;
-    }
-    int64_t count = 1;
-    for (int i = 0; i < tensor.dimensions; ++i) count *= tensor.shape[i];
-    return tensor.device == kCPU && (tensor.data || count == 0);
-  }
-
-  // A view may keep its sign apart from its memory.
-  bool is_negated(size_t place) const {
-    PyObject* self = at(place);
-    const auto result =
-        py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(torch.is_neg, &self, 1, nullptr));
-    if (!result) throw py::error_already_set();
-    return result.ptr() == Py_True;
-  }
-
-  const py::args& given_;
 };
+
+template <class T>
+const T* expect(const std::optional<Vector<T>>& vector, int64_t wanted) {
+  return vector ? vector->expect(wanted) : nullptr;
+}
+
+int64_t count_segments(const Vector<int32_t>& prefix_sum) {
+  if (prefix_sum.length == 0) throw std::invalid_argument("a prefix sum must have its leading 0");
+  return prefix_sum.length - 1;
+}
+
+// False where the object is no such vector. One whose memory says not all there is to it (a negated view, a
+// wrapper) does not come this far: torch's dispatcher takes care of it.
+template <class T>
+bool borrow(PyObject* object, Vector<T>& vector) {
+  Tensor tensor;
+  if (!PyObject_TypeCheck(object, torch.tensor)) return false;
+  if (torch.api->borrow(object, &tensor) != 0) {
+    PyErr_Clear();  // it has no memory
+    return false;
+  }
+  if (tensor.device != kCPU || tensor.dimensions != 1 || !(tensor.dtype == dtype_of<T>())) return false;
+  const int64_t length = tensor.shape[0];
+  if (length > 1 && tensor.strides && tensor.strides[0] != 1) return false;
+  if (length > 0 && !tensor.data) return false;
+  vector = {reinterpret_cast<const T*>(static_cast<const char*>(tensor.data) + tensor.byte_offset), length};
+  return true;
+}
 
 // A new tensor of at most two dimensions, for a kernel to fill; to it null where there is nothing to fill.
 template <class T>
@@ -234,9 +166,27 @@ class Result {
 };
 
 template <class... T>
-py::tuple tuple_of(const Result<T>&... results) {
+py::tuple pack(const Result<T>&... results) {
   return py::make_tuple(results.tensor()...);
 }
 
 }  // namespace
 }  // namespace hiper_fast
+
+namespace pybind11::detail {
+
+// A parameter that is a Vector takes a tensor that can be borrowed as one; of anything else pybind11 makes a
+// TypeError, which tells what is taken.
+template <class T>
+struct type_caster<hiper_fast::Vector<T>> {
+  static constexpr auto kInteger = const_name<std::is_signed_v<T>>(const_name("int"), const_name("uint"));
+  static constexpr auto kNumber = const_name<std::is_floating_point_v<T>>(const_name("float"), kInteger);
+  static constexpr auto kDType =
+      const_name<std::is_same_v<T, bool>>(const_name("bool"), kNumber + const_name<8 * sizeof(T)>());
+
+  PYBIND11_TYPE_CASTER(hiper_fast::Vector<T>, const_name("contiguous CPU vector of ") + kDType);
+
+  bool load(handle source, bool) { return hiper_fast::borrow(source.ptr(), value); }
+};
+
+}  // namespace pybind11::detail

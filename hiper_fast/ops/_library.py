@@ -9,14 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _autograd,
-    _functorch,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch.compiler import is_dynamo_compiling
 
 try:
     from hiper_fast import _C as extension
@@ -51,15 +43,11 @@ def define(
 ) -> Callable:
     """Register one op: its schema, its kernels and its fake kernel. Returns the callable op.
 
-    It has no gradient of its own. `check` takes the arguments of a call and raises a ValueError where they do not fit.
-    On the CPU runs the extension's function of the op's name, or `cpp` where it is given, or `plain` where there is no
-    extension; on a GPU the function of the op's name in hiper_fast.kernels.<module, else the op's name>. Where that
-    cannot be loaded, `plain` runs if it is made of `cuda` operations; else the tensors are copied to the host, and the
-    result back.
-
-    The extension's functions take what is given as it is, and return NotImplemented where it is not what they read. So
-    a call goes straight to them, and is checked and dispatched only where that fails or someone wants to see it: to
-    check and to dispatch costs more than small tensors do.
+    A call is checked, then dispatched as any op of torch: `check` takes its arguments and raises a ValueError where
+    they do not fit. The op has no gradient of its own. On the CPU runs `cpp`, by default the extension's function of
+    the op's name, or `plain` where there is no extension; on a GPU the function of the op's name in
+    hiper_fast.kernels.<module, else the op's name>. Where that cannot be loaded, `plain` runs if it is made of `cuda`
+    operations; else the tensors are copied to the host, and the result back.
     """
     name = schema.split("(", 1)[0]
     kernel_modules[name], runs_on_cuda[name] = module or name, cuda
@@ -68,49 +56,21 @@ def define(
     plain = torch.no_grad()(plain)
     otherwise = plain if cuda else _through_host(op)
 
-    def in_extension(*arguments):
-        return getattr(extension, name)(torch.get_num_threads(), *arguments)
+    def run_cpp(*arguments):
+        return getattr(extension, name)(torch.get_num_threads(), *map(plain_buffer, arguments))
 
-    def in_cpp(*arguments):
-        if not extension.are_plain(*arguments):
-            return NotImplemented
-        check(*arguments)
-        return cpp(*arguments)
-
-    def on_cpu(*arguments):
-        return in_extension(*map(_plain_argument, arguments))
-
-    def on_gpu(*arguments):
+    def run_on_gpu(*arguments):
         return (triton_kernel(name)[0] or otherwise)(*arguments)
 
-    _library.impl(name, plain if extension is None else cpp or on_cpu, "CPU")
-    _library.impl(name, on_gpu, "CUDA")
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"hiper_fast::{name}", fake, lib=_library)
-
-    direct = in_cpp if cpp else in_extension
-
     def run(*arguments):
-        if extension is not None and not _watched():
-            results = direct(*arguments)
-            if results is not NotImplemented:
-                return results
         check(*arguments)
         return op(*arguments)
 
+    _library.impl(name, plain if extension is None else cpp or run_cpp, "CPU")
+    _library.impl(name, run_on_gpu, "CUDA")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"hiper_fast::{name}", fake, lib=_library)
     return run
-
-
-def _watched() -> bool:
-    """A compiler, a mode, a transform, a tracer or the profiler wants to see the call: it must go the long way."""
-    return bool(
-        is_dynamo_compiling()
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _functorch.peek_interpreter_stack()
-        or _get_tracing_state()
-        or _autograd._profiler_enabled()
-    )
 
 
 @functools.cache
@@ -132,18 +92,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def plain_buffer(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, and float32 for half precision: what the kernels read."""
-    if tensor is None:
-        return None
-    return (tensor.float() if tensor.dtype in HALVES else tensor).contiguous()
-
-
-def _plain_argument(argument):
+def plain_buffer(argument):
+    """A tensor contiguous, and float32 for half precision: what the kernels read. Anything else as it is."""
     if not isinstance(argument, Tensor):
         return argument
-    buffer = plain_buffer(argument)
-    return buffer if type(buffer) is Tensor else buffer.as_subclass(Tensor)
+    return (argument.float() if argument.dtype in HALVES else argument).contiguous()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
