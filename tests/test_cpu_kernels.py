@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hiper_fast import bench, ops
-from hiper_fast.ops import _library
+from hiper_fast.ops import _head, _library
 
 if _library.extension is None:
     pytest.skip(_library.why_no_extension, allow_module_level=True)
@@ -180,7 +180,10 @@ def test_what_is_not_a_number_is_not_hidden(instructions):
     assert ops.value_loss(logprobs, torch.zeros(3), torch.ones(3), every)[0].isnan()
 
 
-def test_rows_without_gradient_are_left_out(instructions):
+@pytest.mark.parametrize("chunk", [1, 2**27], ids=["row by row", "at once"])
+def test_rows_without_gradient_are_left_out(instructions, chunk, monkeypatch):
+    """Those of a whole chunk too, the first one among them."""
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", chunk)
     hidden, weight, targets, old, advantages, _ = head_case(40, 30, torch.float64)
     advantages[::3] = 0  # and others are clipped
     options = {"entropy_coef": 0.0}

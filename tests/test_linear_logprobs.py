@@ -56,6 +56,25 @@ def test_error_against_float64_is_no_larger_than_torchs(chunk, dtype):
         assert error <= 1.2 * allowed + 1e-6
 
 
+@pytest.mark.parametrize("rows, count, held", [(0, 1, 0), (3, 1, 3), (10, 3, 4), (12, 3, 4), (13, 4, 4)])
+def test_chunks_share_one_scratch_buffer(monkeypatch, rows, count, held):
+    """The first as the others, where the weight's gradient is wanted too; it is no larger than it must be."""
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", 4 * 7 * 8)  # 4 rows of 7 logits
+    hidden, weight, *_ = random_case(rows, 64, 7)
+    head = _head.Head(hidden, weight, None, need_weight=True)
+    parts, buffers = [], set()
+    for part, logits in head.iterate_chunks():
+        parts += range(rows)[part]
+        storage = logits.untyped_storage()
+        buffers.add((storage.data_ptr(), storage.nbytes()))
+        torch.testing.assert_close(logits, hidden[part] @ weight.T)
+        head.add_gradients(part, None, logits)
+        count -= 1
+    assert count == 0 and parts == list(range(rows))
+    assert [size for _, size in buffers] == [held * 7 * 8]
+    torch.testing.assert_close(head.grad_weight, (hidden @ weight.T).T @ hidden)
+
+
 def test_gradcheck():
     hidden, weight, targets, bias = random_case(4, 3, 6)
     for x in (hidden, weight, bias):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector
 
-# What is held beside arguments, results and gradients: a chunk of logits, which its own gradient replaces (the first
-# may lie in the weight's gradient, at the price of a copy of a sixteenth of that), and for a weight of half precision
-# a tile of it in float32.
+# What is held beside arguments, results and gradients: one chunk of logits, which its own gradient replaces, and for a
+# weight of half precision a tile of it in float32.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 TILE_BYTES = 2**24
 
@@ -27,78 +27,70 @@ class Head:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden=False, need_weight=False, need_bias=False
     ):
         self.dtype = _library.wide(hidden.dtype)
-        self.hidden, self.weight = hidden, weight
-        self.bias = None if bias is None else cast(bias, self.dtype)
-        self.grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
-        self.grad_weight = weight.new_empty(weight.shape, dtype=self.dtype) if need_weight else None
-        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None
-        self.begun = False  # grad_weight holds a sum
-        self.lent = 0  # its last rows, where the first chunk's logits are
+        self.hidden, self.weight = hidden, weight  # [n, h], [v, h]
+        self.bias = None if bias is None else cast(bias, self.dtype)  # [v]
+        self.grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None  # [n, h]
+        self.grad_weight = weight.new_empty(weight.shape, dtype=self.dtype) if need_weight else None  # [v, h]
+        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None  # [v]
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of rows with their logits [rows, v], which the caller may overwrite."""
-        n, (v, h) = self.hidden.shape[0], self.weight.shape
-        most = max(1, CHUNK_BYTES.get(self.hidden.device.type, 2**27) // (v * self.dtype.itemsize))
-        first = 0
-        if self.grad_weight is not None and h // 4 > most:
-            # The weight's gradient is still empty and larger than a chunk would be: its end serves the first one.
-            first = min(n, h // 4)
-            self.lent = -(-first * v // h)
-            yield self._logits(slice(0, first), self.grad_weight.view(-1)[v * h - first * v :].view(first, v))
-        count = -(-(n - first) // most)
-        buffer = self.hidden.new_empty((-(-(n - first) // count) if count else 0, v), dtype=self.dtype)
-        for i in range(count):
-            part = slice(first + (n - first) * i // count, first + (n - first) * (i + 1) // count)
-            yield self._logits(part, take(buffer, slice(0, part.stop - part.start)))
+    def iterate_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of rows with their logits [rows, v], which the caller may overwrite.
 
-    def _logits(self, part: slice, out: Tensor) -> tuple[slice, Tensor]:
+        All lie in one scratch buffer, of at most CHUNK_BYTES or one row. There is always a first chunk, where the sums
+        of the gradients begin: without rows it is empty.
+        """
+        rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
+        allowed = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
+        most = max(1, allowed // (vocabulary * self.dtype.itemsize))
+        count = max(1, math.ceil(rows / most))
+        scratch = self.hidden.new_empty((math.ceil(rows / count), vocabulary), dtype=self.dtype)  # [rows, v]
+        for chunk in range(count):
+            part = slice(rows * chunk // count, rows * (chunk + 1) // count)
+            logits = take(scratch, slice(0, part.stop - part.start))
+            self._multiply(part, logits)
+            yield part, logits
+
+    def _multiply(self, part: slice, logits: Tensor) -> None:
         rows = cast(take(self.hidden, part), self.dtype)
-        for tile, weight in self._tiles():
+        for tile, weight in self._iterate_tiles():
             if self.bias is None:
-                torch.mm(rows, weight.T, out=take(out, tile, dim=1))
+                torch.mm(rows, weight.T, out=take(logits, tile, dim=1))
             else:
-                torch.addmm(take(self.bias, tile), rows, weight.T, out=take(out, tile, dim=1))
-        return part, out
+                torch.addmm(take(self.bias, tile), rows, weight.T, out=take(logits, tile, dim=1))
 
-    def backward(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
+    def add_gradients(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
         """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows `live` [k] (None: of all
         of them); the other rows have none."""
         rows = cast(take(self.hidden, part), self.dtype)
         if live is not None:
             rows = rows[live]
         if self.grad_hidden is not None:
-            out = take(self.grad_hidden, part)
-            whole = live is None and out.dtype == self.dtype
-            grad_rows = out if whole else torch.empty_like(rows)
-            for tile, weight in self._tiles():
-                grad_rows.addmm_(take(gradient, tile, dim=1), weight, beta=int(tile.start > 0))
-            if live is not None:
-                out.zero_()[live] = grad_rows.to(out.dtype)
-            elif not whole:
-                out.copy_(grad_rows)
+            self._write_grad_hidden(take(self.grad_hidden, part), live, gradient)
         if self.grad_bias is not None:
             self.grad_bias += gradient.sum(dim=0)
-        if self.grad_weight is not None and rows.shape[0]:
-            kept = slice(0, self.grad_weight.shape[0] - self.lent)
-            last = gradient[:, kept.stop :].clone() if self.lent else None
-            take(self.grad_weight, kept).addmm_(take(gradient, kept, dim=1).T, rows, beta=int(self.begun))
-            if last is not None:
-                torch.mm(last.T, rows, out=self.grad_weight[kept.stop :])
-            self.begun = True
-        self.lent = 0
+        if self.grad_weight is not None:
+            self.grad_weight.addmm_(gradient.T, rows, beta=int(part.start > 0))
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _write_grad_hidden(self, out: Tensor, live: Tensor | None, gradient: Tensor) -> None:
+        whole = live is None and out.dtype == self.dtype
+        grad_rows = out if whole else out.new_empty((gradient.shape[0], out.shape[1]), dtype=self.dtype)  # [k, h]
+        for tile, weight in self._iterate_tiles():
+            grad_rows.addmm_(take(gradient, tile, dim=1), weight, beta=int(tile.start > 0))
+        if live is not None:
+            out.zero_()[live] = grad_rows.to(out.dtype)
+        elif not whole:
+            out.copy_(grad_rows)
+
+    def collect_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias; empty where not needed."""
-        if self.grad_weight is not None and not self.begun:
-            self.grad_weight.zero_()
         found = (
             (self.grad_hidden, self.hidden.dtype),
             (self.grad_weight, self.dtype),
             (self.grad_bias, self.dtype),
         )
-        return tuple(self.hidden.new_empty(0, dtype=dtype) if x is None else x for x, dtype in found)
+        return tuple(self.hidden.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in found)
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    def _iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in self.dtype: as it is, or a copy of some rows at a time."""
         v, h = self.weight.shape
         size = v if self.weight.dtype == self.dtype else max(1, TILE_BYTES // (max(1, h) * self.dtype.itemsize))

@@ -15,7 +15,7 @@ def _forward(rows_of, hidden, weight, bias, targets, temperature, want_entropy):
     n = hidden.shape[0]
     logprobs = hidden.new_empty(n, dtype=head.dtype)
     entropy = hidden.new_empty(n if want_entropy else 0, dtype=head.dtype)
-    for part, logits in head.chunks():
+    for part, logits in head.iterate_chunks():
         wanted = take(entropy, part) if want_entropy else None
         rows_of(logits, take(targets, part), temperature, take(logprobs, part), wanted)
     return logprobs, entropy
@@ -23,11 +23,11 @@ def _forward(rows_of, hidden, weight, bias, targets, temperature, want_entropy):
 
 def _backward(rows_of, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
     head = Head(hidden, weight, bias, *needs)
-    for part, logits in head.chunks():
+    for part, logits in head.iterate_chunks():
         grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
         live = rows_of(logits, take(targets, part), temperature, *grads)
-        head.backward(part, live, logits if live is None else logits[: len(live)])
-    return head.gradients()
+        head.add_gradients(part, live, logits if live is None else logits[: len(live)])
+    return head.collect_gradients()
 
 
 def _cpu(hidden, weight, bias, targets, temperature, want_entropy):

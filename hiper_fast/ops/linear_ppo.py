@@ -23,13 +23,13 @@ def _run(
     options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
     options = *options, float(targets.shape[0] or 1) if denominator is None else denominator
     want_gradient = any(needs)
-    for part, logits in head.chunks():
+    for part, logits in head.iterate_chunks():
         data = (x if x is None else take(x, part) for x in (targets, old_logprobs, advantages, ref_logprobs))
         live = rows_of(logits, *data, temperature, *options, want_gradient, sums)
         if want_gradient:
-            head.backward(part, live, logits if live is None else logits[: len(live)])
+            head.add_gradients(part, live, logits if live is None else logits[: len(live)])
     sums = sums.to(head.dtype)
-    return sums[0].clone(), sums[1:].clone(), *head.gradients()
+    return sums[0].clone(), sums[1:].clone(), *head.collect_gradients()
 
 
 def _cpu(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
