@@ -21,7 +21,7 @@ def instructions(request, monkeypatch):
     for name in set(dir(kernels)) & set(dir(_library.extension)):
         if not name.startswith("__"):
             monkeypatch.setattr(_library.extension, name, getattr(kernels, name))
-    monkeypatch.setattr(_library, "kernel", _library.kernel.__wrapped__)  # it remembers those it has given
+    monkeypatch.setattr(_library, "find_kernel", _library.find_kernel.__wrapped__)  # it remembers those it has given
     return kernels
 
 
@@ -100,7 +100,7 @@ def head_case(n, v, dtype, logits=None):
     else:
         hidden, weight = (torch.randn(rows, 16, dtype=torch.float64, generator=g).to(dtype) for rows in (n, v))
     targets = torch.randint(0, v, (n,), generator=g)
-    old, advantages, ref = torch.randn(3, n, dtype=torch.float64, generator=g).to(_library.wide(dtype))
+    old, advantages, ref = torch.randn(3, n, dtype=torch.float64, generator=g).to(_library.widen(dtype))
     return [hidden, weight, targets, old - 2, advantages, ref - 2]
 
 

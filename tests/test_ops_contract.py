@@ -325,7 +325,7 @@ def test_autocast_changes_nothing(x):
             yield loss, *torch.autograd.grad(loss, leaves)
         for op in ("linear_logprobs", "linear_logprobs_backward", "linear_ppo"):  # in plain torch
             plain = sys.modules[f"hiper_fast.ops.{op.removesuffix('_backward')}"]
-            run = plain._torch_backward if op.endswith("backward") else plain._torch
+            run = plain._run_torch_backward if op.endswith("backward") else plain._run_torch
             with torch.no_grad():
                 yield run(*raw_calls(x)[op])
 

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class Implementation(str):
-    """One of reference, cpp, triton; `why` tells the reason where it is the slow one, else it is empty."""
+    """One of reference, cpp, triton; `why` is the reason where that is the slow one, else empty."""
 
     why: str
 
@@ -49,7 +49,7 @@ class Implementation(str):
 def implementations() -> dict[str, dict[str, Implementation]]:
     """What would run here: op -> {"cpu": …, "cuda": …}, with "cuda" only where there is a GPU."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {op: {device: _implementation(op, device) for device in devices} for op in _OPS}
+    return {op: _find_implementations(op, devices) for op in _OPS}
 
 
 _OPS = (
@@ -58,10 +58,14 @@ _OPS = (
 )  # fmt: skip
 
 
-def _implementation(op: str, device: str) -> Implementation:
+def _find_implementations(op: str, devices: list[str]) -> dict[str, Implementation]:
+    return {device: _find_implementation(op, device) for device in devices}
+
+
+def _find_implementation(op: str, device: str) -> Implementation:
     no_triton = ""
     if device == "cuda":
-        kernel, no_triton = _library.triton_kernel(op)
+        kernel, no_triton = _library.find_triton_kernel(op)
         if kernel is not None:
             return Implementation("triton")
         if _library.runs_on_cuda[op]:

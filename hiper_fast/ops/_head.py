@@ -1,4 +1,4 @@
-"""What the linear ops share: the head's logits, a chunk of rows at a time, and the gradients of what made them."""
+"""What the linear ops share: the head's logits, a chunk of rows at a time, and their gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector
 
-# What is held beside arguments, results and gradients: one chunk of logits, which its own gradient replaces, and for a
-# weight of half precision a tile of it in float32.
+# What is held beside arguments, results and gradients: one chunk of logits, which its own gradient
+# replaces, and for a weight of half precision a tile of it in float32.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 TILE_BYTES = 2**24
 
@@ -26,7 +26,7 @@ class Head:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden=False, need_weight=False, need_bias=False
     ):
-        self.dtype = _library.wide(hidden.dtype)
+        self.dtype = _library.widen(hidden.dtype)
         self.hidden, self.weight = hidden, weight  # [n, h], [v, h]
         self.bias = None if bias is None else cast(bias, self.dtype)  # [v]
         self.grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None  # [n, h]
@@ -36,8 +36,8 @@ class Head:
     def iterate_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows with their logits [rows, v], which the caller may overwrite.
 
-        All lie in one scratch buffer, of at most CHUNK_BYTES or one row. There is always a first chunk, where the sums
-        of the gradients begin: without rows it is empty.
+        All lie in one scratch buffer, of at most CHUNK_BYTES or one row. There is always a first chunk,
+        where the sums of the gradients begin: without rows it is empty.
         """
         rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         allowed = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
@@ -59,8 +59,8 @@ class Head:
                 torch.addmm(take(self.bias, tile), rows, weight.T, out=take(logits, tile, dim=1))
 
     def add_gradients(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
-        """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows `live` [k] (None: of all
-        of them); the other rows have none."""
+        """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows
+        `live` [k] (None: of all of them); the other rows have none."""
         rows = cast(take(self.hidden, part), self.dtype)
         if live is not None:
             rows = rows[live]
@@ -100,7 +100,7 @@ class Head:
 
 
 def take(tensor: Tensor, part: slice, dim: int = 0) -> Tensor:
-    """The part of a tensor; itself where that is all, since a view takes half as long as a small product."""
+    """The part of a tensor; itself where that is all, since a view costs half a small product."""
     size = part.stop - part.start
     return tensor if size == tensor.shape[dim] else tensor.narrow(dim, part.start, size)
 
@@ -110,10 +110,10 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def softmax_gradient(
+def turn_into_gradient(
     log_p: Tensor, targets: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, entropy: Tensor
 ):
-    """log_p [rows, v] becomes the gradient of the logits it came from, given those of each row's results."""
+    """log_p [rows, v] becomes its logits' gradient, given those of each row's results."""
     # With p = softmax(z): d logprob / dz = onehot - p, d entropy / dz = -p (log p + entropy).
     factor = grad_logprobs[:, None]
     if grad_entropy is not None:
@@ -122,8 +122,8 @@ def softmax_gradient(
     return gradient.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
 
 
-def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's log-softmax [rows, v], log-prob of the target (at most 0) and entropy; logits are overwritten."""
+def compute_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's log-softmax [rows, v], target's log-prob (at most 0) and entropy; overwrites logits."""
     log_p = torch.log_softmax(logits.div_(temperature), dim=1)
     # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
     logprobs = log_p.gather(1, targets[:, None]).squeeze(1).clamp_(max=0)
@@ -131,7 +131,7 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
 
 
 def fake_gradients(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool):
-    dtype = _library.wide(hidden.dtype)
+    dtype = _library.widen(hidden.dtype)
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0, dtype=dtype),

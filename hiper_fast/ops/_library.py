@@ -43,24 +43,25 @@ def define(
 ) -> Callable:
     """Register one op: its schema, its kernels and its fake kernel. Returns the callable op.
 
-    A call is checked, then dispatched as any op of torch: `check` takes its arguments and raises a ValueError where
-    they do not fit. The op has no gradient of its own. On the CPU runs `cpp`, by default the extension's function of
-    the op's name, or `plain` where there is no extension; on a GPU the function of the op's name in
-    hiper_fast.kernels.<module, else the op's name>. Where that cannot be loaded, `plain` runs if it is made of `cuda`
-    operations; else the tensors are copied to the host, and the result back.
+    A call is checked, then dispatched as any op of torch: `check` takes its arguments and raises a
+    ValueError where they do not fit. The op has no gradient of its own. On the CPU runs `cpp`, by
+    default the extension's function of the op's name, or `plain` where there is no extension; on a
+    GPU the function of the op's name in hiper_fast.kernels.<module, else the op's name>. Where that
+    cannot be loaded, `plain` runs if it is made of `cuda` operations; else the tensors are copied
+    to the host, and the result back.
     """
     name = schema.split("(", 1)[0]
     kernel_modules[name], runs_on_cuda[name] = module or name, cuda
     _library.define(schema)
     op = getattr(torch.ops.hiper_fast, name).default
     plain = torch.no_grad()(plain)
-    otherwise = plain if cuda else _through_host(op)
+    otherwise = plain if cuda else _send_through_host(op)
 
     def run_cpp(*arguments):
-        return getattr(extension, name)(torch.get_num_threads(), *map(plain_buffer, arguments))
+        return getattr(extension, name)(torch.get_num_threads(), *map(make_plain, arguments))
 
     def run_on_gpu(*arguments):
-        return (triton_kernel(name)[0] or otherwise)(*arguments)
+        return (find_triton_kernel(name)[0] or otherwise)(*arguments)
 
     def run(*arguments):
         check(*arguments)
@@ -74,7 +75,7 @@ def define(
 
 
 @functools.cache
-def triton_kernel(name: str) -> tuple[Callable | None, str]:
+def find_triton_kernel(name: str) -> tuple[Callable | None, str]:
     """The op's function of hiper_fast.kernels, or None and the reason."""
     try:
         return getattr(importlib.import_module(f"hiper_fast.kernels.{kernel_modules[name]}"), name), ""
@@ -83,23 +84,23 @@ def triton_kernel(name: str) -> tuple[Callable | None, str]:
 
 
 @functools.cache
-def kernel(name: str, dtype: torch.dtype) -> Callable:
+def find_kernel(name: str, dtype: torch.dtype) -> Callable:
     """The C++ kernel of that name for that dtype."""
     return getattr(extension, f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
-def address(tensor: Tensor | None) -> int:
+def find_address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def plain_buffer(argument):
-    """A tensor contiguous, and float32 for half precision: what the kernels read. Anything else as it is."""
+def make_plain(argument):
+    """A tensor contiguous, half precision as float32: what kernels read. Anything else as it is."""
     if not isinstance(argument, Tensor):
         return argument
     return (argument.float() if argument.dtype in HALVES else argument).contiguous()
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def widen(dtype: torch.dtype) -> torch.dtype:
     """The dtype of results and sums for inputs of `dtype`: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -108,11 +109,11 @@ def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
     """The saved gradients times that of the loss."""
     if not torch.compiler.is_compiling() and gradient.is_cpu and gradient.item() == 1:
         return saved
-    return tuple(x * gradient.to(x.dtype) for x in saved)
+    return tuple(tensor * gradient.to(tensor.dtype) for tensor in saved)
 
 
-def differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
-    """An `op` of (loss, metrics, gradients of the loss with respect to its arguments at `places`), once differentiable.
+def make_differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
+    """An `op` of (loss, metrics, the loss's gradients by its arguments at `places`), once differentiable.
 
     The gradients are made with the loss; backward only scales them.
     """
@@ -139,24 +140,26 @@ def needs_gradient(tensor: Tensor | None) -> bool:
 
 
 def split_denominator(denominator: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """What the op divides by (None: the number of loss tokens), and what its result is divided by after it: a tensor
-    may lie on a GPU, and to read it would wait for all that is queued there."""
+    """What the op divides by (None: the number of loss tokens), and what its result is divided by
+    after it: a tensor may lie on a GPU, and to read it would wait for all that is queued there."""
     if isinstance(denominator, Tensor):
         return 1.0, denominator
     return (None if denominator is None else float(denominator)), None
 
 
-def divided(divisor: Tensor | None, *results: Tensor) -> tuple[Tensor, ...]:
-    return results if divisor is None else tuple(x / divisor for x in results)
+def divide(divisor: Tensor | None, *results: Tensor) -> tuple[Tensor, ...]:
+    return results if divisor is None else tuple(result / divisor for result in results)
 
 
-def _through_host(op: Callable) -> Callable:
-    def on_host(*arguments):
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
-        result = op(*(a.cpu() if isinstance(a, Tensor) else a for a in arguments))
-        return result.to(device) if isinstance(result, Tensor) else tuple(r.to(device) for r in result)
+def _send_through_host(op: Callable) -> Callable:
+    def run_on_host(*arguments):
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        result = op(*(argument.cpu() if isinstance(argument, Tensor) else argument for argument in arguments))
+        if isinstance(result, Tensor):
+            return result.to(device)
+        return tuple(tensor.to(device) for tensor in result)
 
-    return on_host
+    return run_on_host
 
 
 def check_vector(name: str, tensor: Tensor, length: int | None, dtypes, device: torch.device | None) -> None:

@@ -1,16 +1,18 @@
-"""What ppo_loss and linear_ppo share: the loss in plain torch, with its gradients, and the names of its metrics."""
+"""What ppo_loss and linear_ppo share: the loss and its gradients in plain torch, and its metrics' names."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hiper_fast.ops._library import plain_buffer
+from hiper_fast.ops._library import make_plain
 
+MAX_EXPONENT = 20  # beyond it every branch is clipped; the bound keeps infinities out of the gradient
+MAX_KL = 10
 METRICS = ("policy", "approx_kl", "clip_fraction", "dual_clip_fraction", "kl", "entropy")
 
 
-def named_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:
+def name_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:
     """The row of METRICS as 0-d tensors, those of absent terms left out."""
     named = dict(zip(METRICS, metrics.unbind(0), strict=True))
     if not kl:
@@ -24,34 +26,35 @@ def ppo_terms(
     logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, want_gradient,
 ):  # fmt: skip
-    """loss, metrics [METRICS], gradients of logprobs and entropy (empty where not wanted), each by its formula."""
+    """loss, metrics [METRICS], gradients of logprobs and entropy (empty where not wanted), each by its
+    formula."""
     if denominator is None:
         denominator = loss_mask.sum().clamp(min=1)
 
     def masked(x: Tensor) -> Tensor:
-        return torch.where(loss_mask, plain_buffer(x), 0.0)
+        return torch.where(loss_mask, make_plain(x), 0.0)
 
     def mean(x: Tensor) -> Tensor:
         return x.sum() / denominator
 
-    # Beyond exp(20) every branch is clipped; the bound keeps infinities out of the gradient.
     log_ratio = masked(logprobs) - masked(old_logprobs)
-    ratio = log_ratio.clamp(max=20).exp()
+    ratio = log_ratio.clamp(max=MAX_EXPONENT).exp()
     gain = masked(advantages)
     plain = -gain * ratio
     clipped = -gain * ratio.clamp(1 - clip_low, 1 + clip_high)
     bound = torch.where(gain < 0, -gain * dual_clip, torch.inf)
     single = torch.maximum(plain, clipped)
     loss = policy = mean(torch.minimum(single, bound))
-    gradient = torch.where((clipped > plain) | (single > bound) | (log_ratio > 20), 0.0, plain)
+    gradient = torch.where((clipped > plain) | (single > bound) | (log_ratio > MAX_EXPONENT), 0.0, plain)
     kl = mean_entropy = torch.zeros_like(policy)
     gradient_entropy = torch.zeros_like(gradient[:0])
     if ref_logprobs is not None:
         d = masked(ref_logprobs) - masked(logprobs)
-        k = d.clamp(max=20).exp() - d.clamp(max=20) - 1
-        kl = mean(k.clamp(-10, 10))
+        bounded = d.clamp(max=MAX_EXPONENT)
+        k = bounded.exp() - bounded - 1
+        kl = mean(k.clamp(-MAX_KL, MAX_KL))
         loss = loss + kl_coef * kl
-        gradient = gradient + kl_coef * torch.where((k > 10) | (d > 20), 0.0, 1 - d.clamp(max=20).exp())
+        gradient = gradient + kl_coef * torch.where((k > MAX_KL) | (d > MAX_EXPONENT), 0.0, 1 - bounded.exp())
     if entropy is not None:
         mean_entropy = mean(masked(entropy))
         loss = loss - entropy_coef * mean_entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 
@@ -16,17 +17,17 @@ _HAS_ANGLE, _HAS_HIGH_BYTE, _EMPTY = 1, 2, 4
 
 
 class TokenPieces:
-    """The bytes of every token of a tokenizer, built once: `pieces[id]` is what the token adds to the text.
+    """Every token's bytes, built once: `pieces[id]` is what the token adds to the text.
 
     Special tokens (end, padding, chat markers) have no bytes; other added tokens have their text.
 
     Args:
         tokenizer: a transformers tokenizer backed by the tokenizers library, or a `tokenizers.Tokenizer`.
             Decoders of byte-level BPE (GPT-2, Llama 3, Qwen), sentencepiece-style BPE and unigram (▁,
-            <0x0A>), WordPiece and plain words are understood. Where the decoder joins or trims words by their
-            neighbours, each word keeps its own leading space.
-        size: the number of rows of the model's embedding where that is more than the tokenizer has; the ids
-            that fill it up have no bytes.
+            <0x0A>), WordPiece and plain words are understood. Where the decoder joins or trims words by
+            their neighbours, each word keeps its own leading space.
+        size: the number of rows of the model's embedding where that is more than the tokenizer has;
+            the ids that fill it up have no bytes.
 
     Raises:
         ValueError: if a token's bytes cannot be known from the tokenizer.
@@ -37,8 +38,9 @@ class TokenPieces:
         if not hasattr(backend, "to_str"):
             raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no tokenizers backend; load a fast tokenizer")
         specification = json.loads(backend.to_str())
-        piece_of = _piece_decoder(specification.get("decoder"))
-        found = {id: piece_of(token) for token, id in backend.get_vocab(with_added_tokens=True).items()}
+        piece_of = _make_piece_decoder(specification.get("decoder"))
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        found = {id: piece_of(token) for token, id in vocabulary.items()}
         for added in specification["added_tokens"]:
             found[added["id"]] = b"" if added["special"] else added["content"].encode()
         for id in getattr(tokenizer, "all_special_ids", ()):
@@ -67,7 +69,7 @@ class TokenPieces:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(bytes, offsets, flags) on that device, copied there once."""
         if device not in self._on:
-            self._on[device] = tuple(x.to(device) for x in self._on[torch.device("cpu")])
+            self._on[device] = tuple(tensor.to(device) for tensor in self._on[torch.device("cpu")])
         return self._on[device]
 
     def __len__(self) -> int:
@@ -77,47 +79,6 @@ class TokenPieces:
         return self._pieces[id]
 
 
-def _piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
-    """Token -> bytes, by the steps of a tokenizers decoder (as serialised) that act on each token alone."""
-    if decoder is None:
-        return lambda token: f" {token}".encode()  # tokenizers joins by spaces
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    known = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "WordPiece", "BPEDecoder", "Fuse", "Strip"}
-    for step in steps:
-        regex = step["type"] == "Replace" and "String" not in step["pattern"]
-        if step["type"] not in known or regex:
-            kind = "Replace with a regular expression" if regex else step["type"]
-            raise ValueError(f"tokenizer: the bytes of a token are not known for its decoder ({kind})")
-    byte_of = {character: byte for byte, character in enumerate(byte_level_alphabet())}
-
-    def decode(token: str) -> bytes:
-        for step in steps:
-            match step["type"]:
-                case "ByteLevel":
-                    if all(c in byte_of for c in token):
-                        return bytes(byte_of[c] for c in token)
-                case "ByteFallback":
-                    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                        try:
-                            return bytes([int(token[3:5], 16)])
-                        except ValueError:
-                            pass
-                case "Metaspace":
-                    token = token.replace(step["replacement"], " ")
-                case "Replace":
-                    token = token.replace(step["pattern"]["String"], step["content"])
-                case "WordPiece":
-                    prefix = step["prefix"]
-                    token = token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
-                case "BPEDecoder":
-                    token = token.replace(step["suffix"], " ")
-                case _:  # what follows acts on the whole text: it trims a leading space at most
-                    break
-        return token.encode()
-
-    return decode
-
-
 def byte_level_alphabet() -> list[str]:
     """GPT-2's map: byte -> the printable character that stands for it."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -125,12 +86,67 @@ def byte_level_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_level_alphabet())}
+
+
+def _decode_byte_level(token: str, step: dict) -> str | bytes:
+    known = all(character in _BYTE_OF for character in token)
+    return bytes(_BYTE_OF[character] for character in token) if known else token
+
+
+def _decode_byte_fallback(token: str, step: dict) -> str | bytes:
+    if len(token) != len("<0x0A>") or not token.startswith("<0x") or not token.endswith(">"):
+        return token
+    try:
+        return bytes([int(token[3:5], 16)])
+    except ValueError:
+        return token
+
+
+def _decode_word_piece(token: str, step: dict) -> str:
+    prefix = step["prefix"]
+    return token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+
+
+_DECODE = {
+    "ByteLevel": _decode_byte_level,
+    "ByteFallback": _decode_byte_fallback,
+    "Metaspace": lambda token, step: token.replace(step["replacement"], " "),
+    "Replace": lambda token, step: token.replace(step["pattern"]["String"], step["content"]),
+    "WordPiece": _decode_word_piece,
+    "BPEDecoder": lambda token, step: token.replace(step["suffix"], " "),
+}
+_ON_THE_WHOLE_TEXT = {"Fuse", "Strip"}  # they trim a leading space at most
+
+
+def _make_piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
+    """Token -> bytes, by the steps of a serialised tokenizers decoder that act on each token alone."""
+    if decoder is None:
+        return lambda token: f" {token}".encode()  # tokenizers joins by spaces
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    for step in steps:
+        regex = step["type"] == "Replace" and "String" not in step["pattern"]
+        if step["type"] not in _DECODE.keys() | _ON_THE_WHOLE_TEXT or regex:
+            kind = "Replace with a regular expression" if regex else step["type"]
+            raise ValueError(f"tokenizer: the bytes of a token are not known for its decoder ({kind})")
+    alone = list(itertools.takewhile(lambda step: step["type"] in _DECODE, steps))
+
+    def decode(token: str) -> bytes:
+        for step in alone:
+            token = _DECODE[step["type"]](token, step)
+            if isinstance(token, bytes):
+                return token
+        return token.encode()
+
+    return decode
+
+
 def _check(token_ids, cu_tokens, *_):
     check_vector("token_ids", token_ids, None, (torch.int64, torch.int32), None)
     check_cu("cu_tokens", cu_tokens, token_ids.device)
 
 
-def _reference(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
+def _run_reference(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags):
     _library.check_prefix_sum("cu_tokens", cu_tokens, token_ids.shape[0])
     data, offsets = piece_bytes.numpy().tobytes(), piece_offsets.tolist()
     pieces = {}
@@ -155,13 +171,13 @@ _op = _library.define(
     "find_roles(Tensor token_ids, Tensor cu_tokens, Tensor piece_bytes, Tensor piece_offsets, "
     "Tensor piece_flags) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
-    plain=_reference,
+    plain=_run_reference,
     fake=_fake,
 )
 
 
 def find_roles(token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The role of every response token, and what the parser of `hiper_fast.response` says of every response.
+    """Every response token's role, and what the parser of `hiper_fast.response` says of every response.
 
     A token has a block's role if at least one of its bytes lies in the block, tags included, so that one
     token can have several. All tokens of a response without an action block have the action role.
@@ -174,11 +190,11 @@ def find_roles(token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces) -> tup
     Returns:
         roles: uint8 [tokens], bits 1 action, 2 subgoal, 4 switch.
         switch: bool [turns], the response opens a segment.
-        value_index: int32 [turns, 3], columns low, high, switch: the position, within the response, of the
-            token before which that value is read. With index i of a response that starts at position s of its
-            sequence, the value comes from the hidden state at s + i - 1. High and switch: 0. Low: the first
-            token that starts at or after the end of `</subgoal>`; where there is no such block or no token
-            after it, the same for `</switch>`; else 0.
+        value_index: int32 [turns, 3], columns low, high, switch: the position, within the response,
+            of the token before which that value is read. With index i of a response that starts at
+            position s of its sequence, the value comes from the hidden state at s + i - 1. High and
+            switch: 0. Low: the first token that starts at or after the end of `</subgoal>`; where
+            there is no such block or no token after it, the same for `</switch>`; else 0.
         valid: bool [turns].
 
     Raises:

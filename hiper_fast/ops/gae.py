@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer, wide
+from hiper_fast.ops._library import FLOATS, check_cu, check_vector, make_plain, widen
 
 
 def _check(rewards, values, terminated, cu_turns, bootstrap, *_):
@@ -19,10 +19,10 @@ def _check(rewards, values, terminated, cu_turns, bootstrap, *_):
         check_vector("bootstrap", bootstrap, trajectories, dtype, device)
 
 
-def _reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
+def _run_reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
     _library.check_prefix_sum("cu_turns", cu_turns, rewards.shape[0])
     result = reference.gae(
-        plain_buffer(rewards), values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_
+        make_plain(rewards), values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_
     )
     return torch.stack(result)
 
@@ -31,8 +31,8 @@ _op = _library.define(
     "gae(Tensor rewards, Tensor values, Tensor terminated, Tensor cu_turns, Tensor? bootstrap, "
     "float gamma, float lambda_) -> Tensor",
     check=_check,
-    plain=_reference,
-    fake=lambda rewards, *_: rewards.new_empty(2, rewards.shape[0], dtype=wide(rewards.dtype)),
+    plain=_run_reference,
+    fake=lambda rewards, *_: rewards.new_empty(2, rewards.shape[0], dtype=widen(rewards.dtype)),
 )
 
 

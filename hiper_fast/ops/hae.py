@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer, wide
+from hiper_fast.ops._library import FLOATS, check_cu, check_vector, make_plain, widen
 from hiper_fast.ops.reference import HAE
 
 
@@ -28,13 +28,13 @@ def _check(
         check_vector("bootstrap_high", bootstrap_high, trajectories, dtype, device)
 
 
-def _reference(
+def _run_reference(
     rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
     bootstrap_low, bootstrap_high, gamma, lambda_turn, lambda_segment,
 ):  # fmt: skip
     _library.check_prefix_sum("cu_turns", cu_turns, rewards.shape[0])
     *levels, boundary = reference.hae(
-        plain_buffer(rewards), values_low, values_high, switch, terminated, cu_turns, values_switch=values_switch,
+        make_plain(rewards), values_low, values_high, switch, terminated, cu_turns, values_switch=values_switch,
         bootstrap_low=bootstrap_low, bootstrap_high=bootstrap_high,
         gamma=gamma, lambda_turn=lambda_turn, lambda_segment=lambda_segment,
     )  # fmt: skip
@@ -42,7 +42,8 @@ def _reference(
 
 
 def _fake(rewards, values_low, values_high, values_switch, switch, *_):
-    return rewards.new_empty(6, rewards.shape[0], dtype=wide(rewards.dtype)), switch.new_empty(switch.shape)
+    levels = rewards.new_empty(len(HAE._fields) - 1, rewards.shape[0], dtype=widen(rewards.dtype))  # [6, turns]
+    return levels, switch.new_empty(switch.shape)
 
 
 _op = _library.define(
@@ -50,7 +51,7 @@ _op = _library.define(
     "Tensor terminated, Tensor cu_turns, Tensor? bootstrap_low, Tensor? bootstrap_high, "
     "float gamma, float lambda_turn, float lambda_segment) -> (Tensor, Tensor)",
     check=_check,
-    plain=_reference,
+    plain=_run_reference,
     fake=_fake,
 )
 
@@ -72,8 +73,8 @@ def hae(
 ) -> HAE:
     """Hierarchical advantages and returns of packed trajectories.
 
-    A segment begins at a trajectory's first turn and at every turn with `switch`. With b_k, e_k, d_k the
-    first turn, last turn and length of segment k:
+    A segment begins at a trajectory's first turn and at every turn with `switch`. With b_k, e_k,
+    d_k the first turn, last turn and length of segment k:
 
         low     delta_t = r_t + gamma v' - V_low(t),
                 v' = V_low(t+1), or V_high(t+1) at a segment's last turn
@@ -92,7 +93,7 @@ def hae(
         terminated: bool [trajectories], True where the environment ended the episode (a limit did not).
         cu_turns: int32 [trajectories + 1], exclusive prefix sum of the turns of each trajectory.
         values_switch: [turns], None means 0.
-        bootstrap_low, bootstrap_high: [trajectories], values of the state after the last turn; None means 0.
+        bootstrap_low, bootstrap_high: [trajectories], values after the last turn; None means 0.
 
     Returns:
         HAE of float32 or (for float64) float64, detached from autograd.

@@ -10,75 +10,75 @@ from hiper_fast.ops._head import Head, take
 from hiper_fast.ops._library import needs_gradient
 
 
-def _forward(rows_of, hidden, weight, bias, targets, temperature, want_entropy):
+def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, want_entropy):
     head = Head(hidden, weight, bias)
     n = hidden.shape[0]
     logprobs = hidden.new_empty(n, dtype=head.dtype)
     entropy = hidden.new_empty(n if want_entropy else 0, dtype=head.dtype)
     for part, logits in head.iterate_chunks():
         wanted = take(entropy, part) if want_entropy else None
-        rows_of(logits, take(targets, part), temperature, take(logprobs, part), wanted)
+        compute_rows(logits, take(targets, part), temperature, take(logprobs, part), wanted)
     return logprobs, entropy
 
 
-def _backward(rows_of, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
+def _run_backward(compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
     head = Head(hidden, weight, bias, *needs)
     for part, logits in head.iterate_chunks():
         grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
-        live = rows_of(logits, take(targets, part), temperature, *grads)
+        live = compute_rows(logits, take(targets, part), temperature, *grads)
         head.add_gradients(part, live, logits if live is None else logits[: len(live)])
     return head.collect_gradients()
 
 
-def _cpu(hidden, weight, bias, targets, temperature, want_entropy):
+def _run_cpp(hidden, weight, bias, targets, temperature, want_entropy):
     targets = targets.contiguous()
     _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
-    return _forward(_cpp_rows, hidden, weight, bias, targets, temperature, want_entropy)
+    return _run_forward(_compute_rows_cpp, hidden, weight, bias, targets, temperature, want_entropy)
 
 
-def _cpp_rows(logits, targets, temperature, logprobs, entropy):
-    _library.kernel("linear_logprobs", logits.dtype)(
+def _compute_rows_cpp(logits, targets, temperature, logprobs, entropy):
+    _library.find_kernel("linear_logprobs", logits.dtype)(
         logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
-        logprobs.data_ptr(), _library.address(entropy), torch.get_num_threads(),
+        logprobs.data_ptr(), _library.find_address(entropy), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _cpu_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, *options):
+def _run_cpp_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, *options):
     tensors = grad_logprobs.contiguous(), grad_entropy.contiguous(), hidden, weight, bias, targets.contiguous()
-    return _backward(_cpp_rows_backward, *tensors, *options)
+    return _run_backward(_differentiate_rows_cpp, *tensors, *options)
 
 
-def _cpp_rows_backward(logits, targets, temperature, grad_logprobs, grad_entropy):
+def _differentiate_rows_cpp(logits, targets, temperature, grad_logprobs, grad_entropy):
     live = torch.empty_like(targets)
-    count = _library.kernel("linear_logprobs_backward", logits.dtype)(
+    count = _library.find_kernel("linear_logprobs_backward", logits.dtype)(
         logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
-        grad_logprobs.data_ptr(), _library.address(grad_entropy), live.data_ptr(), torch.get_num_threads(),
+        grad_logprobs.data_ptr(), _library.find_address(grad_entropy), live.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return None if count == live.shape[0] else live[:count]
 
 
-def _torch(hidden, weight, bias, targets, temperature, want_entropy):
+def _run_torch(hidden, weight, bias, targets, temperature, want_entropy):
     _head.check_targets(targets, len(weight))
-    return _forward(_torch_rows, hidden, weight, bias, targets, temperature, want_entropy)
+    return _run_forward(_compute_rows_torch, hidden, weight, bias, targets, temperature, want_entropy)
 
 
-def _torch_rows(logits, targets, temperature, logprobs, entropy):
-    _, logprobs[:], entropies = _head.statistics(logits, targets, temperature)
+def _compute_rows_torch(logits, targets, temperature, logprobs, entropy):
+    _, logprobs[:], entropies = _head.compute_statistics(logits, targets, temperature)
     if entropy is not None:
         entropy[:] = entropies
 
 
-def _torch_backward(*arguments):
-    return _backward(_torch_rows_backward, *arguments)
+def _run_torch_backward(*arguments):
+    return _run_backward(_differentiate_rows_torch, *arguments)
 
 
-def _torch_rows_backward(logits, targets, temperature, grad_logprobs, grad_entropy):
-    log_p, _, entropy = _head.statistics(logits, targets, temperature)
-    logits[:] = _head.softmax_gradient(log_p, targets, grad_logprobs, grad_entropy, entropy).div_(temperature)
+def _differentiate_rows_torch(logits, targets, temperature, grad_logprobs, grad_entropy):
+    log_p, _, entropy = _head.compute_statistics(logits, targets, temperature)
+    logits[:] = _head.turn_into_gradient(log_p, targets, grad_logprobs, grad_entropy, entropy).div_(temperature)
 
 
 def _fake(hidden, weight, bias, targets, temperature, want_entropy):
-    dtype, n = _library.wide(hidden.dtype), hidden.shape[0]
+    dtype, n = _library.widen(hidden.dtype), hidden.shape[0]
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype)
 
 
@@ -90,8 +90,8 @@ _op = _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
     "bool want_entropy) -> (Tensor, Tensor)",
     check=_head.check_linear,
-    cpp=_cpu,
-    plain=_torch,
+    cpp=_run_cpp,
+    plain=_run_torch,
     cuda=True,
     fake=_fake,
 )
@@ -100,8 +100,8 @@ _op_backward = _library.define(
     "Tensor targets, float temperature, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor)",
     check=lambda *_: None,
-    cpp=_cpu_backward,
-    plain=_torch_backward,
+    cpp=_run_cpp_backward,
+    plain=_run_torch_backward,
     cuda=True,
     fake=_fake_backward,
     module="linear_logprobs",
@@ -138,9 +138,10 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log_softmax((hidden @ weight.T + bias) / temperature)[targets], in chunks of rows.
 
-    Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half precision are
-    multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its results it holds a chunk of
-    logits, at most 128 MiB (on a GPU 512 MiB) or one row, and 16 MiB where the weight is of half precision.
+    Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half
+    precision are multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its
+    results it holds a chunk of logits, at most 128 MiB (on a GPU 512 MiB) or one row, and 16 MiB
+    where the weight is of half precision.
 
     Args:
         hidden: [n, h] float32, float64, bfloat16 or float16.

@@ -7,56 +7,58 @@ from torch import Tensor
 
 from hiper_fast.ops import _head, _library
 from hiper_fast.ops._head import Head, take
-from hiper_fast.ops._library import address, check_vector, needs_gradient
-from hiper_fast.ops._ppo import METRICS, named_metrics, ppo_terms
+from hiper_fast.ops._library import check_vector, find_address, needs_gradient
+from hiper_fast.ops._ppo import METRICS, name_metrics, ppo_terms
 
 
 def _run(
-    rows_of, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
+    compute_rows, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, *needs,
 ):  # fmt: skip
-    """A chunk of logits at a time: `rows_of` adds to the sums and turns the logits into their gradient, from which
-    come those of hidden, weight and bias. A row's gradient needs nothing of the other rows, so it need not wait for
-    backward and the product is not made twice."""
+    """A chunk of logits at a time: `compute_rows` adds to the sums and turns the logits into their
+    gradient, from which come those of hidden, weight and bias. A row's gradient needs nothing of
+    the other rows, so it need not wait for backward and the product is not made twice."""
     head = Head(hidden, weight, bias, *needs)
-    sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)
+    sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)  # [loss and METRICS]
     options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
     options = *options, float(targets.shape[0] or 1) if denominator is None else denominator
     want_gradient = any(needs)
     for part, logits in head.iterate_chunks():
-        data = (x if x is None else take(x, part) for x in (targets, old_logprobs, advantages, ref_logprobs))
-        live = rows_of(logits, *data, temperature, *options, want_gradient, sums)
+        given = (targets, old_logprobs, advantages, ref_logprobs)
+        data = (None if tensor is None else take(tensor, part) for tensor in given)
+        live = compute_rows(logits, *data, temperature, *options, want_gradient, sums)
         if want_gradient:
             head.add_gradients(part, live, logits if live is None else logits[: len(live)])
     sums = sums.to(head.dtype)
     return sums[0].clone(), sums[1:].clone(), *head.collect_gradients()
 
 
-def _cpu(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
+def _run_cpp(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
     targets, old_logprobs, advantages = targets.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
     ref_logprobs = ref_logprobs if ref_logprobs is None else ref_logprobs.contiguous()
     _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
-    return _run(_cpp_rows, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options)
+    return _run(_compute_rows_cpp, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options)
 
 
-def _cpp_rows(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
+def _compute_rows_cpp(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
     *options, sums = options_and_sums
     live = torch.empty_like(targets)
-    count = _library.kernel("linear_ppo", logits.dtype)(
-        logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(), address(ref_logprobs),
-        *logits.shape, temperature, *options, sums.data_ptr(), live.data_ptr(), torch.get_num_threads(),
+    count = _library.find_kernel("linear_ppo", logits.dtype)(
+        logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(),
+        find_address(ref_logprobs), *logits.shape, temperature, *options, sums.data_ptr(), live.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return None if count == live.shape[0] else live[:count]
 
 
-def _torch(hidden, weight, bias, targets, *others):
+def _run_torch(hidden, weight, bias, targets, *others):
     _head.check_targets(targets, len(weight))
-    return _run(_torch_rows, hidden, weight, bias, targets, *others)
+    return _run(_compute_rows_torch, hidden, weight, bias, targets, *others)
 
 
-def _torch_rows(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
+def _compute_rows_torch(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
     *options, want_gradient, sums = options_and_sums
-    log_p, logprobs, entropy = _head.statistics(logits, targets, temperature)
+    log_p, logprobs, entropy = _head.compute_statistics(logits, targets, temperature)
     every = torch.ones_like(targets, dtype=torch.bool)
     with_entropy = options[4] != 0
     loss, metrics, grad, grad_entropy = ppo_terms(
@@ -66,12 +68,12 @@ def _torch_rows(logits, targets, old_logprobs, advantages, ref_logprobs, tempera
     sums += torch.cat([loss[None], metrics])
     if want_gradient:
         grad_entropy = grad_entropy if with_entropy else None
-        logits[:] = _head.softmax_gradient(log_p, targets, grad, grad_entropy, entropy).div_(temperature)
+        logits[:] = _head.turn_into_gradient(log_p, targets, grad, grad_entropy, entropy).div_(temperature)
 
 
 def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature, *_):
     _head.check_linear(hidden, weight, bias, targets, temperature)
-    n, device, dtype = hidden.shape[0], hidden.device, (_library.wide(hidden.dtype),)
+    n, device, dtype = hidden.shape[0], hidden.device, (_library.widen(hidden.dtype),)
     check_vector("old_logprobs", old_logprobs, n, dtype, device)
     check_vector("advantages", advantages, n, dtype, device)
     if ref_logprobs is not None:
@@ -79,7 +81,7 @@ def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs
 
 
 def _fake(hidden, weight, *others):
-    dtype = _library.wide(hidden.dtype)
+    dtype = _library.widen(hidden.dtype)
     sums = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(METRICS), dtype=dtype)
     return *sums, *_head.fake_gradients(hidden, weight, *others[-3:])
 
@@ -90,12 +92,12 @@ _op = _library.define(
     "float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check,
-    cpp=_cpu,
-    plain=_torch,
+    cpp=_run_cpp,
+    plain=_run_torch,
     cuda=True,
     fake=_fake,
 )
-_LinearPPO = _library.differentiable(_op, 0, 1, 2)
+_LinearPPO = _library.make_differentiable(_op, 0, 1, 2)
 
 
 def linear_ppo(
@@ -117,10 +119,10 @@ def linear_ppo(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ppo_loss(linear_logprobs(hidden, weight, targets), …)` where every row carries loss.
 
-    Three matrix products instead of the four of the two ops: the gradients are made with the loss, from the same
-    logits. Rows whose loss does not depend on their log-prob and entropy (clipped, or of advantage 0, with
-    entropy_coef 0) are left out of the two products of the gradients. Beside the gradients it holds a chunk of
-    logits, as `linear_logprobs` does.
+    Three matrix products instead of the four of the two ops: the gradients are made with the loss,
+    from the same logits. Rows whose loss does not depend on their log-prob and entropy (clipped, or
+    of advantage 0, with entropy_coef 0) are left out of the two products of the gradients. Beside
+    the gradients it holds a chunk of logits, as `linear_logprobs` does.
 
     Args:
         hidden: [n, h] and weight: [v, h], targets: int64 [n], temperature, bias: as in `linear_logprobs`.
@@ -128,7 +130,8 @@ def linear_ppo(
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator: as in `ppo_loss`.
 
     Returns:
-        loss: 0-d, differentiable once in hidden, weight and bias; the weight's gradient is summed in float32.
+        loss: 0-d, differentiable once in hidden, weight and bias; the weight's gradient is summed in
+            float32.
         metrics: those of `ppo_loss`; entropy only where entropy_coef is not 0.
 
     Raises:
@@ -141,5 +144,5 @@ def linear_ppo(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, float(temperature),
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
     )  # fmt: skip
-    loss, metrics = _library.divided(divisor, loss, metrics)
-    return loss, named_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)
+    loss, metrics = _library.divide(divisor, loss, metrics)
+    return loss, name_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, check_vector, wide
+from hiper_fast.ops._library import FLOATS, check_vector, widen
 
 
 @torch.no_grad()
-def _torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
+def _run_torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     def total(x: Tensor) -> Tensor:
         if group is not None:
             dist.all_reduce(x, group=group)
@@ -21,7 +21,7 @@ def _torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     centred = torch.where(mask, values.double(), 0.0)
     centred = torch.where(mask, centred - total(centred.sum()) / count, 0.0)
     std = (total(centred.square().sum()) / count).sqrt()
-    return (centred / (std + eps)).to(wide(values.dtype))
+    return (centred / (std + eps)).to(widen(values.dtype))
 
 
 def _check(values, mask, *_):
@@ -32,9 +32,9 @@ def _check(values, mask, *_):
 _op = _library.define(
     "normalize(Tensor values, Tensor mask, float eps) -> Tensor",
     check=_check,
-    plain=_torch,
+    plain=_run_torch,
     cuda=True,
-    fake=lambda values, mask, eps: values.new_empty(values.shape, dtype=wide(values.dtype)),
+    fake=lambda values, mask, eps: values.new_empty(values.shape, dtype=widen(values.dtype)),
 )
 
 
@@ -47,7 +47,8 @@ def normalize(values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.Pr
         group: a torch.distributed process group; the moments are then those of all its ranks together.
 
     Returns:
-        [turns], float32 or (for float64) float64; zeros where the mask holds fewer than two different values.
+        [turns], float32 or (for float64) float64; zeros where the mask holds fewer than two different
+        values.
 
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
@@ -55,4 +56,4 @@ def normalize(values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.Pr
     if group is None:
         return _op(values, mask, eps)
     _check(values, mask)
-    return _torch(values, mask, eps, group)
+    return _run_torch(values, mask, eps, group)

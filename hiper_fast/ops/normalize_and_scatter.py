@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import plain_buffer, wide
+from hiper_fast.ops._library import make_plain, widen
 from hiper_fast.ops.reference import HAE
 from hiper_fast.ops.scatter_advantages import check_turns_and_tokens
 
 
-def _reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
+def _run_reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
     _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
-    low, high, switch = plain_buffer(advantages_low), plain_buffer(advantages_high), plain_buffer(advantages_switch)
+    low, high, switch = make_plain(advantages_low), make_plain(advantages_high), make_plain(advantages_switch)
     hae = HAE(low, None, high, None, switch, None, boundary)
     advantages, loss_mask, levels = reference.normalize_and_scatter(hae, roles, cu_tokens, eps)
-    return advantages, loss_mask, torch.stack(levels[:5:2])
+    normalised = levels.advantages_low, levels.advantages_high, levels.advantages_switch
+    return advantages, loss_mask, torch.stack(normalised)  # [3, turns]
 
 
 def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
-    dtype = wide(advantages_low.dtype)
+    dtype = widen(advantages_low.dtype)
     return (
         advantages_low.new_empty(roles.shape, dtype=dtype),
         roles.new_empty(roles.shape, dtype=torch.bool),
@@ -32,7 +33,7 @@ _op = _library.define(
     "normalize_and_scatter(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
     "Tensor boundary, Tensor roles, Tensor cu_tokens, float eps) -> (Tensor, Tensor, Tensor)",
     check=check_turns_and_tokens,
-    plain=_reference,
+    plain=_run_reference,
     fake=_fake,
     module="scatter_advantages",
 )
@@ -41,7 +42,8 @@ _op = _library.define(
 def normalize_and_scatter(hae: HAE, roles: Tensor, cu_tokens: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor, HAE]:
     """`normalize` for each level over the turns that train it, then `scatter_advantages`.
 
-    A turn trains a level if one of its tokens has the level's role and, for the high level, if it is a boundary.
+    A turn trains a level if one of its tokens has the level's role and, for the high level, if it is a
+    boundary.
 
     Args:
         hae, roles, cu_tokens: as in `scatter_advantages`.

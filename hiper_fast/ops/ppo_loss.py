@@ -1,4 +1,4 @@
-"""The clipped policy loss (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729), KL and entropy terms."""
+"""The clipped policy loss (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729), KL, entropy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient
-from hiper_fast.ops._ppo import METRICS, named_metrics, ppo_terms
+from hiper_fast.ops._ppo import METRICS, name_metrics, ppo_terms
 
 
 def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *_):
@@ -23,7 +23,7 @@ def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
 
 
 def _fake(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
-    dtype, tokens = _library.wide(logprobs.dtype), logprobs.shape[0] if options[-1] else 0
+    dtype, tokens = _library.widen(logprobs.dtype), logprobs.shape[0] if options[-1] else 0
     shapes = ((), len(METRICS), tokens, 0 if entropy is None else tokens)
     return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -37,7 +37,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_PPOLoss = _library.differentiable(_op, 0, 5)
+_PPOLoss = _library.make_differentiable(_op, 0, 5)
 
 
 def ppo_loss(
@@ -62,7 +62,8 @@ def ppo_loss(
         kl = clamp(exp(d) - d - 1, -10, 10),  d = ref_logprobs - logprobs
 
     Args:
-        logprobs, old_logprobs, advantages: [tokens] float32, float64, bfloat16 or float16, all of one dtype.
+        logprobs, old_logprobs, advantages: [tokens] float32, float64, bfloat16 or float16, all of one
+            dtype.
         loss_mask: bool [tokens]; off it, values are ignored, NaN included.
         ref_logprobs, entropy: [tokens] or None, which leaves the term out.
         denominator: None divides by the number of masked tokens. Microbatches of one step share a
@@ -70,8 +71,8 @@ def ppo_loss(
 
     Returns:
         loss: 0-d, float32 or (for float64) float64, differentiable once in logprobs and entropy.
-        metrics: detached 0-d tensors over the same denominator: policy, approx_kl (old_logprobs - logprobs),
-            clip_fraction, dual_clip_fraction, and kl, entropy where these terms exist.
+        metrics: detached 0-d tensors over the same denominator: policy, approx_kl (old_logprobs -
+            logprobs), clip_fraction, dual_clip_fraction, and kl, entropy where these terms exist.
 
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
@@ -83,5 +84,5 @@ def ppo_loss(
         logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, needed,
     )  # fmt: skip
-    loss, metrics = _library.divided(divisor, loss, metrics)
-    return loss, named_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy is not None)
+    loss, metrics = _library.divide(divisor, loss, metrics)
+    return loss, name_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy is not None)

@@ -1,7 +1,8 @@
-"""Every op in plain torch, to be read: this is the specification, and what runs where no kernel was built.
+"""Every op in plain torch, to be read: the specification, and what runs where no kernel was built.
 
-Written apart from the kernels and checked against them; it takes its time and its memory. Arguments are as in
-the public functions of the same names, and are not validated here. Scans are computed in double precision.
+Written apart from the kernels and checked against them; it takes its time and its memory. Arguments are
+as in the public functions of the same names, and are not validated here. Scans are computed in double
+precision.
 """
 
 from __future__ import annotations
@@ -44,74 +45,81 @@ def hae(
     lambda_segment=0.95,
 ) -> HAE:
     turns = len(rewards)
-    r, v_low, v_high = rewards.tolist(), values_low.tolist(), values_high.tolist()
-    v_switch = [0.0] * turns if values_switch is None else values_switch.tolist()
+    reward, value_low, value_high = rewards.tolist(), values_low.tolist(), values_high.tolist()
+    value_switch = [0.0] * turns if values_switch is None else values_switch.tolist()
     boundary = switch.tolist()
-    a_low, a_high, a_switch = [0.0] * turns, [0.0] * turns, [0.0] * turns
-    ret_low, ret_high, ret_switch = [0.0] * turns, [0.0] * turns, [0.0] * turns
-
-    for n, (begin, end) in enumerate(_segments(cu_turns)):
+    low, high, decision = (_Level([0.0] * turns, [0.0] * turns) for _ in range(3))
+    for trajectory, (begin, end) in enumerate(_pair_bounds(cu_turns)):
         if begin == end:
             continue
         boundary[begin] = True
-        starts = [t for t in range(begin, end) if boundary[t]] + [end]
-        # What stands for the rewards after the last turn.
-        alive = not terminated[n]
-        final_low = float(bootstrap_low[n]) if alive and bootstrap_low is not None else 0.0
-        final_high = float(bootstrap_high[n]) if alive and bootstrap_high is not None else 0.0
+        starts = [turn for turn in range(begin, end) if boundary[turn]]
+        segments = list(zip(starts, [*starts[1:], end], strict=True))
+        final_low = _find_final(bootstrap_low, terminated, trajectory)
+        final_high = _find_final(bootstrap_high, terminated, trajectory)
+        next_high = [*(value_high[start] for start in starts[1:]), final_high]  # past each segment's end
+        _fill_low(low, segments, reward, value_low, [*next_high[:-1], final_low], gamma, lambda_turn)
+        _fill_high(high, segments, reward, value_high, next_high, gamma, lambda_segment)
+        _fill_switch(decision, segments, reward, value_switch, next_high, gamma)
 
-        a_next_segment = 0.0
-        for b, b_next in reversed(list(zip(starts, starts[1:], strict=False))):
-            v_next_segment = final_high if b_next == end else v_high[b_next]
-
-            # Low level: nothing is carried over the segment's end.
-            carried = 0.0
-            for t in reversed(range(b, b_next)):
-                if t + 1 == end:
-                    v_next = final_low
-                elif t + 1 == b_next:
-                    v_next = v_high[t + 1]
-                else:
-                    v_next = v_low[t + 1]
-                delta = r[t] + gamma * v_next - v_low[t]
-                a_low[t] = delta + gamma * lambda_turn * carried
-                ret_low[t] = a_low[t] + v_low[t]
-                carried = a_low[t]
-
-            # High level: the whole segment is one step of length d.
-            d = b_next - b
-            reward = sum(gamma**j * r[b + j] for j in range(d))
-            delta = reward + gamma**d * v_next_segment - v_high[b]
-            a_high[b] = delta + gamma**d * lambda_segment * a_next_segment
-            ret_high[b] = a_high[b] + v_high[b]
-            a_next_segment = a_high[b]
-
-            # Switch decision: the discounted return to the segment's end, then the next state's value.
-            g = v_next_segment
-            for t in reversed(range(b, b_next)):
-                g = r[t] + gamma * g
-                a_switch[t] = g - v_switch[t]
-                ret_switch[t] = g
-
-    levels = (a_low, ret_low, a_high, ret_high, a_switch, ret_switch)
+    levels = (*low, *high, *decision)
     return HAE(
-        *(rewards.new_tensor(x) for x in levels),
+        *(rewards.new_tensor(level) for level in levels),
         torch.tensor(boundary, dtype=torch.bool, device=switch.device),
     )
 
 
-def gae(rewards, values, terminated, cu_turns, *, bootstrap=None, gamma=1.0, lambda_=1.0) -> tuple[Tensor, Tensor]:
-    r, v = rewards.tolist(), values.tolist()
-    advantages, returns = [0.0] * len(r), [0.0] * len(r)
-    for n, (begin, end) in enumerate(_segments(cu_turns)):
-        v_next = float(bootstrap[n]) if bootstrap is not None and not terminated[n] else 0.0
+class _Level(NamedTuple):
+    advantages: list[float]
+    returns: list[float]
+
+
+def _find_final(bootstrap, terminated, trajectory) -> float:
+    """What stands for the rewards after the last turn."""
+    return 0.0 if bootstrap is None or terminated[trajectory] else float(bootstrap[trajectory])
+
+
+def _fill_low(level, segments, reward, value, next_values, gamma, lambda_turn) -> None:
+    """One step per turn; nothing is carried over a segment's end."""
+    for (begin, end), value_next in zip(segments, next_values, strict=True):
         carried = 0.0
-        for t in reversed(range(begin, end)):
-            delta = r[t] + gamma * v_next - v[t]
-            carried = delta + gamma * lambda_ * carried
-            advantages[t], returns[t] = carried, carried + v[t]
-            v_next = v[t]
-    return rewards.new_tensor(advantages), rewards.new_tensor(returns)
+        for turn in reversed(range(begin, end)):
+            delta = reward[turn] + gamma * value_next - value[turn]
+            carried = delta + gamma * lambda_turn * carried
+            level.advantages[turn] = carried
+            level.returns[turn] = carried + value[turn]
+            value_next = value[turn]
+
+
+def _fill_high(level, segments, reward, value, next_values, gamma, lambda_segment) -> None:
+    """The whole segment is one step of its length."""
+    carried = 0.0
+    for (begin, end), value_next in reversed(list(zip(segments, next_values, strict=True))):
+        length = end - begin
+        gained = sum(gamma**step * reward[begin + step] for step in range(length))
+        delta = gained + gamma**length * value_next - value[begin]
+        carried = delta + gamma**length * lambda_segment * carried
+        level.advantages[begin] = carried
+        level.returns[begin] = carried + value[begin]
+
+
+def _fill_switch(level, segments, reward, value, next_values, gamma) -> None:
+    """The discounted return to the segment's end, then the next state's value."""
+    for (begin, end), value_next in zip(segments, next_values, strict=True):
+        discounted = value_next
+        for turn in reversed(range(begin, end)):
+            discounted = reward[turn] + gamma * discounted
+            level.advantages[turn] = discounted - value[turn]
+            level.returns[turn] = discounted
+
+
+def gae(rewards, values, terminated, cu_turns, *, bootstrap=None, gamma=1.0, lambda_=1.0) -> tuple[Tensor, Tensor]:
+    reward, value = rewards.tolist(), values.tolist()
+    level = _Level([0.0] * len(reward), [0.0] * len(reward))
+    for trajectory, bounds in enumerate(_pair_bounds(cu_turns)):
+        final = _find_final(bootstrap, terminated, trajectory)
+        _fill_low(level, [bounds], reward, value, [final], gamma, lambda_)
+    return rewards.new_tensor(level.advantages), rewards.new_tensor(level.returns)
 
 
 def normalize(values, mask, eps=1e-8) -> Tensor:
@@ -125,31 +133,16 @@ def normalize(values, mask, eps=1e-8) -> Tensor:
 def find_roles(token_ids, cu_tokens, pieces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pieces` is anything that gives a token's bytes for its id."""
     ids = token_ids.tolist()
-    roles, switch, value_index, valid = [0] * len(ids), [], [], []
-    for begin, end in _segments(cu_tokens):
+    roles, switch, value_index, valid = [], [], [], []
+    for begin, end in _pair_bounds(cu_tokens):
         text, spans = b"", []  # each token's bytes within the text
         for token in ids[begin:end]:
             spans.append((len(text), len(text) + len(pieces[token])))
             text += pieces[token]
         parsed = response.parse(text)
-
-        blocks = ((SWITCH, parsed.switch_span), (SUBGOAL, parsed.subgoal_span), (ACTION, parsed.action_span))
-        for i, (start, stop) in enumerate(spans):
-            for role, block in blocks:
-                # At least one of the token's bytes lies in the block.
-                if block is not None and max(start, block[0]) < min(stop, block[1]):
-                    roles[begin + i] |= role
-            if parsed.action_span is None:
-                roles[begin + i] |= ACTION
-
-        low = 0
-        for block in (parsed.subgoal_span, parsed.switch_span):
-            after = [i for i, (start, _) in enumerate(spans) if block is not None and start >= block[1]]
-            if after:
-                low = after[0]
-                break
+        roles += [_find_role(span, parsed) for span in spans]
         switch.append(parsed.switch)
-        value_index.append([low, 0, 0])
+        value_index.append([_find_low_index(spans, parsed), 0, 0])
         valid.append(parsed.valid)
 
     def tensor(values, dtype):
@@ -163,31 +156,54 @@ def find_roles(token_ids, cu_tokens, pieces) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
+def _find_role(span, parsed) -> int:
+    """At least one of the token's bytes lies in the block."""
+    start, stop = span
+    role = ACTION if parsed.action_span is None else 0
+    blocks = ((SWITCH, parsed.switch_span), (SUBGOAL, parsed.subgoal_span), (ACTION, parsed.action_span))
+    for bit, block in blocks:
+        if block is not None and max(start, block[0]) < min(stop, block[1]):
+            role |= bit
+    return role
+
+
+def _find_low_index(spans, parsed) -> int:
+    """The first token that starts at or after the end of the subgoal, else of the switch, else 0."""
+    for block in (parsed.subgoal_span, parsed.switch_span):
+        for index, (start, _) in enumerate(spans):
+            if block is not None and start >= block[1]:
+                return index
+    return 0
+
+
 def scatter_advantages(hae, roles, cu_tokens) -> tuple[Tensor, Tensor]:
-    low, high, switch = (x.tolist() for x in (hae.advantages_low, hae.advantages_high, hae.advantages_switch))
-    boundary, role_of = hae.boundary.tolist(), roles.tolist()
+    low, high = hae.advantages_low.tolist(), hae.advantages_high.tolist()
+    switch, boundary = hae.advantages_switch.tolist(), hae.boundary.tolist()
+    role_of = roles.tolist()
     advantages, loss_mask = [0.0] * len(role_of), [False] * len(role_of)
-    for turn, (begin, end) in enumerate(_segments(cu_tokens)):
-        for i in range(begin, end):
-            if role_of[i] & ACTION:
-                advantages[i] += low[turn]
-                loss_mask[i] = True
-            if role_of[i] & SUBGOAL and boundary[turn]:
-                advantages[i] += high[turn]
-                loss_mask[i] = True
-            if role_of[i] & SWITCH:
-                advantages[i] += switch[turn]
-                loss_mask[i] = True
+    for turn, (begin, end) in enumerate(_pair_bounds(cu_tokens)):
+        for token in range(begin, end):
+            if role_of[token] & ACTION:
+                advantages[token] += low[turn]
+                loss_mask[token] = True
+            if role_of[token] & SUBGOAL and boundary[turn]:
+                advantages[token] += high[turn]
+                loss_mask[token] = True
+            if role_of[token] & SWITCH:
+                advantages[token] += switch[turn]
+                loss_mask[token] = True
     return hae.advantages_low.new_tensor(advantages), torch.tensor(loss_mask, dtype=torch.bool, device=roles.device)
 
 
 def normalize_and_scatter(hae, roles, cu_tokens, eps=1e-8) -> tuple[Tensor, Tensor, HAE]:
-    carried = [[bool((roles[a:b] & bit).any()) for a, b in _segments(cu_tokens)] for bit in (ACTION, SUBGOAL, SWITCH)]
-    low, high, switch = (torch.tensor(x, dtype=torch.bool, device=roles.device) for x in carried)
+    def carries(bit):
+        carried = [bool((roles[begin:end] & bit).any()) for begin, end in _pair_bounds(cu_tokens)]
+        return torch.tensor(carried, dtype=torch.bool, device=roles.device)  # [turns]
+
     levels = hae._replace(
-        advantages_low=normalize(hae.advantages_low, low, eps),
-        advantages_high=normalize(hae.advantages_high, high & hae.boundary, eps),
-        advantages_switch=normalize(hae.advantages_switch, switch, eps),
+        advantages_low=normalize(hae.advantages_low, carries(ACTION), eps),
+        advantages_high=normalize(hae.advantages_high, carries(SUBGOAL) & hae.boundary, eps),
+        advantages_switch=normalize(hae.advantages_switch, carries(SWITCH), eps),
     )
     return *scatter_advantages(levels, roles, cu_tokens), levels
 
@@ -260,6 +276,6 @@ def linear_ppo(
     )
 
 
-def _segments(cu) -> list[tuple[int, int]]:
+def _pair_bounds(cu) -> list[tuple[int, int]]:
     bounds = cu.tolist()
     return list(zip(bounds, bounds[1:], strict=False))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library, reference
-from hiper_fast.ops._library import FLOATS, check_cu, check_vector, plain_buffer, wide
+from hiper_fast.ops._library import FLOATS, check_cu, check_vector, make_plain, widen
 from hiper_fast.ops.reference import HAE
 
 
@@ -21,14 +21,14 @@ def check_turns_and_tokens(advantages_low, advantages_high, advantages_switch, b
     check_vector("hae.boundary", boundary, turns, (torch.bool,), device)
 
 
-def _reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
+def _run_reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
     _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
-    hae = HAE(plain_buffer(advantages_low), None, advantages_high, None, advantages_switch, None, boundary)
+    hae = HAE(make_plain(advantages_low), None, advantages_high, None, advantages_switch, None, boundary)
     return reference.scatter_advantages(hae, roles, cu_tokens)
 
 
 def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
-    dtype = wide(advantages_low.dtype)
+    dtype = widen(advantages_low.dtype)
     return advantages_low.new_empty(roles.shape, dtype=dtype), roles.new_empty(roles.shape, dtype=torch.bool)
 
 
@@ -36,14 +36,14 @@ _op = _library.define(
     "scatter_advantages(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
     "Tensor boundary, Tensor roles, Tensor cu_tokens) -> (Tensor, Tensor)",
     check=check_turns_and_tokens,
-    plain=_reference,
+    plain=_run_reference,
     fake=_fake,
 )
 
 
 def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's advantage: A_low for the action role, A_high for the subgoal role on boundary turns,
-    A_switch for the switch role, added where a token has several.
+    """Each token's advantage: A_low for the action role, A_high for the subgoal role on boundary
+    turns, A_switch for the switch role, added where a token has several.
 
     Args:
         hae: the result of `ops.hae`; its advantages may have been replaced by normalised ones.

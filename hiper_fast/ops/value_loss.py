@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient, plain_buffer
+from hiper_fast.ops._library import FLOATS, check_vector, make_plain, needs_gradient
 
 METRICS = ("value", "clip_fraction")
 
@@ -19,10 +19,12 @@ def _check(values, old_values, returns, mask, *_):
     check_vector("mask", mask, turns, (torch.bool,), device)
 
 
-def _torch(values, old_values, returns, mask, clip, denominator, want_gradient):
+def _run_torch(values, old_values, returns, mask, clip, denominator, want_gradient):
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
-    values, old_values, returns = (torch.where(mask, plain_buffer(x), 0.0) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        torch.where(mask, make_plain(tensor), 0.0) for tensor in (values, old_values, returns)
+    )
     near = values.clamp(old_values - clip, old_values + clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
     loss = torch.maximum(plain, clipped).sum() / denominator
@@ -33,7 +35,7 @@ def _torch(values, old_values, returns, mask, clip, denominator, want_gradient):
 
 
 def _fake(values, old_values, returns, mask, clip, denominator, want_gradient):
-    dtype = _library.wide(values.dtype)
+    dtype = _library.widen(values.dtype)
     shapes = ((), len(METRICS), values.shape[0] if want_gradient else 0)
     return tuple(values.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -42,11 +44,11 @@ _op = _library.define(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip, float? denominator, "
     "bool want_gradient) -> (Tensor, Tensor, Tensor)",
     check=_check,
-    plain=_torch,
+    plain=_run_torch,
     cuda=True,
     fake=_fake,
 )
-_ValueLoss = _library.differentiable(_op, 0)
+_ValueLoss = _library.make_differentiable(_op, 0)
 
 
 def value_loss(
@@ -76,5 +78,5 @@ def value_loss(
     needed = needs_gradient(values)
     run = _ValueLoss.apply if needed else _op
     loss, metrics, *_ = run(values, old_values, returns, mask, clip, fixed, needed)
-    loss, metrics = _library.divided(divisor, loss, metrics)
+    loss, metrics = _library.divide(divisor, loss, metrics)
     return loss, dict(zip(METRICS, metrics.unbind(0), strict=True))
