@@ -16,8 +16,9 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from hiper_fast.metrics import read_metrics
-from hiper_fast.report import evaluations, ticks
+from hiper_fast.runs.charts import choose_ticks
+from hiper_fast.runs.metrics import read_metrics
+from hiper_fast.runs.report import select_evaluations
 
 WIDTH, HEIGHT, TOP, BOTTOM = 960, 400, 86, 44
 LIGHT = ["#0f766e", "#c2410c", "#2563eb", "#9333ea", "#be185d", "#4d7c0f"]
@@ -59,13 +60,18 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """A run folder or its metrics.jsonl."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise CurveError(f"{path}: there is no metrics.jsonl; give a run's folder or its metrics file")
+        raise CurveError(
+            f"{path}: there is no metrics.jsonl; give a run's folder or its metrics file"
+        )
     logged = read_metrics(file)
-    rows = evaluations(with_minutes(logged))
+    rows = select_evaluations(with_minutes(logged))
     if not rows:
         raise CurveError(f"{path}: no evaluation in its metrics yet")
     points = [
-        Point(row["minutes"], row["step"], *(row[f"eval/{key}"] for key in ("success", "low", "high"))) for row in rows
+        Point(
+            row["minutes"], row["step"], *(row[f"eval/{key}"] for key in ("success", "low", "high"))
+        )
+        for row in rows
     ]
     warm_started = points[0].update == 0 and any(row["stage"] == "warm_start" for row in logged)
     return Run(label or file.resolve().parent.name, warm_started, points)
@@ -122,8 +128,12 @@ def legend(runs: Sequence[Run]) -> list[str]:
     parts = []
     for i, run in enumerate(runs):
         x = 20 + i * column
-        ends = " → ".join(f"{100 * point.rate:.1f} %" for point in dict.fromkeys((run.points[0], run.points[-1])))
-        parts.append(f'<line class="line" style="stroke: var(--run{i})" x1="{x:g}" x2="{x + 16:g}" y1="52" y2="52"/>')
+        ends = " → ".join(
+            f"{100 * point.rate:.1f} %" for point in dict.fromkeys((run.points[0], run.points[-1]))
+        )
+        parts.append(
+            f'<line class="line" style="stroke: var(--run{i})" x1="{x:g}" x2="{x + 16:g}" y1="52" y2="52"/>'
+        )
         parts.append(f'<text x="{x + 22:g}" y="56">{escape(run.label)}: {ends}</text>')
     return parts
 
@@ -150,16 +160,24 @@ def panel(
         return round(left + room + value / last * (right - left - 2 * room), 1)
 
     parts = []
-    for tick in ticks(0, ceiling, 5):
+    for tick in choose_ticks(0, ceiling, 5):
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.0f} %</text>')
-    for tick in ticks(0, last, 6):
-        parts.append(f'<text x="{place(tick)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(left + right) / 2:g}" y="{HEIGHT - 8}" text-anchor="middle">{title}</text>')
+        parts.append(
+            f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.0f} %</text>'
+        )
+    for tick in choose_ticks(0, last, 6):
+        parts.append(
+            f'<text x="{place(tick)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + right) / 2:g}" y="{HEIGHT - 8}" text-anchor="middle">{title}</text>'
+    )
     for i, run in enumerate(runs):
         forth = [f"{x(p)},{y(p.high)}" for p in run.points]
         back = [f"{x(p)},{y(p.low)}" for p in reversed(run.points)]
-        parts.append(f'<polygon class="band" style="fill: var(--run{i})" points="{" ".join(forth + back)}"/>')
+        parts.append(
+            f'<polygon class="band" style="fill: var(--run{i})" points="{" ".join(forth + back)}"/>'
+        )
     for i, run in enumerate(runs):
         line = " ".join(f"{x(p)},{y(p.rate)}" for p in run.points)
         parts.append(f'<polyline class="line" style="stroke: var(--run{i})" points="{line}"/>')
@@ -169,12 +187,22 @@ def panel(
         ]
     if labelled:
         parts += values([(i, run.points[0]) for i, run in enumerate(runs)], x, y, -8, "end")
-        parts += values([(i, run.points[-1]) for i, run in enumerate(runs) if len(run.points) > 1], x, y, 8, "start")
+        parts += values(
+            [(i, run.points[-1]) for i, run in enumerate(runs) if len(run.points) > 1],
+            x,
+            y,
+            8,
+            "start",
+        )
     return parts
 
 
 def values(
-    ends: list[tuple[int, Point]], x: Callable[[Point], float], y: Callable[[float], float], offset: int, anchor: str
+    ends: list[tuple[int, Point]],
+    x: Callable[[Point], float],
+    y: Callable[[float], float],
+    offset: int,
+    anchor: str,
 ) -> list[str]:
     """Success in per cent beside each point, in its run's colour; moved apart where they would overlap."""
     ends = sorted(ends, key=lambda end: -end[1].rate)
@@ -199,9 +227,15 @@ def apart(heights: list[float], gap: float, bottom: float) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or metrics.jsonl files")
-    parser.add_argument("--labels", metavar="A,B", help="names for the legend, in order [the folders' names]")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the SVG file to write")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or metrics.jsonl files"
+    )
+    parser.add_argument(
+        "--labels", metavar="A,B", help="names for the legend, in order [the folders' names]"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the SVG file to write"
+    )
     arguments = parser.parse_args(argv)
     labels = arguments.labels.split(",") if arguments.labels else [None] * len(arguments.runs)
     if len(labels) != len(arguments.runs):
@@ -209,12 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments.runs) > len(LIGHT):
         parser.error(f"at most {len(LIGHT)} runs fit in one figure, got {len(arguments.runs)}")
     try:
-        figure = draw([read_run(path, label) for path, label in zip(arguments.runs, labels, strict=True)])
+        figure = draw(
+            [read_run(path, label) for path, label in zip(arguments.runs, labels, strict=True)]
+        )
         arguments.out.write_text(figure, encoding="utf-8")
     except CurveError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: --out {arguments.out}: cannot be written ({error.strerror})\n")
+        parser.exit(
+            2, f"{parser.prog}: --out {arguments.out}: cannot be written ({error.strerror})\n"
+        )
     return 0
 
 

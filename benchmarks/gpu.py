@@ -44,7 +44,10 @@ class Size(NamedTuple):
 
 
 SIZES = {"full": Size(128, 50, 281, 16_384, 1536, 151_936), "tiny": Size(4, 5, 40, 16, 8, 50)}
-TARGETS = {"hae + normalise + scatter": 0.015, "linear_ppo": 34.0}  # milliseconds, on an H200, at full size
+TARGETS = {
+    "hae + normalise + scatter": 0.015,
+    "linear_ppo": 34.0,
+}  # milliseconds, on an H200, at full size
 
 
 def facts(device: str) -> dict[str, object]:
@@ -60,17 +63,30 @@ def facts(device: str) -> dict[str, object]:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
         return done.stdout.strip()
 
-    return bench.machine() | {
+    return bench.describe_machine() | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "commit": git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else ""),
-        "versions": {name: installed(name) for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy")},
+        "commit": git("rev-parse", "HEAD")
+        + (" and changes" if git("status", "--porcelain") else ""),
+        "versions": {
+            name: installed(name)
+            for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+        },
     }
 
 
 def correctness(timeout: float) -> dict[str, object]:
     """The kernels' and the ops' tests on this GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/gpu"),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
     except subprocess.TimeoutExpired:
@@ -84,11 +100,16 @@ def correctness(timeout: float) -> dict[str, object]:
 
 def counts(output: str) -> dict[str, int]:
     """pytest's closing line as numbers."""
-    found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output)}
+    found = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output)
+    }
     return {word: found.get(word, 0) for word in ("passed", "failed", "skipped")}
 
 
-def milliseconds(call: Callable[[], object], device: str, *, graph: bool = False, repeats: int = 20) -> float:
+def milliseconds(
+    call: Callable[[], object], device: str, *, graph: bool = False, repeats: int = 20
+) -> float:
     """Median of a call after warming up; `graph`: of replays of its CUDA graph, 20 calls to a graph."""
     if device == "cpu":
         return 1e3 * bench.measure(call, "cpu", budget=0.02)
@@ -121,7 +142,10 @@ def ceilings(device: str) -> dict[str, float]:
     source = torch.randn(n * n * 8, device=device)
     target = torch.empty_like(source)
     return {
-        "gigabytes_per_second": 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device) / 1e6,
+        "gigabytes_per_second": 2
+        * source.nbytes
+        / milliseconds(lambda: target.copy_(source), device)
+        / 1e6,
         "teraflops": 2 * n**3 / milliseconds(lambda: a @ b, device) / 1e9,
     }
 
@@ -141,12 +165,14 @@ class Case(NamedTuple):
 
 def close(result, expected, tolerance: float = 1e-4) -> None:
     for x, y in zip(result, expected, strict=True):
-        torch.testing.assert_close(x.cpu().double(), y.cpu().double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            x.cpu().double(), y.cpu().double(), rtol=tolerance, atol=tolerance
+        )
 
 
 def normalised_credit(x) -> tuple[Tensor, Tensor]:
     """(advantages, loss_mask) of the tokens, each level normalised over the turns that train it, by the public ops."""
-    hae = bench.levels(ops, x)
+    hae = bench.run_hae(ops, x)
     low, high, switch = (carried(x.roles, bit, x.cu_tokens) for bit in (1, 2, 4))
     hae = hae._replace(
         advantages_low=ops.normalize(hae.advantages_low, low),
@@ -158,15 +184,15 @@ def normalised_credit(x) -> tuple[Tensor, Tensor]:
 
 def fused_credit(x) -> tuple[Tensor, Tensor]:
     """The same in three launches."""
-    return ops.normalize_and_scatter(bench.levels(ops, x), x.roles, x.cu_tokens)[:2]
+    return ops.normalize_and_scatter(bench.run_hae(ops, x), x.roles, x.cu_tokens)[:2]
 
 
 def step_cases(size: Size, device: str) -> list[Case]:
     """Roles, scans, scatter and the policy loss over one step's turns and tokens."""
     given = bench.Size(size.trajectories, size.turns, size.tokens, 8, 8, 50)
-    x, cpu = bench.step_inputs(given, device), bench.step_inputs(given, "cpu")
+    x, cpu = bench.make_inputs(given, device), bench.make_inputs(given, "cpu")
     turns, tokens = len(x.rewards), len(x.token_ids)
-    calls, calls_on_cpu = bench.calls(x), bench.calls(cpu)
+    calls, calls_on_cpu = bench.make_calls(x), bench.make_calls(cpu)
     credit = fused_credit if device == "cuda" else normalised_credit
 
     def ours(name: str, least_bytes: int = 0, graph: bool = False) -> Case:
@@ -200,7 +226,9 @@ def carried(roles: Tensor, bit: int, cu_tokens: Tensor) -> Tensor:
     """bool [turns]: the turn has a token of that role."""
     turns = len(cu_tokens) - 1
     turn = torch.arange(turns, device=roles.device).repeat_interleave(cu_tokens.diff())
-    return torch.zeros(turns, dtype=torch.bool, device=roles.device).index_fill_(0, turn[(roles & bit) > 0], True)
+    return torch.zeros(turns, dtype=torch.bool, device=roles.device).index_fill_(
+        0, turn[(roles & bit) > 0], True
+    )
 
 
 class Rows:
@@ -224,18 +252,34 @@ class Rows:
         self.advantages = 0.5 + torch.rand(self.n, generator=g, device=device)
         is_clipped = torch.arange(self.n, device=device) < clipped * self.n
         self.old = torch.where(
-            is_clipped[torch.randperm(self.n, generator=g, device=device)], now - 1, now + 0.05 * noise
+            is_clipped[torch.randperm(self.n, generator=g, device=device)],
+            now - 1,
+            now + 0.05 * noise,
         )
         self.leaves = (self.hidden, self.weight)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return loss.detach(), *torch.autograd.grad(loss, self.leaves)
 
-    def loss(self, logprobs: Tensor, entropy: Tensor | None, kl_coef: float, entropy_coef: float) -> Tensor:
+    def loss(
+        self, logprobs: Tensor, entropy: Tensor | None, kl_coef: float, entropy_coef: float
+    ) -> Tensor:
         mask = torch.ones_like(self.targets, dtype=torch.bool)
         ref = self.ref if kl_coef else None
         return ppo_terms(
-            logprobs, self.old, self.advantages, mask, ref, entropy, 0.2, 0.2, 3.0, kl_coef, entropy_coef, None, False
+            logprobs,
+            self.old,
+            self.advantages,
+            mask,
+            ref,
+            entropy,
+            0.2,
+            0.2,
+            3.0,
+            kl_coef,
+            entropy_coef,
+            None,
+            False,
         )[0]
 
 
@@ -246,7 +290,13 @@ def linear_ppo_cases(rows: Rows, kl_coef: float, entropy_coef: float, name: str)
 
     def ours():
         loss, _ = ops.linear_ppo(
-            rows.hidden, rows.weight, rows.targets, rows.old, rows.advantages, ref_logprobs=ref, **terms
+            rows.hidden,
+            rows.weight,
+            rows.targets,
+            rows.old,
+            rows.advantages,
+            ref_logprobs=ref,
+            **terms,
         )
         return rows.gradients(loss)
 
@@ -269,7 +319,9 @@ def linear_ppo_cases(rows: Rows, kl_coef: float, entropy_coef: float, name: str)
         return rows.gradients(rows.loss(-nll, entropy, kl_coef, entropy_coef))
 
     def verl():
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import _FusedLinearPPOFallbackFunction as Head
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            _FusedLinearPPOFallbackFunction as Head,
+        )
 
         result = Head.apply(rows.hidden, rows.weight, rows.targets, 1.0, -100, entropy_coef != 0)
         nll, entropy = result if entropy_coef else (result, None)
@@ -303,13 +355,24 @@ def linear_ppo_cases(rows: Rows, kl_coef: float, entropy_coef: float, name: str)
         peers["cut-cross-entropy"] = cut_cross_entropy
     return [
         Case(name, "ours", ours, check(ours), flops=flops),
-        *(Case(name, peer, call, check(call), flops=flops, compared_with=name) for peer, call in peers.items()),
+        *(
+            Case(name, peer, call, check(call), flops=flops, compared_with=name)
+            for peer, call in peers.items()
+        ),
     ]
 
 
 def memory_beyond_gradients(rows: Rows) -> float:
     """Megabytes (10^6) that the op itself takes beside its results: loss, metrics and the gradients."""
-    arguments = (rows.hidden.detach(), rows.weight.detach(), None, rows.targets, rows.old, rows.advantages, rows.ref)
+    arguments = (
+        rows.hidden.detach(),
+        rows.weight.detach(),
+        None,
+        rows.targets,
+        rows.old,
+        rows.advantages,
+        rows.ref,
+    )
     options = (1.0, 0.2, 0.2, 3.0, 0.01, 0.001, None, True, True, False)
     torch.ops.hiper_fast.linear_ppo(*arguments, *options)  # cuBLAS's workspace is taken once
     torch.cuda.synchronize()
@@ -324,7 +387,9 @@ def parts_of_linear_ppo(rows: Rows) -> dict[str, float]:
     """Where its time goes: each kind of product and row kernel alone, all chunks of one call; milliseconds."""
     from hiper_fast.kernels import _head
 
-    head = _head.Head(rows.hidden.detach(), rows.weight.detach(), None, rows.targets, 1.0, (True, True, False))
+    head = _head.Head(
+        rows.hidden.detach(), rows.weight.detach(), None, rows.targets, 1.0, (True, True, False)
+    )
     logprobs, slope, entropy, entropy_slope = head.logits.new_zeros(4, rows.n).unbind(0)
     chunks, fillings = rows.n / head.chunk, rows.n / len(head.rows)
     part, logits = slice(0, head.chunk), head.logits[:, : rows.v]
@@ -338,8 +403,14 @@ def parts_of_linear_ppo(rows: Rows) -> dict[str, float]:
         "logits": (lambda: _head.product(logits, head.hidden[part], head.weight.T), chunks),
         "statistics": (lambda: head.statistics(part, logprobs, entropy), chunks),
         "gradient": (kernel, chunks),
-        "grad_hidden": (lambda: _head.product(head.grad_hidden[: len(head.rows)], gradient, head.weight), fillings),
-        "grad_weight": (lambda: _head.product(head.grad_weight, gradient.T, hidden, beta=1.0), fillings),
+        "grad_hidden": (
+            lambda: _head.product(head.grad_hidden[: len(head.rows)], gradient, head.weight),
+            fillings,
+        ),
+        "grad_weight": (
+            lambda: _head.product(head.grad_weight, gradient.T, hidden, beta=1.0),
+            fillings,
+        ),
     }
     return {"chunk": head.chunk, "filling": len(head.rows)} | {
         name: milliseconds(call, "cuda") * times for name, (call, times) in calls.items()
@@ -352,7 +423,9 @@ def measure(case: Case, device: str, ceiling: dict[str, float]) -> dict[str, obj
     try:
         case.check()
         spent = milliseconds(case.call, device, graph=case.graph)
-    except Exception as error:  # a peer that is missing or out of memory must not take the rest with it
+    except (
+        Exception
+    ) as error:  # a peer that is missing or out of memory must not take the rest with it
         return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     row["milliseconds"] = spent
     if case.bytes:
@@ -393,7 +466,12 @@ def run(size: Size, device: str, tests: bool, show: Callable[[str], None]) -> di
             Rows(size, device, clipped), 0.0, 0.0, f"linear_ppo, ratio alone, {clipped:.0%} clipped"
         )
 
-    groups = [lambda: step_cases(size, device), default_loss, lambda: ratio_alone(0.0), lambda: ratio_alone(0.5)]
+    groups = [
+        lambda: step_cases(size, device),
+        default_loss,
+        lambda: ratio_alone(0.0),
+        lambda: ratio_alone(0.5),
+    ]
     for make in groups:
         if left() < 30:
             result["left_out"] = "the last groups of figures: the time was spent"
@@ -418,11 +496,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--no-tests", action="store_true", help="only the figures")
-    parser.add_argument("--json", type=Path, help="the result's file [benchmarks/results/gpu-<name of the GPU>.json]")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="the result's file [benchmarks/results/gpu-<name of the GPU>.json]",
+    )
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no NVIDIA GPU here; --device cpu --size tiny tries the script itself")
-    result = run(SIZES[arguments.size], arguments.device, not arguments.no_tests, lambda line: print(line, flush=True))
+        parser.error(
+            "there is no NVIDIA GPU here; --device cpu --size tiny tries the script itself"
+        )
+    result = run(
+        SIZES[arguments.size],
+        arguments.device,
+        not arguments.no_tests,
+        lambda line: print(line, flush=True),
+    )
     name = re.sub(r"[^a-z0-9]+", "-", str(result["device"]).lower()).strip("-")
     path = arguments.json or ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

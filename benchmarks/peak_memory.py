@@ -22,8 +22,12 @@ def head_inputs(n: int, h: int, v: int) -> SimpleNamespace:
     g = torch.Generator().manual_seed(0)
     x = SimpleNamespace(targets=torch.randint(0, v, (n,), generator=g))
     x.hidden, x.weight = (torch.randn(rows, h, generator=g).mul_(h**-0.25) for rows in (n, v))
-    parts = zip(x.hidden.split(8), x.targets.split(8), strict=True)  # few at a time, to leave no peak of its own
-    chosen = torch.cat([ops.linear_logprobs(hidden, x.weight, targets) for hidden, targets in parts])
+    parts = zip(
+        x.hidden.split(8), x.targets.split(8), strict=True
+    )  # few at a time, to leave no peak of its own
+    chosen = torch.cat(
+        [ops.linear_logprobs(hidden, x.weight, targets) for hidden, targets in parts]
+    )
     x.old, x.ref = (chosen + 0.2 * torch.randn(n, generator=g) for _ in range(2))
     x.advantages = torch.randn(n, generator=g)
     x.hidden.requires_grad_()
@@ -34,7 +38,9 @@ def head_inputs(n: int, h: int, v: int) -> SimpleNamespace:
 def loss(which: str, x: SimpleNamespace) -> torch.Tensor:
     """op: linear_ppo. materialised: all logits, their log_softmax, and autograd."""
     if which == "op":
-        return ops.linear_ppo(x.hidden, x.weight, x.targets, x.old, x.advantages, ref_logprobs=x.ref)[0]
+        return ops.linear_ppo(
+            x.hidden, x.weight, x.targets, x.old, x.advantages, ref_logprobs=x.ref
+        )[0]
     log_p = torch.log_softmax(x.hidden @ x.weight.T, dim=1)
     logprobs = log_p.gather(1, x.targets[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(dim=1)
@@ -60,7 +66,9 @@ def main() -> None:
     loss(which, x).backward()
     seconds = time.process_time() - began
     gradients = x.hidden.grad.nbytes + x.weight.grad.nbytes
-    print(json.dumps({"seconds": seconds, "beyond_gradients": memory("VmHWM") - before - gradients}))
+    print(
+        json.dumps({"seconds": seconds, "beyond_gradients": memory("VmHWM") - before - gradients})
+    )
 
 
 def memory(name: str) -> int:

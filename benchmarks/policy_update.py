@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hiper_fast import attention, ops
-from hiper_fast.batch import microbatches
-from hiper_fast.hiper import Rows
-from hiper_fast.policy import hidden_states
-from hiper_fast.trajectory import Episode, Trajectories, pack
+from hiper_fast import ops
+from hiper_fast.agent import attention
+from hiper_fast.agent.agent import run_trunk
+from hiper_fast.learn.rows import Rows
+from hiper_fast.packing import microbatches
+from hiper_fast.rollout.trajectory import Episode, Trajectories, pack
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Size:
     vocabulary: int
 
 
-SIZES = {"alfworld": Size(12, 2048, 512, 8192, 256, 4, 8192), "tiny": Size(5, 128, 32, 512, 16, 1, 60)}
+SIZES = {
+    "alfworld": Size(12, 2048, 512, 8192, 256, 4, 8192),
+    "tiny": Size(5, 128, 32, 512, 16, 1, 60),
+}
 
 
 @dataclass
@@ -92,7 +96,7 @@ def packed(x: Update, size: Size) -> tuple[float, int]:
         rows = Rows(sequences, batch, every)
         data = (v[rows.tokens] for v in (x.t.response_ids, x.t.old_logprobs, x.advantages))
         loss, _ = ops.linear_ppo(
-            hidden_states(x.model.base_model, batch)[rows.token_rows], x.model.lm_head.weight, *data,
+            run_trunk(x.model.base_model, batch)[rows.token_rows], x.model.lm_head.weight, *data,
             ref_logprobs=x.ref_logprobs[rows.tokens], denominator=len(every),
         )  # fmt: skip
         loss.backward()
@@ -110,12 +114,17 @@ def padded(x: Update, size: Size) -> tuple[float, int]:
 
     responses, mask = right(x.t.response_ids), right(torch.ones_like(x.t.response_ids))
     inputs = torch.stack([pad(p, (size.prompt - len(p), 0)) for p in prompts])
-    attended = torch.cat([torch.stack([pad(torch.ones_like(p), (size.prompt - len(p), 0)) for p in prompts]), mask], 1)
+    attended = torch.cat(
+        [torch.stack([pad(torch.ones_like(p), (size.prompt - len(p), 0)) for p in prompts]), mask],
+        1,
+    )
     inputs, positions = torch.cat([inputs, responses], 1), (attended.cumsum(1) - 1).clamp(min=0)
     data = [right(v) for v in (x.t.old_logprobs, x.advantages, x.ref_logprobs)]
     total = 0.0
     for part in torch.arange(size.turns).split(max(1, size.budget // inputs.shape[1])):
-        out = x.model(input_ids=inputs[part], attention_mask=attended[part], position_ids=positions[part])
+        out = x.model(
+            input_ids=inputs[part], attention_mask=attended[part], position_ids=positions[part]
+        )
         log_p = torch.log_softmax(out.logits[:, size.prompt - 1 : -1], -1)
         logprobs = log_p.gather(-1, responses[part, :, None])[..., 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -126,7 +135,9 @@ def padded(x: Update, size: Size) -> tuple[float, int]:
     return total, inputs.numel()
 
 
-def ppo_terms(logprobs: Tensor, old: Tensor, advantages: Tensor, ref: Tensor, entropy: Tensor) -> Tensor:
+def ppo_terms(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, ref: Tensor, entropy: Tensor
+) -> Tensor:
     """Each token's loss with ppo_loss's default options."""
     ratio = (logprobs - old).exp()
     policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
@@ -150,9 +161,21 @@ def main() -> None:
     norm = torch.nn.utils.clip_grad_norm_(x.model.parameters(), 1.0).item()
     optimizer.step()
     seconds = time.process_time() - began
-    states = 3 * sum(p.nbytes for p in x.model.parameters())  # gradients and AdamW's moments: of every layout
+    states = 3 * sum(
+        p.nbytes for p in x.model.parameters()
+    )  # gradients and AdamW's moments: of every layout
     peak = memory("VmHWM") - before - states
-    print(json.dumps({"loss": loss, "grad_norm": norm, "tokens": tokens, "seconds": seconds, "beyond_states": peak}))
+    print(
+        json.dumps(
+            {
+                "loss": loss,
+                "grad_norm": norm,
+                "tokens": tokens,
+                "seconds": seconds,
+                "beyond_states": peak,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from hiper_fast.bench import duration
+from hiper_fast.bench import format_duration
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 INTRODUCTION = """# Performance
@@ -57,16 +57,20 @@ def main() -> None:
             ours = next(e["seconds"] for e in rows if e["by"] == "hiper_fast")
             for e in rows:
                 times = e["seconds"] / ours
-                page += f"| {size} | {e['by']} | {duration(e['seconds'])} | {times:.3g} | {rate(e)} |\n"
+                page += f"| {size} | {e['by']} | {format_duration(e['seconds'])} | {times:.3g} | {rate(e)} |\n"
                 if e["by"] != "hiper_fast":
                     ratios.append((f"{op} {size}, {e['by']}", times))
     for e in entries:
         if "peak" in e:
-            held = {which: f"{x['beyond_gradients'] / 1e6:.3g} MB" for which, x in e["peak"].items()}
+            held = {
+                which: f"{x['beyond_gradients'] / 1e6:.3g} MB" for which, x in e["peak"].items()
+            }
             page += f"\nPeak memory of `linear_ppo` beyond its gradients, {e['size']}: {held['op']}; with all logits "
             page += f"materialised in torch {held['materialised']}.\n"
     page += "\n## Targets\n\n"
-    page += "".join(f"- {e['target']}: {'met' if e['met'] else 'missed'}.\n" for e in entries if "target" in e)
+    page += "".join(
+        f"- {e['target']}: {'met' if e['met'] else 'missed'}.\n" for e in entries if "target" in e
+    )
     (DOCS / "performance.md").write_text(page)
     (DOCS / "performance.svg").write_text(plot(ratios))
 
@@ -102,7 +106,9 @@ def plot(ratios: list[tuple[str, float]]) -> str:
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 5 * decade}" height="{height}" '
-        'font-family="sans-serif" font-size="11" fill="#444">\n' + "\n".join(grid + lines) + "\n</svg>\n"
+        'font-family="sans-serif" font-size="11" fill="#444">\n'
+        + "\n".join(grid + lines)
+        + "\n</svg>\n"
     )
 
 

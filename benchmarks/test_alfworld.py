@@ -11,7 +11,7 @@ import pytest
 
 from hiper_fast.envs import household
 from hiper_fast.envs.alfworld import TASK_TYPES, AlfWorld, Game, games
-from hiper_fast.envs.alfworld_game import read_game
+from hiper_fast.envs.alfworld.game import read_game
 
 TINY = os.environ.get("HIPER_FAST_BENCH") == "tiny"
 GAMES, STEPS = (2, 20) if TINY else (24, 200)
@@ -65,7 +65,9 @@ def record_rate(benchmark, name, count):
 @pytest.mark.benchmark(group="alfworld-step")
 def test_native_steps(benchmark, parsed, commands):
     envs = [AlfWorld(game) for game in parsed]
-    benchmark.pedantic(replay, setup=lambda: reset(envs), args=(envs, commands), rounds=2 if TINY else 20)
+    benchmark.pedantic(
+        replay, setup=lambda: reset(envs), args=(envs, commands), rounds=2 if TINY else 20
+    )
     record_rate(benchmark, "steps_per_second", sum(map(len, commands)))
 
 
@@ -100,7 +102,9 @@ def peer(contents, commands):
 @pytest.mark.benchmark(group="alfworld-step")
 def test_textworld_steps(benchmark, peer, commands):
     few = [commands[0][:PEER_STEPS]]
-    benchmark.pedantic(replay, setup=lambda: reset([peer]), args=([peer], few), rounds=1 if TINY else 3)
+    benchmark.pedantic(
+        replay, setup=lambda: reset([peer]), args=([peer], few), rounds=1 if TINY else 3
+    )
     record_rate(benchmark, "steps_per_second", len(few[0]))
 
 

@@ -26,9 +26,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the functions of peak_memo
 import peak_memory
 from peak_memory import torch_ppo_loss
 
-TINY = bench.default_size() == "tiny"
-STEPS = {"1,280 x 290": (128, 10, 290), "6,400 x 512": (128, 50, 512)} if not TINY else {"20 x 40": (4, 5, 40)}
-ROWS = {"128 x 50": (128, 50), "1,024 x 50": (1024, 50), "8,192 x 128": (8192, 128)} if not TINY else {"4 x 9": (4, 9)}
+TINY = bench.choose_size() == "tiny"
+STEPS = (
+    {"1,280 x 290": (128, 10, 290), "6,400 x 512": (128, 50, 512)}
+    if not TINY
+    else {"20 x 40": (4, 5, 40)}
+)
+ROWS = (
+    {"128 x 50": (128, 50), "1,024 x 50": (1024, 50), "8,192 x 128": (8192, 128)}
+    if not TINY
+    else {"4 x 9": (4, 9)}
+)
 COUNTS = {"6,400": 6_400, "1,856,000": 1_856_000} if not TINY else {"50": 50}
 HEADS = {"1,024 x 128 x 4,096": (1024, 128, 4096), "256 x 1,536 x 151,936": (256, 1536, 151_936)}
 HEADS = HEADS if not TINY else {"5 x 8 x 50": (5, 8, 50)}
@@ -44,7 +52,7 @@ class Case:
 
 
 def step_inputs(size: str):
-    return bench.step_inputs(bench.Size(*STEPS[size], 8, 8, 50))
+    return bench.make_inputs(bench.Size(*STEPS[size], 8, 8, 50))
 
 
 def find_roles(size: str) -> Case:
@@ -57,7 +65,10 @@ def find_roles(size: str) -> Case:
 
 def hae(size: str) -> Case:
     x = step_inputs(size)
-    calls = {"hiper_fast": lambda: bench.levels(ops, x), "reference": lambda: bench.levels(ops.reference, x)}
+    calls = {
+        "hiper_fast": lambda: bench.run_hae(ops, x),
+        "reference": lambda: bench.run_hae(ops.reference, x),
+    }
     return Case(calls, bytes=len(x.rewards) * (4 * 4 + 1 + 6 * 4 + 1))
 
 
@@ -83,7 +94,10 @@ def normalize_and_scatter(size: str) -> Case:
 
     def separately():
         """Which turns carry which role in torch, then an op for each step."""
-        carried = [torch.zeros_like(x.switch).index_fill_(0, turn[(x.roles & bit) > 0], True) for bit in (1, 2, 4)]
+        carried = [
+            torch.zeros_like(x.switch).index_fill_(0, turn[(x.roles & bit) > 0], True)
+            for bit in (1, 2, 4)
+        ]
         levels = x.levels._replace(
             advantages_low=ops.normalize(x.levels.advantages_low, carried[0]),
             advantages_high=ops.normalize(x.levels.advantages_high, carried[1] & x.levels.boundary),
@@ -140,7 +154,9 @@ def gae(size: str) -> Case:
     def torchrl():
         vectorised = peer("torchrl.objectives.value.functional").vec_generalized_advantage_estimate
         columns = values[..., None], next_values, rewards[..., None]
-        return tuple(x.flatten() for x in vectorised(0.99, 0.95, *columns, done=done, terminated=terminal))
+        return tuple(
+            x.flatten() for x in vectorised(0.99, 0.95, *columns, done=done, terminated=terminal)
+        )
 
     ends_with_bootstrap = rewards.clone()
     ends_with_bootstrap[:, -1] += 0.99 * after
@@ -179,12 +195,16 @@ def ppo_loss(size: str) -> Case:
     mask = torch.ones(count, dtype=torch.bool)
 
     def run(loss):
-        return lambda: bench.with_gradients(loss(), logprobs, entropy)
+        return lambda: bench.add_gradients(loss(), logprobs, entropy)
 
     usual = functools.partial(torch_ppo_loss, logprobs, old, advantages, ref, entropy)
     return Case(
         {
-            "hiper_fast": run(lambda: ops.ppo_loss(logprobs, old, advantages, mask, ref_logprobs=ref, entropy=entropy)),
+            "hiper_fast": run(
+                lambda: ops.ppo_loss(
+                    logprobs, old, advantages, mask, ref_logprobs=ref, entropy=entropy
+                )
+            ),
             "torch": run(usual),
             "torch.compile": run(compiled(usual)),
         },
@@ -205,7 +225,7 @@ def value_loss(size: str) -> Case:
         return torch.where(mask, worst, 0).sum() / mask.sum()
 
     def run(loss):
-        return lambda: bench.with_gradients(loss(), values)
+        return lambda: bench.add_gradients(loss(), values)
 
     return Case(
         {
@@ -224,13 +244,17 @@ def linear_logprobs(size: str) -> Case:
 
     @torch.no_grad()
     def usual():
-        return torch.log_softmax(x.hidden @ x.weight.T, dim=1).gather(1, x.targets[:, None]).squeeze(1)
+        return (
+            torch.log_softmax(x.hidden @ x.weight.T, dim=1).gather(1, x.targets[:, None]).squeeze(1)
+        )
 
     @torch.no_grad()
     def cut_cross_entropy():
         """What it has for a CPU: logits made whole, compiled."""
         linear_cross_entropy = peer("cut_cross_entropy").linear_cross_entropy
-        return -linear_cross_entropy(x.hidden, x.weight, x.targets, reduction="none", impl="torch_compile")
+        return -linear_cross_entropy(
+            x.hidden, x.weight, x.targets, reduction="none", impl="torch_compile"
+        )
 
     calls = {
         "hiper_fast": torch.no_grad()(lambda: ops.linear_logprobs(x.hidden, x.weight, x.targets)),
@@ -247,7 +271,7 @@ def linear_ppo(size: str) -> Case:
     x = peak_memory.head_inputs(n, h, v)
 
     def run(loss):
-        return lambda: bench.with_gradients(loss(), x.hidden, x.weight)
+        return lambda: bench.add_gradients(loss(), x.hidden, x.weight)
 
     def liger_loss():
         logprobs, entropy = liger(x)
@@ -264,14 +288,18 @@ def linear_ppo(size: str) -> Case:
 
 def liger(x) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropy by what Liger's fused head runs where its GPU kernels cannot."""
-    head = peer("liger_kernel.ops.fused_linear_scaled_cross_entropy")._FusedLinearPPOFallbackFunction
+    head = peer(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    )._FusedLinearPPOFallbackFunction
     loss, entropy = head.apply(x.hidden, x.weight, x.targets, 1.0, -100, True)
     return -loss, entropy
 
 
 def peer(module: str):
     """The module; skips where it is not installed."""
-    return pytest.importorskip(module, reason=f"{module.split('.')[0]} is not installed", exc_type=ImportError)
+    return pytest.importorskip(
+        module, reason=f"{module.split('.')[0]} is not installed", exc_type=ImportError
+    )
 
 
 def compiled(function: Callable) -> Callable:
@@ -294,11 +322,32 @@ def unless_it_cannot_compile(function: Callable) -> Callable:
     return run
 
 
-SIZES = {find_roles: STEPS, hae: STEPS, scatter_advantages: STEPS, pipeline: STEPS, gae: ROWS, normalize: COUNTS}
-SIZES |= {normalize_and_scatter: STEPS, ppo_loss: COUNTS, value_loss: COUNTS, linear_logprobs: HEADS, linear_ppo: HEADS}
-PEERS = {find_roles: ["reference"], hae: ["reference"], pipeline: ["reference"], scatter_advantages: ["torch"]}
+SIZES = {
+    find_roles: STEPS,
+    hae: STEPS,
+    scatter_advantages: STEPS,
+    pipeline: STEPS,
+    gae: ROWS,
+    normalize: COUNTS,
+}
+SIZES |= {
+    normalize_and_scatter: STEPS,
+    ppo_loss: COUNTS,
+    value_loss: COUNTS,
+    linear_logprobs: HEADS,
+    linear_ppo: HEADS,
+}
+PEERS = {
+    find_roles: ["reference"],
+    hae: ["reference"],
+    pipeline: ["reference"],
+    scatter_advantages: ["torch"],
+}
 PEERS |= {normalize: ["torch"], gae: ["torch", "torch.compile", "torchrl", "verl"]}
-PEERS |= {normalize_and_scatter: ["separate ops"], linear_ppo: ["torch", "torch.compile", "liger-kernel"]}
+PEERS |= {
+    normalize_and_scatter: ["separate ops"],
+    linear_ppo: ["torch", "torch.compile", "liger-kernel"],
+}
 PEERS |= {linear_logprobs: ["torch", "torch.compile", "liger-kernel", "cut-cross-entropy"]}
 RUNS = [
     pytest.param(make, size, by, id=f"{make.__name__}-{size}-{by}".replace(", ", ""))
@@ -321,7 +370,8 @@ TARGETS = {
     ),
     "linear_ppo of 256 x 1,536 x 151,936: no slower than materialised logits in torch": (
         lambda t: (
-            t["linear_ppo", "256 x 1,536 x 151,936", "hiper_fast"] <= t["linear_ppo", "256 x 1,536 x 151,936", "torch"]
+            t["linear_ppo", "256 x 1,536 x 151,936", "hiper_fast"]
+            <= t["linear_ppo", "256 x 1,536 x 151,936", "torch"]
         )
     ),
 }
@@ -386,8 +436,17 @@ def test_op(benchmark, roofline, best_times, make, size, by):
     run = made.calls[by]
     assert_agree(run(), expected, made.rtol)
     benchmark.group = f"{make.__name__} {size}"
-    benchmark.extra_info |= {"op": make.__name__, "size": size, "by": by, "torch": torch.__version__}
-    benchmark.extra_info |= {"bytes": made.bytes, "operations": made.operations, "roofline": roofline}
+    benchmark.extra_info |= {
+        "op": make.__name__,
+        "size": size,
+        "by": by,
+        "torch": torch.__version__,
+    }
+    benchmark.extra_info |= {
+        "bytes": made.bytes,
+        "operations": made.operations,
+        "roofline": roofline,
+    }
     benchmark.pedantic(run, rounds=1 if by == "reference" else made.rounds, warmup_rounds=1)
     best_times[make.__name__, size, by] = benchmark.stats.stats.min
 
@@ -399,7 +458,9 @@ def test_peak_memory(benchmark, size):
     held = {}
     for which in ("op", "materialised"):
         command = [sys.executable, peak_memory.__file__, which, *map(str, HEADS[size])]
-        held[which] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        held[which] = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        )
     benchmark.extra_info |= {"op": "linear_ppo", "size": size, "peak": held}
     benchmark.pedantic(lambda: None, rounds=1)
     if HEADS[size][2] > 100_000:

@@ -16,27 +16,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from hiper_fast import bench, hiper
-from hiper_fast.batch import microbatches
-from hiper_fast.config import Config, prompt_style
-from hiper_fast.games import Games
-from hiper_fast.policy import load
-from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import Play, rollout, sampled
-from hiper_fast.trajectory import pack
+from hiper_fast import bench, estimators
+from hiper_fast.agent.loading import load_agent
+from hiper_fast.configure import resolve
+from hiper_fast.envs.family import families
+from hiper_fast.learn.credit import give_credit
+from hiper_fast.learn.score import score
+from hiper_fast.learn.update import update
+from hiper_fast.packing import microbatches
+from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import play_tasks
+from hiper_fast.rollout.prompter import Prompter
 
 sys.path.insert(0, str(Path(__file__).parent))  # for policy_update.py
 import policy_update
 
-TINY = bench.default_size() == "tiny"
+TINY = bench.choose_size() == "tiny"
+ESTIMATE = estimators.find("hae")
 SQUARE = 128 if TINY else 1024  # of the matrices whose product is the roofline
 
 
 @pytest.fixture(scope="module")
 def config():
-    config = Config()
-    config.env.name, config.model.device = "household", "cpu"
-    config.train.episodes = 2 if TINY else 32
+    given = {"env.name": "household", "model.device": "cpu", "train.episodes": 2 if TINY else 32}
+    config = resolve(given=given)
     if TINY:
         config.env.max_turns, config.agent.max_response_tokens = 3, 8
     return config
@@ -52,7 +55,7 @@ def denormals_as_zero():
 
 @pytest.fixture(scope="module")
 def agent(config):
-    agent = load(config.model, seed=0)
+    agent = load_agent(config.model, 0, families.find("household").tokenizer)
     agent.freeze_reference()
     agent.add_critic()
     return agent
@@ -61,16 +64,11 @@ def agent(config):
 @pytest.fixture(scope="module")
 def play(agent, config):
     """Plays a batch of episodes from their resets on."""
-    games, prompter = Games(config), Prompter(agent.tokenizer, config.agent, prompt_style(config))
-    tasks = games.training("benchmark", config.train.episodes)
-    envs = games.make(len(tasks))
-
-    def play():
-        plays = [Play(env, task, config) for env, task in zip(envs, tasks, strict=True)]
-        respond = sampled(agent, config, config.agent.temperature, seed=0)
-        return pack(rollout(plays, prompter, respond, agent.decode), agent.find_roles)
-
-    return play
+    games = Games(config)
+    prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
+    tasks = games.draw("benchmark", config.train.episodes)
+    played = agent, games.make(len(tasks)), tasks, games.family, prompter, config
+    return lambda: play_tasks(*played, temperature=config.agent.temperature, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +78,12 @@ def t(play):
 
 @pytest.fixture(scope="module")
 def scores(agent, t, config):
-    return hiper.score(agent, t, config)
+    return score(agent, t, config)
 
 
 @pytest.fixture(scope="module")
 def targets(t, scores, config):
-    return hiper.estimate(t, *scores, config.advantage)
+    return give_credit(t, scores, ESTIMATE, config.advantage)
 
 
 def note_rate(benchmark, tokens):
@@ -103,20 +101,25 @@ def test_rollout(benchmark, play, t):
     assert torch.equal(again.response_ids, t.response_ids)
     note_rate(benchmark, all_tokens(t))
     benchmark.extra_info["turns_per_second"] = round(t.turns / benchmark.stats.stats.median)
-    benchmark.extra_info["sampled_tokens_per_second"] = round(t.response_ids.numel() / benchmark.stats.stats.median)
+    benchmark.extra_info["sampled_tokens_per_second"] = round(
+        t.response_ids.numel() / benchmark.stats.stats.median
+    )
 
 
 @pytest.mark.benchmark(group="score")
 def test_score(benchmark, agent, t, config, scores):
-    again = benchmark.pedantic(hiper.score, (agent, t, config), rounds=2 if TINY else 1)
-    torch.testing.assert_close(again, scores)
+    again = benchmark.pedantic(score, (agent, t, config), rounds=2 if TINY else 1)
+    torch.testing.assert_close(again.values.turns, scores.values.turns)
+    torch.testing.assert_close(again.values.bootstrap, scores.values.bootstrap)
+    torch.testing.assert_close(again.ref_logprobs, scores.ref_logprobs)
     note_rate(benchmark, all_tokens(t))
 
 
 @pytest.mark.benchmark(group="estimate")
 def test_estimate(benchmark, t, scores, config):
     """HAE, normalisation and scatter."""
-    estimated = benchmark.pedantic(hiper.estimate, (t, *scores, config.advantage), rounds=20, warmup_rounds=2)
+    arguments = t, scores, ESTIMATE, config.advantage
+    estimated = benchmark.pedantic(give_credit, arguments, rounds=20, warmup_rounds=2)
     assert estimated.advantages.isfinite().all() and estimated.loss_mask.any()
     note_rate(benchmark, t.response_ids.numel())
 
@@ -127,8 +130,12 @@ def learner(agent, config):
     policy, critic = agent.model.parameters(), agent.critic.parameters()
     c = config.train
     return agent, {
-        "policy": torch.optim.AdamW(policy, lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay),
-        "critic": torch.optim.AdamW(critic, lr=c.critic_lr, betas=(0.9, 0.99), weight_decay=c.weight_decay),
+        "policy": torch.optim.AdamW(
+            policy, lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay
+        ),
+        "critic": torch.optim.AdamW(
+            critic, lr=c.critic_lr, betas=(0.9, 0.99), weight_decay=c.weight_decay
+        ),
     }
 
 
@@ -137,7 +144,7 @@ def test_update(benchmark, agent, t, targets, config):
     def fresh():
         return (*learner(agent, config), t, targets, config, torch.Generator().manual_seed(0)), {}
 
-    losses = benchmark.pedantic(hiper.update, setup=fresh, rounds=2 if TINY else 1)
+    losses = benchmark.pedantic(update, setup=fresh, rounds=2 if TINY else 1)
     assert losses["optim/skipped_steps"] == 0
     note_rate(benchmark, all_tokens(t))
 
@@ -159,7 +166,9 @@ def policy_updates():
 def test_policy_update(benchmark, layout, policy_updates):
     """A process of its own, whose start the timer includes; `seconds` are the update's processor time."""
     command = [sys.executable, policy_update.__file__, layout, "tiny" if TINY else "alfworld"]
-    run = benchmark.pedantic(subprocess.run, (command,), {"capture_output": True, "check": True}, rounds=1)
+    run = benchmark.pedantic(
+        subprocess.run, (command,), {"capture_output": True, "check": True}, rounds=1
+    )
     benchmark.extra_info |= (result := json.loads(run.stdout))
     policy_updates.append([result["loss"], result["grad_norm"]])
     assert policy_updates[0] == pytest.approx(policy_updates[-1], rel=1e-4), "layouts disagree"
@@ -169,7 +178,9 @@ def test_policy_update(benchmark, layout, policy_updates):
 def test_trunk(benchmark, agent, t, config):
     """Forward and backward of one microbatch, against the roofline: a square float32 matrix product."""
     sequences = t.sequences()
-    batches = list(microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens))
+    batches = list(
+        microbatches(sequences.ids, sequences.cu_seqlens, config.train.microbatch_tokens)
+    )
     batch = batches[len(batches) // 2]
 
     def forward_and_backward():

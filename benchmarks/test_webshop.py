@@ -47,7 +47,11 @@ class Customer:
         self.search()
         for _ in range(CLICKS):
             clicks = self.info["admissible_commands"]
-            self.act(self.rng.choice([c for c in clicks if c not in ("click[buy now]", "click[back to search]")]))
+            self.act(
+                self.rng.choice(
+                    [c for c in clicks if c not in ("click[buy now]", "click[back to search]")]
+                )
+            )
         while self.env.where != "item":
             self.search()
             if len(self.info["admissible_commands"]) > 2:
@@ -78,7 +82,7 @@ def record_rate(benchmark, name, count):
 @pytest.mark.parametrize("observation", ["text", "text_rich"])
 def test_steps(benchmark, catalogue, commands, observation):
     env = WebShop(catalogue, observation=observation)
-    forget = catalogue.hits.cache_clear
+    forget = catalogue.find_hits.cache_clear
     benchmark.pedantic(replay, setup=forget, args=(env, commands), rounds=ROUNDS)
     record_rate(benchmark, "steps_per_second", sum(map(len, commands)))
     benchmark.extra_info |= RECORDED
@@ -97,7 +101,7 @@ def test_steps_of_a_kind(benchmark, catalogue, commands, kind):
     last = [its_commands[place] for its_commands in commands]
 
     def prepare():
-        catalogue.hits.cache_clear()
+        catalogue.find_hits.cache_clear()
         return ([], {"copies": [copied(env) for env in envs]})
 
     def act(copies):
@@ -161,7 +165,9 @@ def test_memory_of_256_environments(benchmark):
     program = MEMORY.format(count=8 if TINY else 256, steps=2 if TINY else 10)
 
     def run():
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
         return int(done.stdout)
 
     peak = benchmark.pedantic(run, rounds=1)

@@ -30,7 +30,9 @@ def draw_chunks(documents, vocabulary=VOCABULARY):
     """Tokenised documents as `Index.from_terms` takes them; the same ones each time."""
     rng = np.random.default_rng(0)
     for first in range(0, documents, CHUNK):
-        lengths = np.exp(rng.normal(np.log(76), 0.85, min(CHUNK, documents - first))).astype(np.int64)
+        lengths = np.exp(rng.normal(np.log(76), 0.85, min(CHUNK, documents - first))).astype(
+            np.int64
+        )
         terms = draw_terms(rng, lengths.sum(), vocabulary)
         fresh = np.where(rng.random(len(terms)) < 0.3, 0, np.arange(len(terms)))
         yield terms[np.maximum.accumulate(fresh)], lengths
@@ -74,7 +76,9 @@ def test_search(benchmark, monkeypatch, catalogue, implementation, kind):
             plain = catalogue.search_with_scores(query)
             assert plain[0].tolist() == documents.tolist() and plain[1].tolist() == scores.tolist()
     benchmark.group = f"webshop-search-{kind}"
-    benchmark.pedantic(lambda: [catalogue.search(query) for query in queries], rounds=3, warmup_rounds=1)
+    benchmark.pedantic(
+        lambda: [catalogue.search(query) for query in queries], rounds=3, warmup_rounds=1
+    )
     benchmark.extra_info["documents"] = len(catalogue)
     benchmark.extra_info["ms_per_query"] = round(1e3 * benchmark.stats.stats.min / len(queries), 3)
 
@@ -98,7 +102,9 @@ def test_build_from_text(benchmark):
 @pytest.mark.benchmark(group="webshop-index")
 def test_save(benchmark, catalogue, tmp_path):
     benchmark.pedantic(catalogue.save, (tmp_path / "index",), rounds=1)
-    benchmark.extra_info["bytes_per_document"] = round((tmp_path / "index").stat().st_size / len(catalogue))
+    benchmark.extra_info["bytes_per_document"] = round(
+        (tmp_path / "index").stat().st_size / len(catalogue)
+    )
 
 
 @pytest.mark.benchmark(group="webshop-index")
@@ -120,15 +126,22 @@ def test_peer(benchmark, which):
         bm25s = pytest.importorskip("bm25s", reason="bm25s is not installed: pip install bm25s")
         documents = []
         for terms, lengths in draw_chunks(PEER_DOCUMENTS):
-            documents += [document.tolist() for document in np.split(terms, np.cumsum(lengths)[:-1])]
-        tokenised = bm25s.tokenization.Tokenized(documents, {f"w{id}": id for id in range(VOCABULARY)})
+            documents += [
+                document.tolist() for document in np.split(terms, np.cumsum(lengths)[:-1])
+            ]
+        tokenised = bm25s.tokenization.Tokenized(
+            documents, {f"w{id}": id for id in range(VOCABULARY)}
+        )
         theirs = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
         theirs.index(tokenised, show_progress=False)
 
         def search(query):
             return theirs.retrieve([query.split()], k=50, show_progress=False)
 
-        ours_best, theirs_best = ours.search_with_scores(queries[0])[1][0], search(queries[0]).scores[0][0]
+        ours_best, theirs_best = (
+            ours.search_with_scores(queries[0])[1][0],
+            search(queries[0]).scores[0][0],
+        )
         assert abs(theirs_best - ours_best) < 0.1 * ours_best
     benchmark.pedantic(lambda: [search(query) for query in queries], rounds=3, warmup_rounds=1)
     benchmark.extra_info["ms_per_query"] = round(1e3 * benchmark.stats.stats.min / len(queries), 3)

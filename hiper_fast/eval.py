@@ -11,49 +11,61 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from hiper_fast import config as configuration
-from hiper_fast.config import Config, ConfigError
-from hiper_fast.envs.pddl import GameError
-from hiper_fast.games import Games
-from hiper_fast.metrics import wilson
-from hiper_fast.policy import Agent, configure_torch, load
-from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import played, scores
-from hiper_fast.trajectory import Trajectories
+from hiper_fast import configure
+from hiper_fast.agent.agent import Agent
+from hiper_fast.agent.loading import load_agent
+from hiper_fast.agent.runtime import configure_torch
+from hiper_fast.config import Config
+from hiper_fast.envs.base import GameError
+from hiper_fast.options import ConfigError
+from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import play_tasks
+from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.summary import summarise_scores
+from hiper_fast.rollout.trajectory import Trajectories
+from hiper_fast.runs.folder import find_config
+from hiper_fast.runs.metrics import wilson
 
 
 def evaluate(
     agent: Agent, games: Games, prompter: Prompter, config: Config, *, seed: int = 0
 ) -> tuple[dict, Trajectories]:
-    """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's, not the games'."""
+    """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's."""
     started = time.perf_counter()
     tasks = games.panel()
     envs = games.make(len(agent.world.share(tasks)))
-    t = played(agent, envs, tasks, prompter, config, config.eval.temperature, seed)
+    trajectories = play_tasks(
+        agent, envs, tasks, games.family, prompter, config,
+        temperature=config.eval.temperature, seed=seed,
+    )  # fmt: skip
     by_type = defaultdict(list)
-    for episode in t.episodes:
+    for episode in trajectories.episodes:
         by_type[episode.task_type].append(episode.won)
-    low, high = wilson(int(t.won.sum()), len(tasks))
+    low, high = wilson(int(trajectories.won.sum()), len(tasks))
     metrics = {
-        "eval/success": float(t.won.float().mean()),
+        "eval/success": float(trajectories.won.float().mean()),
         "eval/low": low,
         "eval/high": high,
         "eval/episodes": len(tasks),
-        **scores("eval", t.episodes),
-        "eval/turns": t.turns / len(tasks),
-        "eval/valid_rate": float(t.valid.float().mean()),
+        **summarise_scores("eval", trajectories.episodes),
+        "eval/turns": trajectories.turns / len(tasks),
+        "eval/valid_rate": float(trajectories.valid.float().mean()),
         "time/eval": time.perf_counter() - started,
     }
     for name, won in sorted(by_type.items()):
         metrics[f"eval/success/{name}"] = sum(won) / len(won)
         metrics[f"eval/episodes/{name}"] = len(won)
-    return metrics, t
+    return metrics, trajectories
 
 
-def table(metrics: dict) -> str:
+def format_table(metrics: dict) -> str:
     """The evaluation as text: a row per task type, then all, each with its Wilson 95 % interval."""
-    names = [key.removeprefix("eval/success/") for key in metrics if key.startswith("eval/success/")]
-    rows = [(name, metrics[f"eval/success/{name}"], metrics[f"eval/episodes/{name}"]) for name in names]
+    names = [
+        key.removeprefix("eval/success/") for key in metrics if key.startswith("eval/success/")
+    ]
+    rows = [
+        (name, metrics[f"eval/success/{name}"], metrics[f"eval/episodes/{name}"]) for name in names
+    ]
     rows.append(("all", metrics["eval/success"], metrics["eval/episodes"]))
     lines = [f"{'task type':<32}{'games':>6}{'success':>9}   95 % interval"]
     for name, success, count in rows:
@@ -61,7 +73,8 @@ def table(metrics: dict) -> str:
         lines.append(f"{name:<32}{count:>6}{success:>9.1%}   {low:.1%} to {high:.1%}")
     if "eval/score" in metrics:
         score, reachable, success, reachable_score = (
-            metrics[f"eval/{name}"] for name in ("score", "reachable", "success_reachable", "score_reachable")
+            metrics[f"eval/{name}"]
+            for name in ("score", "reachable", "success_reachable", "score_reachable")
         )
         lines.append(f"score {score:.3f}; over the {reachable:.1%} of goals that can be met to the full: "
                      f"success {success:.1%}, score {reachable_score:.3f}")  # fmt: skip
@@ -81,28 +94,34 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="a folder under runs/<name>/checkpoints, or any causal LM folder",
     )
-    parser.add_argument("--config", action="append", help="the run's config.yaml [found beside the checkpoint]")
+    parser.add_argument(
+        "--config", action="append", help="the run's config.yaml [found beside the checkpoint]"
+    )
     parser.add_argument("--sampling-seed", type=int, default=0, help="seed of the sampling [0]")
     arguments, overrides = parser.parse_known_args(argv)
-    beside = arguments.checkpoint.resolve().parent.parent / "config.yaml"
-    sources = arguments.config or ([beside] if beside.exists() else [])
-    config = configuration.parse(
-        [*(f"--config={source}" for source in sources), *overrides], program="eval", description=__doc__
+    own = None if arguments.config else find_config(arguments.checkpoint)
+    files = [f"--config={file}" for file in arguments.config or ()]
+    # A folder, also if its name is "tiny".
+    model = f"--model={arguments.checkpoint.absolute()}"
+    config = configure.parse(
+        [*files, *overrides, model], program="eval", description=__doc__, run=own
     )
     if not arguments.checkpoint.is_dir():
-        print(f"{parser.prog}: --checkpoint: there is no folder {arguments.checkpoint}", file=sys.stderr)
+        print(
+            f"{parser.prog}: --checkpoint: there is no folder {arguments.checkpoint}",
+            file=sys.stderr,
+        )
         return 2
     configure_torch(config.run)
-    config.model.path = str(arguments.checkpoint.absolute())  # a folder, also if its name is "tiny"
-    style = configuration.prompt_style(config)
     try:
-        games, agent = Games(config), load(config.model, config.run.seed)
-        prompter = Prompter(agent.tokenizer, config.agent, style, games.family.styles)
+        games = Games(config)
+        agent = load_agent(config.model, config.run.seed)
+        prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
         metrics, _ = evaluate(agent, games, prompter, config, seed=arguments.sampling_seed)
     except (ConfigError, GameError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    print(table(metrics))
+    print(format_table(metrics))
     if provenance := games.family.provenance():
         print(", ".join(f"{key}: {value}" for key, value in provenance.items()))
     return 0

@@ -1,9 +1,10 @@
-"""What a run will need, told before it starts: memory by part, time by stage, and the change that makes it fit.
+"""What a run will need, told before it starts: memory, time, and the change that makes it fit.
 
     python -m hiper_fast.train --config alfworld --config qwen2.5-1.5b-1x80gb --plan
 
-Memory is counted from the model's configuration: weights, gradients and optimiser states exactly, activations by
-running the model's own code without data. Times are counts over rates; what is assumed is named where it is shown.
+Memory is counted from the model's configuration: weights, gradients and optimiser states exactly,
+activations by running the model's own code without data. Times are counts over rates; what is
+assumed is named where it is shown.
 """
 
 from __future__ import annotations
@@ -19,41 +20,62 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hiper_fast.config import Config, ConfigError, PlanConfig, environment, flatten, prompt_style
-from hiper_fast.families import FAMILIES
-from hiper_fast.footprint import Footprint, footprint, run
+from hiper_fast.agent.agent import HEADS
+from hiper_fast.agent.footprint import Footprint, count_pass, measure_model
+from hiper_fast.config import Config, PlanConfig
+from hiper_fast.envs.family import families
 from hiper_fast.ops._head import CHUNK_BYTES
-from hiper_fast.policy import device_name
+from hiper_fast.options import ConfigError, flatten
 
 GIB = 2**30
-KEPT, ROLLOUT, SCORING, UPDATE, HOST = "kept throughout", "in rollout", "in scoring", "in update", "on the CPU"
+KEPT, ROLLOUT, SCORING, UPDATE = "kept throughout", "in rollout", "in scoring", "in update"
+HOST = "on the CPU"
 
-# `plan.gpu`: GiB, TFLOP/s in bfloat16, GB/s. The H200's rates were measured; the others' are of data sheets.
-GPUS = {"rtx4090": (23.5, 165, 1008), "a100": (79, 312, 2039), "h100": (79, 989, 3350), "h200": (140, 790, 4300)}
+# `plan.gpu`: bytes, FLOP/s in bfloat16, bytes/s. The H200's rates were measured; the others' are of
+# data sheets.
+GPUS = {
+    "rtx4090": (23.5 * GIB, 165e12, 1008e9),
+    "a100": (79 * GIB, 312e12, 2039e9),
+    "h100": (79 * GIB, 989e12, 3350e9),
+    "h200": (140 * GIB, 790e12, 4300e9),
+}
 
 # Assumptions.
 RESERVE_BYTES, RESERVE_SHARE = 1 * GIB, 0.05  # CUDA's own memory, and what fragmentation loses
 LONGEST = 2  # a batch's longest response over the mean
 LAUNCH = 10e-6  # seconds to launch an operation on a GPU, where none was measured
 HOST_RATE, LINK_RATE = 20e9, 25e9  # bytes/s of AdamW in the CPU's memory, and between it and a GPU
+SENT = 1.5  # over offloaded gradients: these go there, and narrower weights come back
+RANK = 32  # of the LoRA that is proposed
 
-# Bytes of the fused head, a chunk of logits and of their gradients: on a GPU as its Triton kernels bound it.
+FLOAT32 = 4  # bytes
+SAMPLING_BYTES = 20  # beside a logit: its float32 log-prob and two float64 copies
+BLOCK, TABLE, LEAST_8BIT = (
+    256,
+    256,
+    4096,
+)  # values a scale, of a table, of a tensor with 8-bit moments
+
+# Bytes of the fused head, a chunk of logits and of their gradients: on a GPU as its Triton kernels
+# bound it.
 SCRATCH = CHUNK_BYTES | {"cuda": 480_000_000}
+
+CALLS, LAUNCHES = 5, 1000  # of which the fastest is taken; operations that one of them launches
 
 
 def show(config: Config) -> None:
     """Prints the plan; ConfigError after it if the run cannot fit."""
-    place = machine(config)
-    print(report(config, place))
-    check(config, place)
+    machine = find_machine(config)
+    print(format_plan(config, machine))
+    check(config, machine)
 
 
 def check_here(config: Config) -> None:
     """ConfigError if the run cannot fit into the GPUs at hand, whatever it was planned for."""
     config = copy.deepcopy(config)
     config.plan = PlanConfig(tflops=1.0, gb_per_s=1.0)  # no rates are needed
-    if device_kind(config) == "cuda" and torch.cuda.is_available():
-        check(config, machine(config))
+    if find_kind(config) == "cuda" and torch.cuda.is_available():
+        check(config, find_machine(config))
 
 
 # The machine.
@@ -75,33 +97,42 @@ class Machine:
 
     @property
     def usable(self) -> float:
-        return self.memory * (1 - RESERVE_SHARE) - RESERVE_BYTES if self.kind == "cuda" else self.memory
+        if self.kind != "cuda":
+            return self.memory
+        return self.memory * (1 - RESERVE_SHARE) - RESERVE_BYTES
 
 
-def machine(config: Config) -> Machine:
-    """What `plan.gpu` names, or the GPU or CPU at hand with its rates measured; `plan`'s figures go over both."""
-    p, kind = config.plan, device_kind(config)
-    if p.gpu == "here":
-        name = torch.cuda.get_device_name() if kind == "cuda" else "this CPU"
-        memory, host = device_memory(kind)
-        given = p.tflops and p.gb_per_s
-        flops, bandwidth, launch = (0.0, 0.0, LAUNCH) if given else measured(kind)
-        source = "as given" if given else "measured now"
+def find_machine(config: Config) -> Machine:
+    """What `plan.gpu` names, or what is here, with measured rates; `plan`'s own go over both."""
+    plan, kind, launch = config.plan, find_kind(config), LAUNCH
+    if plan.gpu != "here":
+        name, host, (memory, flops, bandwidth) = plan.gpu, 0.0, GPUS[plan.gpu]
+        source = "measured once" if plan.gpu == "h200" else "its data sheet's"
     else:
-        memory, flops, bandwidth = (x * unit for x, unit in zip(GPUS[p.gpu], (GIB, 1e12, 1e9), strict=True))
-        name, host, launch = p.gpu, 0.0, LAUNCH
-        source = "measured once" if p.gpu == "h200" else "its data sheet's"
+        name = torch.cuda.get_device_name() if kind == "cuda" else "this CPU"
+        memory, host = read_memory(kind)
+        flops, bandwidth, source = 0.0, 0.0, "as given"
+        if not (plan.tflops and plan.gb_per_s):
+            flops, bandwidth, launch = measure_rates(kind)
+            source = "measured now"
     return Machine(
-        name, kind, processes(config), p.memory_gb * GIB or memory, p.host_memory_gb * GIB or host,
-        p.tflops * 1e12 or flops, p.gb_per_s * 1e9 or bandwidth, launch, source,
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        gpus=count_processes(config),
+        memory=plan.memory_gb * GIB or memory,
+        host=plan.host_memory_gb * GIB or host,
+        flops=plan.tflops * 1e12 or flops,
+        bandwidth=plan.gb_per_s * 1e9 or bandwidth,
+        launch=launch,
+        source=source,
+    )
 
 
-def device_kind(config: Config) -> str:
-    return "cuda" if config.plan.gpu != "here" else device_name(config.model).split(":")[0]
+def find_kind(config: Config) -> str:
+    return "cuda" if config.plan.gpu != "here" else config.model.device.split(":")[0]
 
 
-def device_memory(kind: str) -> tuple[float, float]:
+def read_memory(kind: str) -> tuple[float, float]:
     """Bytes of the device's memory and of the CPU's."""
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if kind == "cpu":
@@ -110,21 +141,23 @@ def device_memory(kind: str) -> tuple[float, float]:
 
 
 @functools.cache
-def measured(kind: str) -> tuple[float, float, float]:
-    """FLOP/s of a large product, bytes/s of a copy, seconds to launch an operation; takes about a second."""
-    size, dtype, values = (8192, torch.bfloat16, 2**28) if kind == "cuda" else (768, torch.float32, 2**24)
+def measure_rates(kind: str) -> tuple[float, float, float]:
+    """FLOP/s of a large product, bytes/s of a copy, seconds to launch an operation."""
+    size, dtype, values = 768, torch.float32, 2**24
+    if kind == "cuda":
+        size, dtype, values = 8192, torch.bfloat16, 2**28
     a, b = (torch.zeros(size, size, dtype=dtype, device=kind) for _ in range(2))
     source, target, one = (torch.zeros(n, device=kind) for n in (values, values, 1))
-    product = fastest(lambda: torch.mm(a, b), kind)
-    copied = fastest(lambda: target.copy_(source), kind)
-    launched = fastest(lambda: [one.add_(1) for _ in range(1000)], kind) / 1000
-    return 2 * size**3 / product, 2 * source.nbytes / copied, launched
+    product = time_fastest(lambda: torch.mm(a, b), kind)
+    copied = time_fastest(lambda: target.copy_(source), kind)
+    launches = time_fastest(lambda: [one.add_(1) for _ in range(LAUNCHES)], kind)
+    return 2 * size**3 / product, 2 * source.nbytes / copied, launches / LAUNCHES
 
 
-def fastest(call: Callable[[], object], kind: str) -> float:
-    """Seconds of the fastest of five calls, after one to warm up."""
+def time_fastest(call: Callable[[], object], kind: str) -> float:
+    """Seconds of the fastest of some calls, after one to warm up."""
     times = []
-    for _ in range(6):
+    for _ in range(1 + CALLS):
         began = time.perf_counter()
         call()
         if kind == "cuda":
@@ -136,44 +169,45 @@ def fastest(call: Callable[[], object], kind: str) -> float:
 # What the configuration says.
 
 
-def processes(config: Config) -> int:
+def count_processes(config: Config) -> int:
     return config.plan.gpus or int(os.environ.get("WORLD_SIZE", 1))
 
 
-def model_of(config: Config) -> Footprint:
-    tokenizer = FAMILIES[environment(config)].tokenizer
-    return footprint(config.model.path, tokenizer, config.model.local_files_only)
+def find_footprint(config: Config) -> Footprint:
+    tokenizer = families.find(config.env.name).tokenizer
+    return measure_model(config.model.path, tokenizer, config.model.local_files_only)
 
 
-def dtype_of(config: Config) -> torch.dtype:
+def find_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.model.dtype)
 
 
-def tokens_of(config: Config) -> tuple[int, int, int]:
+def count_tokens(config: Config) -> tuple[int, int, int]:
     """Turns of an update, mean tokens of a prompt and of a response."""
-    p, a = config.plan, config.agent
     return (
-        p.turns or config.train.episodes * config.env.max_turns,
-        p.prompt_tokens or a.max_prompt_tokens,
-        p.response_tokens or a.max_response_tokens,
+        config.plan.turns or config.train.episodes * config.env.max_turns,
+        config.plan.prompt_tokens or config.agent.max_prompt_tokens,
+        config.plan.response_tokens or config.agent.max_response_tokens,
     )
 
 
-def in_flight(config: Config) -> int:
+def count_own_episodes(config: Config) -> int:
+    return math.ceil(config.train.episodes / count_processes(config))
+
+
+def count_together(config: Config) -> int:
     """Episodes that generate together in one process."""
-    return min(own_episodes(config), max(1, config.agent.batch_tokens // tokens_of(config)[1]))
+    _, prompt, _ = count_tokens(config)
+    return min(count_own_episodes(config), max(1, config.agent.batch_tokens // prompt))
 
 
-def own_episodes(config: Config) -> int:
-    return math.ceil(config.train.episodes / processes(config))
-
-
-def cached(config: Config) -> tuple[int, int]:
+def count_cached(config: Config) -> tuple[int, int]:
     """(episodes whose keys and values are held at once, tokens of each at most)."""
     response = config.agent.max_response_tokens
-    if prompt_style(config) == "transcript":  # all of them, from turn to turn
-        return own_episodes(config), config.agent.max_prompt_tokens + response
-    return in_flight(config), tokens_of(config)[1] + response
+    if config.agent.style == "transcript":  # all of them, from turn to turn
+        return count_own_episodes(config), config.agent.max_prompt_tokens + response
+    _, prompt, _ = count_tokens(config)
+    return count_together(config), prompt + response
 
 
 # Memory.
@@ -189,168 +223,194 @@ class Part:
     note: str = ""
 
 
-def memory(config: Config) -> list[Part]:
-    return [*trained(config), *for_rollout(config), *for_passes(config)]
+def list_parts(config: Config) -> list[Part]:
+    return [*list_trained(config), *list_rollout(config), *list_passes(config)]
 
 
-def trained(config: Config) -> Iterator[Part]:
+def list_trained(config: Config) -> Iterator[Part]:
     """Weights, masters, moments and gradients of policy and critic, and the reference."""
-    f, c, n = model_of(config), config.model, processes(config)
-    bytes = dtype_of(config).itemsize
-    adapters = f.adapters(c.lora_rank, c.lora_targets)
-    frozen = bytes * f.total / n if c.lora_rank else 0.0
-    how = f"with LoRA of rank {c.lora_rank}" if frozen else f"float32, sharded over {n}" if n > 1 else c.dtype
-    policy = states(config, adapters if frozen else f.tensors)
-    trunk = () if c.critic == "shared" else adapters if frozen else f.trunk
-    critic = states(config, trunk, heads=3 * f.width + 3)
-    for name, part, base in (("policy", policy, frozen), ("critic", critic, 0.0)):
-        yield Part(
-            f"{name}: weights", part["weights"] + base, KEPT, how if name == "policy" or trunk else "heads alone"
-        )
-        yield Part(f"{name}: master weights", part["masters"], KEPT, "float32")
-        yield Part(f"{name}: optimiser states", part["moments"], KEPT, config.train.optimizer)
-        yield Part(f"{name}: gradients", part["gradients"], UPDATE)
-        yield Part(f"{name}: masters and states", part["host"], HOST, "offloaded")
+    footprint, model, processes = find_footprint(config), config.model, count_processes(config)
+    whole = find_dtype(config).itemsize * footprint.total / processes
+    shards = f", sharded over {processes}" if processes > 1 else ""
+    frozen, policy, trunk = 0.0, footprint.tensors, footprint.trunk
+    how = f"float32{shards}" if shards else model.dtype
+    if model.lora_rank:
+        frozen, how = whole, f"with LoRA of rank {model.lora_rank}"
+        policy = trunk = footprint.adapters(model.lora_rank, model.lora_targets)
+    yield from list_states(config, "policy", policy, 0, frozen, how)
+    trunk = () if model.critic == "shared" else trunk
+    heads = HEADS * footprint.width + HEADS
+    yield from list_states(config, "critic", trunk, heads, 0.0, how if trunk else "heads alone")
     if config.train.kl_coef and not frozen:  # with LoRA it is the policy without its adapters
-        yield Part("reference model", bytes * f.total / n, KEPT, c.dtype if n == 1 else f"{c.dtype}, sharded over {n}")
+        yield Part("reference model", whole, KEPT, f"{model.dtype}{shards}")
 
 
-def states(config: Config, tensors: tuple[int, ...], heads: int = 0) -> dict[str, float]:
-    """Bytes in one process for training the model's weights, in tensors of so many values, and float32 heads.
+def list_states(
+    config: Config, name: str, tensors: tuple[int, ...], heads: int, frozen: float, how: str
+) -> Iterator[Part]:
+    """What one process has for training: tensors of so many values, float32 heads; `frozen` bytes.
 
     Shards of several processes are float32 and their own masters.
     """
-    n, c = processes(config), config.train
-    narrow = dtype_of(config).itemsize if n == 1 else 4
-    wide = 4 if c.master_weights else narrow
+    processes, train = count_processes(config), config.train
+    narrow = find_dtype(config).itemsize if processes == 1 else FLOAT32
+    wide = FLOAT32 if train.master_weights else narrow
     count = sum(tensors)
-    gradients = (wide * count + 4 * heads) / n
-    moments = 2 * (sum(moment(k, wide, c.optimizer) for k in tensors) + 4 * heads) / n
-    part = {"weights": (narrow * count + 4 * heads) / n, "gradients": gradients, "host": 0.0}
-    if c.optimizer == "offload" and device_kind(config) == "cuda":
-        return part | {"masters": 0.0, "moments": 0.0, "host": 2 * gradients + moments}
-    return part | {"masters": wide * count if wide != narrow else 0.0, "moments": moments}
+    weights = (narrow * count + FLOAT32 * heads) / processes
+    gradients = (wide * count + FLOAT32 * heads) / processes
+    moments = sum(count_moment(values, wide, train.optimizer) for values in tensors)
+    moments = 2 * (moments + FLOAT32 * heads) / processes
+    masters, offloaded = wide * count if wide != narrow else 0.0, 0.0
+    if train.optimizer == "offload" and find_kind(config) == "cuda":
+        masters, moments, offloaded = 0.0, 0.0, 2 * gradients + moments
+    yield Part(f"{name}: weights", weights + frozen, KEPT, how)
+    yield Part(f"{name}: master weights", masters, KEPT, "float32")
+    yield Part(f"{name}: optimiser states", moments, KEPT, train.optimizer)
+    yield Part(f"{name}: gradients", gradients, UPDATE)
+    yield Part(f"{name}: masters and states", offloaded, HOST, "offloaded")
 
 
-def moment(count: int, wide: int, optimizer: str) -> float:
-    """Bytes of one moment: `wide` a value; or 8 bits, with a float32 scale for each 256 values, and a table."""
-    if optimizer == "adamw8bit" and count >= 4096 and count % 256 == 0:
-        return count + count / 256 * 4 + 256 * 4
+def count_moment(count: int, wide: int, optimizer: str) -> float:
+    """Bytes of one moment: `wide` a value; or 8 bits, a float32 scale a block, and a table."""
+    if optimizer == "adamw8bit" and count >= LEAST_8BIT and count % BLOCK == 0:
+        return count + count / BLOCK * FLOAT32 + TABLE * FLOAT32
     return wide * count
 
 
-def for_rollout(config: Config) -> Iterator[Part]:
-    """The largest KV cache, every response at its limit, and the larger of a prompt's pass and of sampling."""
-    f, bytes = model_of(config), dtype_of(config).itemsize
-    kept_episodes, tokens = cached(config)
-    cache = f.kv * bytes * kept_episodes * tokens
-    episodes = in_flight(config)
-    prefill = run(f, episodes * tokens_of(config)[1], dtype_of(config), train=False).peak
-    sampling = episodes * f.vocabulary * (bytes + 20)  # logits, float32 log-probs and two float64 copies
-    longer = cache / f.layers / 2  # a layer's keys or values again, one token longer
-    yield Part("KV cache", cache, ROLLOUT, f"{kept_episodes} episodes x {tokens:,} tokens")
+def list_rollout(config: Config) -> Iterator[Part]:
+    """The largest KV cache, and the larger of the prompts' pass and of sampling."""
+    footprint, dtype = find_footprint(config), find_dtype(config)
+    episodes, tokens = count_cached(config)
+    cache = footprint.kv * dtype.itemsize * episodes * tokens
+    yield Part("KV cache", cache, ROLLOUT, f"{episodes} episodes x {tokens:,} tokens")
+    (_, prompt, _), together = count_tokens(config), count_together(config)
+    prefill = count_pass(footprint, together * prompt, dtype, train=False).peak
+    sampling = together * footprint.vocabulary * (dtype.itemsize + SAMPLING_BYTES)
+    longer = cache / footprint.layers / 2  # a layer's keys or values again, one token longer
     yield Part("prompts' pass or sampling", max(prefill, sampling + longer), ROLLOUT)
-    if processes(config) > 1:
-        yield Part("whole policy", bytes * f.total, ROLLOUT, config.model.dtype)
+    if count_processes(config) > 1:
+        yield Part("whole policy", dtype.itemsize * footprint.total, ROLLOUT, config.model.dtype)
 
 
-def for_passes(config: Config) -> Iterator[Part]:
-    """What passes over a microbatch need beside weights: activations, the head's logits, layers out of their shards."""
-    f, c, dtype, tokens = model_of(config), config.model, dtype_of(config), config.train.microbatch_tokens
-    scratch, trunks = SCRATCH[device_kind(config)], 1 + (c.critic == "separate")
-    peak = run(f, tokens, dtype, train=True, checkpointing=c.gradient_checkpointing).peak
-    how = "layers recomputed" if c.gradient_checkpointing else "all layers kept"
-    yield Part("activations", run(f, tokens, dtype, train=False).peak, SCORING, f"{tokens:,} tokens")
+def list_passes(config: Config) -> Iterator[Part]:
+    """What a microbatch needs: activations, the head's logits, layers out of their shards."""
+    footprint, dtype, model = find_footprint(config), find_dtype(config), config.model
+    tokens, recomputed = config.train.microbatch_tokens, model.gradient_checkpointing
+    scored = count_pass(footprint, tokens, dtype, train=False).peak
+    trained = count_pass(footprint, tokens, dtype, train=True, checkpointing=recomputed).peak
+    scratch = SCRATCH[find_kind(config)]
+    gradient = (
+        0 if model.lora_rank else FLOAT32 * footprint.head
+    )  # of the head, or of the embedding
+    how = "layers recomputed" if recomputed else "all layers kept"
+    yield Part("activations", scored, SCORING, f"{tokens:,} tokens")
     yield Part("head: logits", scratch, SCORING)
-    gradient = 0 if c.lora_rank else 4 * f.head
-    yield Part("activations", max(peak, gradient), UPDATE, f"{tokens:,} tokens, {how}")  # or the embedding's gradient
+    yield Part("activations", max(trained, gradient), UPDATE, f"{tokens:,} tokens, {how}")
     yield Part("head: logits, its gradient", scratch + gradient, UPDATE)
-    if processes(config) > 1:
-        layers, outside = 2 * f.layer * dtype.itemsize, f.outside * dtype.itemsize
-        summed = 4 * max(f.layer, f.outside)  # gradients on their way
-        yield Part("layers out of their shards", layers + trunks * outside, SCORING)
-        yield Part("layers out of their shards", layers + trunks * outside + summed, UPDATE)
+    if count_processes(config) > 1:
+        trunks = 1 + (model.critic == "separate")
+        whole = (2 * footprint.layer + trunks * footprint.outside) * dtype.itemsize
+        summed = FLOAT32 * max(footprint.layer, footprint.outside)  # gradients on their way
+        yield Part("layers out of their shards", whole, SCORING)
+        yield Part("layers out of their shards", whole + summed, UPDATE)
 
 
-def totals(parts: list[Part]) -> dict[str, float]:
+def sum_stages(parts: list[Part]) -> dict[str, float]:
     """Bytes of the GPU in use at most, by stage."""
-    kept = sum(p.size for p in parts if p.when == KEPT)
-    return {when: kept + sum(p.size for p in parts if p.when == when) for when in (ROLLOUT, SCORING, UPDATE)}
+    kept = sum_bytes(parts, KEPT)
+    return {when: kept + sum_bytes(parts, when) for when in (ROLLOUT, SCORING, UPDATE)}
 
 
-def shortage(config: Config, machine: Machine) -> str | None:
-    """What does not fit, in words; None if all does."""
-    if machine.gpus > 1 and config.train.optimizer != "adamw":
-        return f"train.optimizer {config.train.optimizer} works in one process only"
-    parts = memory(config)
-    when, peak = max(totals(parts).items(), key=lambda item: item[1])
-    host = sum(p.size for p in parts if p.when == HOST)
-    if peak > machine.usable:
-        return f"{peak / GIB:.1f} GiB are needed {when}, and {machine.name} has {machine.usable / GIB:.1f} to give"
-    if machine.host and host > machine.host:
-        return f"offloading needs {host / GIB:.1f} GiB of CPU memory, and there are {machine.host / GIB:.1f}"
-    return None
+def sum_bytes(parts: list[Part], when: str) -> float:
+    return sum(part.size for part in parts if part.when == when)
+
+
+def find_peak(parts: list[Part]) -> tuple[str, float]:
+    """The stage that needs most of the GPU, and its bytes."""
+    return max(sum_stages(parts).items(), key=lambda item: item[1])
 
 
 # What would make it fit.
 
 
 def check(config: Config, machine: Machine) -> None:
-    """ConfigError if the run cannot fit into the machine, naming the smallest change that would make it."""
-    lack = shortage(config, machine)
-    if lack:
-        mend = " ".join(described(*change) for change in smallest_change(config, machine))
-        raise ConfigError(
-            f"{config.model.path} does not fit: {lack}; "
-            + (f"it would with {mend}" if mend else "no change of options would make it: use a smaller model")
-        )
+    """ConfigError if the run cannot fit, naming the smallest change that would make it."""
+    shortage = find_shortage(config, machine)
+    if shortage:
+        changes = find_smallest_change(config, machine)
+        mend = "no change of options would make it: use a smaller model"
+        if changes:
+            mend = "it would with " + " ".join(describe_change(*change) for change in changes)
+        raise ConfigError(f"{config.model.path} does not fit: {shortage}; {mend}")
+
+
+def find_shortage(config: Config, machine: Machine) -> str | None:
+    """What does not fit, in words; None if all does."""
+    if machine.gpus > 1 and config.train.optimizer != "adamw":
+        return f"train.optimizer {config.train.optimizer} works in one process only"
+    parts = list_parts(config)
+    (when, peak), host = find_peak(parts), sum_bytes(parts, HOST)
+    if peak > machine.usable:
+        has = f"{machine.name} has {machine.usable / GIB:.1f} to give"
+        return f"{peak / GIB:.1f} GiB are needed {when}, and {has}"
+    if machine.host and host > machine.host:
+        has = f"there are {machine.host / GIB:.1f}"
+        return f"offloading needs {host / GIB:.1f} GiB of CPU memory, and {has}"
+    return None
 
 
 Change = tuple[str, object]  # an option and its value
 
 
-def smallest_change(config: Config, machine: Machine) -> tuple[Change, ...]:
-    """The first single change that makes the run fit, else the first pair, and so on; empty if none does."""
-    changes = possible_changes(config, machine)
-    for count in range(1, len(changes) + 1):
-        for options in itertools.combinations(changes, count):
-            for chosen in itertools.product(*([(name, value) for value in changes[name]] for name in options)):
-                if not shortage(*changed(config, machine, chosen)):
-                    return chosen
+def find_smallest_change(config: Config, machine: Machine) -> tuple[Change, ...]:
+    """The first single change that makes the run fit, else the first pair, and so on; or ()."""
+    for changes in combine_changes(list(list_changes(config, machine))):
+        if not find_shortage(*apply_changes(config, machine, changes)):
+            return changes
     return ()
 
 
-def possible_changes(config: Config, machine: Machine) -> dict[str, list]:
-    """Option -> other values; from what costs least to what costs most."""
-    flat = flatten(config)
+def combine_changes(changes: list[list[Change]]) -> Iterator[tuple[Change, ...]]:
+    """One change of each option, then every two of different options, and so on."""
+    for count in range(1, len(changes) + 1):
+        for options in itertools.combinations(changes, count):
+            yield from itertools.product(*options)
+
+
+def list_changes(config: Config, machine: Machine) -> Iterator[list[Change]]:
+    """Each option's other values, if any; from what costs least to what costs most."""
+    old = flatten(config)
     prompt, response = config.agent.max_prompt_tokens, config.agent.max_response_tokens
-
-    def halves(name: str, least: int) -> list[int]:
-        return [flat[name] >> i for i in range(1, flat[name].bit_length()) if flat[name] >> i >= least]
-
-    changes = {
+    values = {
         "model.gradient_checkpointing": [True],
-        "train.microbatch_tokens": halves("train.microbatch_tokens", prompt + response),
+        "train.microbatch_tokens": halve(old["train.microbatch_tokens"], prompt + response),
         "model.dtype": ["bfloat16"],
         "train.optimizer": ["adamw", "adamw8bit", "offload"],
-        "model.lora_rank": [32] if config.model.path != "tiny" and not config.model.lora_rank else [],
+        "model.lora_rank": [] if config.model.path == "tiny" or config.model.lora_rank else [RANK],
         "model.critic": ["shared"],
-        "agent.batch_tokens": halves("agent.batch_tokens", prompt),
+        "agent.batch_tokens": halve(old["agent.batch_tokens"], prompt),
         "plan.gpus": [n for n in (2, 4, 8, 16) if n > machine.gpus and machine.kind == "cuda"],
     }
-    other = {name: [value for value in values if value != flat[name]] for name, values in changes.items()}
-    return {name: values for name, values in other.items() if values}
+    for name, others in values.items():
+        yield [(name, value) for value in others if value != old[name]]
 
 
-def changed(config: Config, machine: Machine, changes: tuple[Change, ...]) -> tuple[Config, Machine]:
+def halve(value: int, least: int) -> list[int]:
+    halves = (value >> power for power in range(1, value.bit_length()))
+    return [half for half in halves if half >= least]
+
+
+def apply_changes(
+    config: Config, machine: Machine, changes: tuple[Change, ...]
+) -> tuple[Config, Machine]:
     config = copy.deepcopy(config)
     for name, value in changes:
         section, key = name.split(".")
         setattr(getattr(config, section), key, value)
-    return config, replace(machine, gpus=processes(config))
+    return config, replace(machine, gpus=count_processes(config))
 
 
-def described(name: str, value: object) -> str:
+def describe_change(name: str, value: object) -> str:
     if name == "plan.gpus":
         return f"{value} GPUs (torchrun --nproc-per-node {value})"
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
@@ -359,92 +419,108 @@ def described(name: str, value: object) -> str:
 # Time.
 
 
-def seconds(config: Config, machine: Machine) -> dict[str, float]:
+def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     """Expected seconds of each stage of one update; of evaluation, an update's share."""
-    f, c, m = model_of(config), config.train, config.model
-    turns, prompt, response = tokens_of(config)
-    turns = turns / machine.gpus
+    footprint, train, model = find_footprint(config), config.train, config.model
+    turns, prompt, response = count_tokens(config)
+    turns, length = turns / machine.gpus, prompt + response
     flops = machine.flops * config.plan.utilisation
-    # Each weight takes a product and a sum a token; attention, over half of the sequence on average, twice that.
-    forward = 2 * (f.computed + f.layers * f.heads * (prompt + response)) * turns * (prompt + response) / flops
-    head = 2 * f.head * turns * response / flops
-    passes = (2 if m.lora_rank else 3) + m.gradient_checkpointing  # no gradients of frozen weights
-    separate, references = m.critic == "separate", bool(c.kl_coef) + (c.old_logprobs == "recomputed")
-    steps = {name: c.minibatches * step_seconds(config, machine, name) for name in ("policy", "critic")}
-    prefill, decode = rollout_seconds(config, machine)
+    # Each weight takes a product and a sum a token; attention, over half of the sequence on
+    # average, twice that.
+    products = footprint.computed + footprint.layers * footprint.heads * length
+    forward = 2 * products * turns * length / flops
+    head = 2 * footprint.head * turns * response / flops
+    # Forward, and backward to inputs and weights: no gradients of frozen weights.
+    passes = (2 if model.lora_rank else 3) + model.gradient_checkpointing
+    separate = model.critic == "separate"
+    references = bool(train.kl_coef) + (train.old_logprobs == "recomputed")
+    policy_step, critic_step = (
+        train.minibatches * estimate_step(config, machine, name) for name in ("policy", "critic")
+    )
+    prefill, decode = estimate_rollout(config, machine)
+    evaluation = (prefill + decode) * config.eval.episodes / train.episodes / config.eval.every
     return {
         "rollout: prompts": prefill,
         "rollout: responses": decode,
         "scoring": forward * (separate + references) + head * references,
-        "policy update": forward * passes + head * 3 + steps["policy"],
-        "critic update": forward * passes * separate + steps["critic"],
-        "evaluation, a share": (prefill + decode) * config.eval.episodes / c.episodes / config.eval.every,
+        "policy update": forward * passes + head * 3 + policy_step,
+        "critic update": forward * passes * separate + critic_step,
+        "evaluation, a share": evaluation,
     }
 
 
-def rollout_seconds(config: Config, machine: Machine) -> tuple[float, float]:
-    """Of reading prompts, and of sampling: each step of a group reads weights and cache, or waits for its launches."""
-    f, bytes, together = model_of(config), dtype_of(config).itemsize, in_flight(config)
-    turns, prompt, response = tokens_of(config)
+def estimate_rollout(config: Config, machine: Machine) -> tuple[float, float]:
+    """Of reading prompts, and of sampling: a step reads weights and cache, or awaits launches."""
+    footprint, dtype, limit = find_footprint(config), find_dtype(config), config.env.max_turns
+    turns, prompt, response = count_tokens(config)
     turns = turns / machine.gpus
     flops = machine.flops * config.plan.utilisation
-    groups = config.env.max_turns * math.ceil(turns / config.env.max_turns / together)
+    groups = limit * math.ceil(turns / limit / count_together(config))
     width = turns / groups
-    launches = run(f, 1, dtype_of(config), train=False).operations * machine.launch
-    read = (f.computed + f.head + f.kv * width * (prompt + response)) * bytes / machine.bandwidth
-    step = max(read, 2 * (f.computed + f.head) * width / flops, launches)
+    launches = count_pass(footprint, 1, dtype, train=False).operations * machine.launch
+    weights = footprint.computed + footprint.head
+    values = weights + footprint.kv * width * (prompt + response)
+    read = values * dtype.itemsize / machine.bandwidth
+    step = max(read, 2 * weights * width / flops, launches)
     steps = groups * min(LONGEST * response, config.agent.max_response_tokens)
-    return 2 * f.computed * turns * prompt / flops + groups * launches, steps * step
+    return 2 * footprint.computed * turns * prompt / flops + groups * launches, steps * step
 
 
-def step_seconds(config: Config, machine: Machine, name: str) -> float:
-    """Of an optimiser step: all that is kept for it is read and written, on the CPU and over the link if offloaded."""
-    parts = {p.name.removeprefix(f"{name}: "): p.size for p in trained(config) if p.name.startswith(name)}
-    offloaded = parts.pop("masters and states")
-    sent = parts["gradients"] * 1.5 / LINK_RATE if offloaded else 0.0  # gradients there, narrower weights back
-    return 2 * (sum(parts.values()) / machine.bandwidth + offloaded / HOST_RATE) + sent
+def estimate_step(config: Config, machine: Machine, name: str) -> float:
+    """Of an optimiser step: all that is kept is read and written, there and back if offloaded."""
+    own = (part for part in list_trained(config) if part.name.startswith(name))
+    sizes = {part.name.removeprefix(f"{name}: "): part.size for part in own}
+    offloaded = sizes.pop("masters and states")
+    sent = sizes["gradients"] * SENT / LINK_RATE if offloaded else 0.0
+    return 2 * (sum(sizes.values()) / machine.bandwidth + offloaded / HOST_RATE) + sent
 
 
 # As a person reads it.
 
 
-def report(config: Config, machine: Machine) -> str:
-    return "\n".join([*memory_table(config, machine), "", *time_table(config, machine)])
+def format_plan(config: Config, machine: Machine) -> str:
+    return "\n".join([*format_memory(config, machine), "", *format_times(config, machine)])
 
 
-def memory_table(config: Config, machine: Machine) -> list[str]:
-    f, parts = model_of(config), memory(config)
+def format_memory(config: Config, machine: Machine) -> list[str]:
+    weights, parts = find_footprint(config).total, list_parts(config)
     gpus = f"{machine.gpus} x " if machine.gpus > 1 else ""
     lines = [
-        f"{config.model.path}, {f.total / 1e6:,.1f} M weights, on {gpus}{machine.name}",
+        f"{config.model.path}, {weights / 1e6:,.1f} M weights, on {gpus}{machine.name}",
         "",
-        row("memory, GiB" + " of each" * (machine.gpus > 1)),
+        format_row("memory, GiB" + " of each" * (machine.gpus > 1)),
     ]
     for when in (KEPT, ROLLOUT, SCORING, UPDATE, HOST):
-        some = [p for p in parts if p.when == when and p.size]
-        lines += [row(when, sum(p.size for p in some) / GIB)] if some else []
-        lines += [row(f"  {p.name}", p.size / GIB, p.note) for p in some]
-    when, peak = max(totals(parts).items(), key=lambda item: item[1])
-    reserve = f"of {machine.memory / GIB:.1f}; assumed: CUDA and fragmentation take {RESERVE_BYTES / GIB:.0f} GiB + "
-    reserve = reserve + f"{RESERVE_SHARE:.0%}" if machine.kind == "cuda" else ""
-    return [*lines, row("at most", peak / GIB, when), row("there is", machine.usable / GIB, reserve)]
+        some = [part for part in parts if part.when == when and part.size]
+        lines += [format_row(when, sum_bytes(some, when) / GIB)] if some else []
+        lines += [format_row(f"  {part.name}", part.size / GIB, part.note) for part in some]
+    when, peak = find_peak(parts)
+    reserve = ""
+    if machine.kind == "cuda":
+        assumed = f"{RESERVE_BYTES / GIB:.0f} GiB + {RESERVE_SHARE:.0%}"
+        reserve = f"of {machine.memory / GIB:.1f}; assumed: CUDA and fragmentation take {assumed}"
+    usable = format_row("there is", machine.usable / GIB, reserve)
+    return [*lines, format_row("at most", peak / GIB, when), usable]
 
 
-def time_table(config: Config, machine: Machine) -> list[str]:
-    (turns, prompt, response), stages, c = tokens_of(config), seconds(config, machine), config.train
+def format_times(config: Config, machine: Machine) -> list[str]:
+    turns, prompt, response = count_tokens(config)
+    tokens = f"{turns:,} turns, prompts of {prompt:,}, responses of {response} tokens"
+    stages, updates = estimate_seconds(config, machine), config.train.updates
     total = sum(stages.values())
-    rates = f"{machine.flops / 1e12:,.3g} TFLOP/s and {machine.bandwidth / 1e9:,.0f} GB/s ({machine.source})"
+    rates = f"{machine.flops / 1e12:,.3g} TFLOP/s and {machine.bandwidth / 1e9:,.0f} GB/s"
     launch = f"{machine.launch * 1e6:.1f} µs to launch an operation"
     return [
-        row("time of an update, s", None, f"{turns:,} turns, prompts of {prompt:,}, responses of {response} tokens"),
-        *(row(f"  {name}", value) for name, value in stages.items()),
-        row("together", total, f"{c.updates} updates: {c.updates * total / 3600:.1f} h"),
+        format_row("time of an update, s", None, tokens),
+        *(format_row(f"  {name}", seconds) for name, seconds in stages.items()),
+        format_row("together", total, f"{updates} updates: {updates * total / 3600:.1f} h"),
         "",
-        f"From {rates}.",
-        f"Assumed: {config.plan.utilisation:.0%} of those TFLOP/s, {launch}, a batch's longest response",
+        f"From {rates} ({machine.source}).",
+        f"Assumed: {config.plan.utilisation:.0%} of those TFLOP/s, {launch}, a batch's "
+        "longest response",
         f"{LONGEST} times the mean. Not counted: environments, communication, checkpoints.",
     ]
 
 
-def row(name: str, value: float | None = None, note: str = "") -> str:
+def format_row(name: str, value: float | None = None, note: str = "") -> str:
     return f"{name:<34}{'' if value is None else f'{value:.2f}':>9}  {note}".rstrip()

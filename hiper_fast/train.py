@@ -10,139 +10,101 @@ torchrun --nproc-per-node 8 -m hiper_fast.train …  # the same on 8 GPUs
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 
-from hiper_fast import checkpoint, distributed, hiper, optim, plan, report
-from hiper_fast.config import Config, ConfigError, environment, parse, prompt_style, run_folder, write_file
+from hiper_fast import configure, distributed, plan
+from hiper_fast.config import Config
 from hiper_fast.distributed import World
-from hiper_fast.envs.pddl import GameError
+from hiper_fast.envs.base import GameError
 from hiper_fast.eval import evaluate
-from hiper_fast.games import Games
-from hiper_fast.metrics import Logger, Muted
-from hiper_fast.policy import configure_torch, load
-from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import played, summary
-from hiper_fast.viewer import write_episodes
-from hiper_fast.warm_start import warm_start
+from hiper_fast.learn.credit import give_credit
+from hiper_fast.learn.optim import schedule
+from hiper_fast.learn.score import score
+from hiper_fast.learn.shaping import shape
+from hiper_fast.learn.update import update
+from hiper_fast.options import ConfigError
+from hiper_fast.rollout.play import play_tasks
+from hiper_fast.rollout.summary import summarise
+from hiper_fast.runs.checkpoint import CheckpointError
+from hiper_fast.session import Batch, Session, open_session
+
+ERRORS = ConfigError, GameError, CheckpointError, FloatingPointError, OSError, SafetensorError
 
 
 def train(config: Config, world: World) -> None:
-    """One run: warm start, then updates of rollout -> values -> HAE -> PPO, with evaluations and checkpoints."""
-    configure_torch(config.run)
-    plan.check_here(config)
-    games = Games(config)
-    envs = games.make(len(world.share(range(config.train.episodes))))
-    agent = load(config.model, config.run.seed, games.family.tokenizer, world)
-    prompter = Prompter(agent.tokenizer, config.agent, prompt_style(config), games.family.styles)
-    folder = world.first(lambda: run_folder(config))
-    checkpoints, episodes = folder / "checkpoints", folder / "episodes"
-    reference = folder / "reference.safetensors"
-    saved = world.first(lambda: checkpoint.latest(checkpoints)) if config.run.resume else None
-    start = checkpoint.step_of(saved) if saved else None
-    c = config.train
-
-    options = {"resume_step": start, "display": config.run.display, "total_steps": c.updates}
-    with Logger(folder, **options) if world.main else Muted() as logger:
-        if world.main:
-            write_file(resolved(config), folder / "config.yaml")
-        if provenance := games.family.provenance():
-            logger.message(", ".join(f"{key}: {value}" for key, value in provenance.items()))
-        if saved and reference.exists():
-            load_model(agent.model, reference)
-        elif not saved and world.first(lambda: warm_start(agent, games, prompter, config, logger)):
-            world.copy(agent.model)
-            if world.main:
-                save_model(agent.model, reference)
-        if c.kl_coef:
-            agent.freeze_reference()
-        agent.add_critic()
-        agent.shard()
-        if config.model.critic == "shared" and max(c.value_coef) > 0.1:
-            logger.message("train.value_coef above 0.1 lets the value loss rule the trunk that model.critic: shared "
-                           "trains with it; 0.1 or less is usual")  # fmt: skip
-        optimizers = optim.build(agent, config)
-        state = {"best": -1.0, "skipped": 0}
-        if saved:
-            networks = {"policy": agent.model, "critic": agent.critic}
-            state = checkpoint.load(saved, **networks, optimizers=optimizers, world=world)
-
-        for step in range(0 if start is None else start + 1, c.updates + 1):
-            if step > 0:
-                began = time.perf_counter()
-                with logger.stage("rollout"):
-                    tasks = games.training(f"update {step}", c.episodes)
-                    seed = seed_of(config, step)
-                    t = played(agent, envs, tasks, prompter, config, config.agent.temperature, seed)
-                with logger.stage("advantages"):
-                    if config.advantage.malformed:
-                        hiper.train_malformed(t)
-                    t.rewards = hiper.shape_rewards(t, config.reward)
-                    targets = hiper.estimate(t, *hiper.score(agent, t, config), config.advantage)
-                with logger.stage("update"):
-                    generator = torch.Generator().manual_seed(seed)
-                    learned = step - c.critic_updates  # the policy's updates so far, this one included
-                    share = 1 - (1 - c.final_lr) * step / c.updates
-                    optim.set_lr(optimizers["policy"], c.lr * share * min(1.0, learned / max(1, c.warmup_updates)))
-                    optim.set_lr(optimizers["critic"], c.critic_lr * share)
-                    losses = hiper.update(agent, optimizers, t, targets, config, generator, train_policy=learned > 0)
-                counts = {"episodes": step * c.episodes, "time/total": time.perf_counter() - began}
-                logger.log(step, "train", summary(t) | losses | counts)
-                state["skipped"] = 0 if "loss/policy" in losses else state["skipped"] + losses["optim/skipped_steps"]
-
-            stop = state["skipped"] >= c.max_skipped
-            last = step == c.updates or stop
-            improved = False
-            if step % config.eval.every == 0 or last:
-                metrics, panel = evaluate(agent, games, prompter, config)
-                improved = metrics["eval/success"] > state["best"]
-                state["best"] = max(state["best"], metrics["eval/success"])
-                logger.log(step, "eval", metrics)
-                if world.main:
-                    write_episodes(episodes, step, "eval", panel)
-                    if step > 0:
-                        write_episodes(episodes, step, "train", t, targets)
-            if step % config.run.save_every == 0 or improved or last:
-                checkpoint.save(checkpoints, step, policy=agent.model, tokenizer=agent.tokenizer, critic=agent.critic,
-                                optimizers=optimizers, state=state, improved=improved, keep=config.run.keep,
-                                world=world)  # fmt: skip
-                if world.main:
-                    report.build(folder)
-            if stop:
-                raise FloatingPointError(
-                    f"the loss was not finite in {state['skipped']} steps in a row, so the run saved its state and "
-                    f"stopped; lower train.lr (now {c.lr}) and continue with --resume --name {folder.name}"
-                )
-        if world.main:
-            logger.message(f"report: {report.build(folder)}")
+    """One run: warm start, then updates of rollout -> values -> credit -> PPO; evaluations, checkpoints."""
+    with open_session(config, world) as session:
+        for step in range(session.first_step, config.train.updates + 1):
+            batch = learn(session, step) if step > 0 else None
+            keep_and_tell(session, step, batch)
+        session.report()
 
 
-def resolved(config: Config) -> Config:
-    """What the run's folder keeps: later readers play the same games in the same style, and do not resume."""
-    config = copy.deepcopy(config)
-    config.env.name, config.agent.style, config.run.resume = environment(config), prompt_style(config), False
-    return config
+def learn(session: Session, step: int) -> Batch:
+    """One update: play, give credit, learn from it."""
+    config, agent, games = session.config, session.agent, session.games
+    began = time.perf_counter()
+    seed = seed_step(config, step)
+    with session.logger.stage("rollout"):
+        tasks = games.draw(f"update {step}", config.train.episodes, config.train.group)
+        trajectories = play_tasks(
+            agent, session.envs, tasks, games.family, session.prompter, config,
+            temperature=config.agent.temperature, seed=seed, group=config.train.group,
+        )  # fmt: skip
+    with session.logger.stage("advantages"):
+        shape(trajectories, config)
+        scores = score(agent, trajectories, config)
+        targets = give_credit(trajectories, scores, session.estimate, config.advantage)
+    with session.logger.stage("update"):
+        train_policy = schedule(session.optimizers, step, config.train)
+        generator = torch.Generator().manual_seed(seed)
+        losses = update(
+            agent, session.optimizers, trajectories, targets, config, generator,
+            train_policy=train_policy,
+        )  # fmt: skip
+    counts = {"episodes": step * config.train.episodes, "time/total": time.perf_counter() - began}
+    session.logger.log(step, "train", summarise(trajectories) | losses | counts)
+    session.count_skipped(losses)
+    return Batch(trajectories, targets)
 
 
-def seed_of(config: Config, step: int) -> int:
-    """The seed of an update's sampling: a resumed run draws what the uninterrupted one would have drawn."""
+def keep_and_tell(session: Session, step: int, batch: Batch | None) -> None:
+    """Evaluates, records episodes and saves where it is time to; stops a run that cannot go on."""
+    config, improved = session.config, False
+    last = step == config.train.updates or session.is_stuck
+    if step % config.eval.every == 0 or last:
+        metrics, panel = evaluate(session.agent, session.games, session.prompter, config)
+        improved = session.note_success(metrics["eval/success"])
+        session.logger.log(step, "eval", metrics)
+        session.record(step, panel, batch)
+    if step % config.run.save_every == 0 or improved or last:
+        session.save(step, improved)
+    if session.is_stuck:
+        raise FloatingPointError(
+            f"the loss was not finite in {session.state['skipped']} steps in a row, so the run saved its "
+            f"state and stopped; lower train.lr (now {config.train.lr}) and continue with --resume "
+            f"--name {session.folder.name}"
+        )
+
+
+def seed_step(config: Config, step: int) -> int:
+    """The seed of an update's draws: a resumed run draws what the uninterrupted one would have drawn."""
     return config.run.seed * 1_000_003 + step
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse(argv, program="train", description=__doc__)
+    config = configure.parse(argv, program="train", description=__doc__)
     try:
         if config.plan.show:
             plan.show(config)
-        else:
-            with distributed.started(config) as world:
-                train(config, world)
-    except (ConfigError, GameError, checkpoint.CheckpointError, FloatingPointError, OSError, SafetensorError) as error:
+            return 0
+        with distributed.start(config) as world:
+            train(config, world)
+    except ERRORS as error:
         print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

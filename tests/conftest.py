@@ -9,7 +9,9 @@ import pytest
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data: $HIPER_FAST_DATA, else ../shared/data beside the checkout; skips without it."""
-    root = Path(os.environ.get("HIPER_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    root = Path(
+        os.environ.get("HIPER_FAST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+    )
     if not root.is_dir():
         pytest.skip(f"no real data at {root}; set HIPER_FAST_DATA to test against it")
     return root

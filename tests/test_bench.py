@@ -12,16 +12,16 @@ TINY = bench.SIZES["tiny"]
 
 @pytest.fixture(scope="module")
 def inputs():
-    return bench.step_inputs(TINY)
+    return bench.make_inputs(TINY)
 
 
 def test_there_is_a_call_for_every_op(inputs):
-    assert set(bench.calls(inputs)) == set(ops.implementations())
+    assert set(bench.make_calls(inputs)) == set(ops.implementations())
 
 
 @pytest.mark.parametrize("op", ops.implementations())
 def test_what_is_timed_is_right(inputs, op):
-    call = bench.calls(inputs)[op]
+    call = bench.make_calls(inputs)[op]
     mine, reference = call(ops), call(ops.reference)
     mine, reference = ([x] if isinstance(x, torch.Tensor) else x for x in (mine, reference))
     for x, y in zip(mine, reference, strict=True):
@@ -33,20 +33,31 @@ def test_inputs_look_like_an_update(inputs):
     assert inputs.switch.shape == (turns,) and 0 < inputs.switch.sum() < turns
     assert inputs.roles.shape == (turns * TINY.tokens,)
     assert {1, 2, 4} <= set(inputs.roles.tolist())
-    assert all(g.abs().sum() > 0 for g in bench.calls(inputs)["linear_ppo"](ops))
+    assert all(g.abs().sum() > 0 for g in bench.make_calls(inputs)["linear_ppo"](ops))
 
 
 def test_command(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda call, device: 0.002 if call() is not None else None)
+    monkeypatch.setattr(
+        bench, "measure", lambda call, device: 0.002 if call() is not None else None
+    )
     assert bench.main(["--size", "tiny", "--json", str(tmp_path / "bench.json")]) == 0
     printed = capsys.readouterr().out
     saved = json.loads((tmp_path / "bench.json").read_text())
     chosen = ops.implementations()
-    assert [(x["op"], x["device"]) for x in saved["ops"]] == [(op, d) for d in chosen["hae"] for op in chosen]
-    assert {x["op"]: x for x in saved["ops"]}["find_roles"]["tokens_per_second"] == 4 * 5 * 40 / 0.002
+    assert [(x["op"], x["device"]) for x in saved["ops"]] == [
+        (op, d) for d in chosen["hae"] for op in chosen
+    ]
+    assert {x["op"]: x for x in saved["ops"]}["find_roles"][
+        "tokens_per_second"
+    ] == 4 * 5 * 40 / 0.002
     for entry in saved["ops"]:
-        line = next(x for x in printed.splitlines() if x.split()[:2] == [entry["op"], entry["device"]])
-        assert entry["implementation"] == chosen[entry["op"]][entry["device"]] and entry["implementation"] in line
+        line = next(
+            x for x in printed.splitlines() if x.split()[:2] == [entry["op"], entry["device"]]
+        )
+        assert (
+            entry["implementation"] == chosen[entry["op"]][entry["device"]]
+            and entry["implementation"] in line
+        )
         assert "2 ms" in line and ("[" in line) == bool(entry["why"])
         assert entry["why"] in printed
     assert saved["torch"] == torch.__version__ and torch.__version__ in printed
@@ -54,9 +65,9 @@ def test_command(capsys, tmp_path, monkeypatch):
 
 def test_environment_makes_it_tiny(monkeypatch):
     monkeypatch.setenv("HIPER_FAST_BENCH", "tiny")
-    assert bench.default_size() == "tiny"
+    assert bench.choose_size() == "tiny"
     monkeypatch.delenv("HIPER_FAST_BENCH")
-    assert bench.default_size() == "full"
+    assert bench.choose_size() == "full"
 
 
 @pytest.mark.parametrize(
@@ -92,12 +103,15 @@ def test_a_slow_call_is_made_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4.2e-6, "4.2 µs"), (0.9999e-3, "1 ms"), (0.0653, "65.3 ms"), (1.234, "1.23 s")]
+    ("seconds", "text"),
+    [(4.2e-6, "4.2 µs"), (0.9999e-3, "1 ms"), (0.0653, "65.3 ms"), (1.234, "1.23 s")],
 )
 def test_duration(seconds, text):
-    assert bench.duration(seconds) == text
+    assert bench.format_duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(812, "812"), (64_200, "64.2k"), (1.9e6, "1.9M"), (3e10, "30G")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(812, "812"), (64_200, "64.2k"), (1.9e6, "1.9M"), (3e10, "30G")]
+)
 def test_rate(count, text):
-    assert bench.rate(count) == text
+    assert bench.format_rate(count) == text

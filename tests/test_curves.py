@@ -20,7 +20,13 @@ WARM = [
 
 
 def evaluation(step, won, seconds=6.0, games=100):
-    return {"step": step, "stage": "eval", "eval/success": won / games, "eval/episodes": games, "time/eval": seconds}
+    return {
+        "step": step,
+        "stage": "eval",
+        "eval/success": won / games,
+        "eval/episodes": games,
+        "time/eval": seconds,
+    }
 
 
 def update(step, seconds):
@@ -34,14 +40,19 @@ ROWS = [*WARM, evaluation(0, 25), update(1, 54.0), update(2, 60.0), evaluation(2
 def write(tmp_path):
     def write(rows, name="seed0"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
         return tmp_path / name
 
     return write
 
 
 def texts(svg):
-    return [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    return [
+        element.text
+        for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    ]
 
 
 def test_wall_time_is_the_sum_of_what_was_timed(write):
@@ -50,11 +61,17 @@ def test_wall_time_is_the_sum_of_what_was_timed(write):
     assert [60 * p.minutes for p in run.points] == pytest.approx(seconds)
     assert [p.update for p in run.points] == [0, 2] and [p.rate for p in run.points] == [0.25, 0.75]
     assert run.label == "seed0" and run.warm_started
-    assert all(0 < p.low < p.rate < p.high < 1 for p in run.points)  # Wilson's, where the rows have none
+    assert all(
+        0 < p.low < p.rate < p.high < 1 for p in run.points
+    )  # Wilson's, where the rows have none
 
 
 def test_times_that_are_missing_or_null_count_nothing(write):
-    rows = [{"step": 1, "stage": "train"}, {"step": 2, "stage": "train", "time/total": None}, evaluation(2, 1)]
+    rows = [
+        {"step": 1, "stage": "train"},
+        {"step": 2, "stage": "train", "time/total": None},
+        evaluation(2, 1),
+    ]
     run = curves.read_run(write(rows) / "metrics.jsonl")
     assert [p.minutes for p in run.points] == pytest.approx([0.1]) and not run.warm_started
 
@@ -74,10 +91,14 @@ def test_figure(write, tmp_path):
     assert svg.count('class="band"') == svg.count("<polyline") == 6 and svg.count("<circle") == 12
     assert "prefers-color-scheme: dark" in svg
     heights = [float(h) for h in re.findall(r'y="([\d.]+)" text-anchor="start">75 %', svg)]
-    assert len(heights) == 3 and all(b - a >= 14 for a, b in zip(heights, heights[1:], strict=False))
+    assert len(heights) == 3 and all(
+        b - a >= 14 for a, b in zip(heights, heights[1:], strict=False)
+    )
 
 
-@pytest.mark.parametrize("rows", [[evaluation(0, 0)], [evaluation(0, 100)], [evaluation(0, 0, seconds=0.0)]])
+@pytest.mark.parametrize(
+    "rows", [[evaluation(0, 0)], [evaluation(0, 100)], [evaluation(0, 0, seconds=0.0)]]
+)
 def test_one_evaluation(write, rows):
     svg = curves.draw([curves.read_run(write(rows))])
     assert "nan" not in svg and "inf" not in svg

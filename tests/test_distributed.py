@@ -12,16 +12,23 @@ import sys
 import traceback
 
 import pytest
-import test_hiper
+import test_update
 import torch
 import torch.distributed as dist
+from helpers import HOUSEHOLD
 from test_train import arguments, rows
 from torch import nn
 
-from hiper_fast import checkpoint, hiper, optim, policy, train
-from hiper_fast.checkpoint import CheckpointError
+from hiper_fast import estimators, train
+from hiper_fast.agent.loading import load_agent
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World
+from hiper_fast.learn.credit import give_credit
+from hiper_fast.learn.optim import build_optimizers, set_lr
+from hiper_fast.learn.score import score
+from hiper_fast.learn.update import update
+from hiper_fast.runs import checkpoint
+from hiper_fast.runs.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -49,7 +56,9 @@ def together(tmp_path):
             worker.start()
             send.close()  # the other end is the worker's: when it dies, nothing more is waited for
         try:
-            return [answer(receive, worker) for (receive, _), worker in zip(ends, workers, strict=True)]
+            return [
+                answer(receive, worker) for (receive, _), worker in zip(ends, workers, strict=True)
+            ]
         finally:
             for worker in workers:
                 worker.kill()
@@ -103,13 +112,14 @@ def test_a_world_of_one_has_all():
 
 
 def make_agent(world, critic="separate", tied=True, continued=False, **options):
-    """As in test_hiper, of the tiny model, its head tied to its embeddings or not, its turns continued or not."""
-    agent = policy.load(ModelConfig(critic=critic, **options), 0, world=world)
+    """As in test_update, of the tiny model, its head tied to its embeddings or not, its turns continued or not."""
+    model = ModelConfig(device="cpu", critic=critic, **options)
+    agent = load_agent(model, 0, HOUSEHOLD.tokenizer, world)
     if not tied:
         agent.model.config.tie_word_embeddings = False
         agent.model.lm_head.weight = nn.Parameter(agent.model.lm_head.weight.detach() * 0.9)
     assert (agent.model.lm_head.weight is agent.model.model.embed_tokens.weight) == tied
-    t = test_hiper.build(agent)
+    t = test_update.build(agent)
     t.continued = continued
     generator = torch.Generator().manual_seed(1)
     trained = copy.deepcopy(agent.model.state_dict())
@@ -126,7 +136,9 @@ def make_agent(world, critic="separate", tied=True, continued=False, **options):
 
 
 def settings(**train):
-    config = test_hiper.settings(**{"minibatches": 2, "grad_clip": 1.0, "lr": 1e-3, "critic_lr": 1e-3, **train})
+    config = test_update.settings(
+        **{"minibatches": 2, "grad_clip": 1.0, "lr": 1e-3, "critic_lr": 1e-3, **train}
+    )
     config.run.threads = 1
     return config
 
@@ -135,11 +147,13 @@ def training(agent, t, config, optimizers, updates, losses=()):
     """Updates on the same trajectories: the metrics of each."""
     for number in updates:
         fresh = copy.copy(t)
-        targets = hiper.estimate(fresh, *hiper.score(agent, fresh, config), config.advantage)
+        scores = score(agent, fresh, config)
+        targets = give_credit(fresh, scores, estimators.find("hae"), config.advantage)
         for name, rate in (("policy", config.train.lr), ("critic", config.train.critic_lr)):
-            optim.set_lr(optimizers[name], rate)
+            set_lr(optimizers[name], rate)
         generator = torch.Generator().manual_seed(number)
-        losses = [*losses, hiper.update(agent, optimizers, fresh, targets, config, generator, train_policy=number > 0)]
+        step = update(agent, optimizers, fresh, targets, config, generator, train_policy=number > 0)
+        losses = [*losses, step]
     return losses
 
 
@@ -150,15 +164,21 @@ def weights(agent):
     states["heads"] = world.state_dict(agent.critic.heads)
     if agent.critic.trunk is not None:
         states["trunk"] = world.state_dict(agent.critic.trunk)
-    return {f"{part}.{name}": x.numpy().copy() for part, state in states.items() for name, x in state.items()}
+    return {
+        f"{part}.{name}": x.numpy().copy()
+        for part, state in states.items()
+        for name, x in state.items()
+    }
 
 
 def trained(world, model, options):
     agent, t = make_agent(world, **model)
     config = settings(**options)
-    optimizers = optim.build(agent, config)
+    optimizers = build_optimizers(agent, config)
     if config.train.lr == SGD:
-        optimizers = {name: torch.optim.SGD(o.param_groups[0]["params"]) for name, o in optimizers.items()}
+        optimizers = {
+            name: torch.optim.SGD(o.param_groups[0]["params"]) for name, o in optimizers.items()
+        }
     losses = training(agent, t, config, optimizers, range(3))
     return losses, weights(agent)
 
@@ -188,7 +208,10 @@ def assert_same_metrics(found, expected):
     [
         ({}, {"microbatch_tokens": 90}),
         ({"tied": False}, {"microbatch_tokens": 200, "old_logprobs": "recomputed"}),
-        ({"gradient_checkpointing": True}, {"microbatch_tokens": 200, "lr": 1e-4, "critic_lr": 1e-4}),
+        (
+            {"gradient_checkpointing": True},
+            {"microbatch_tokens": 200, "lr": 1e-4, "critic_lr": 1e-4},
+        ),
         ({"critic": "shared"}, {"microbatch_tokens": 120}),
         ({"continued": True}, {"microbatch_tokens": 200, "old_logprobs": "recomputed"}),
         # One microbatch a minibatch: the second process has no row at all.
@@ -205,7 +228,10 @@ def test_two_processes_learn_what_one_does(together, model, options):
         assert_same_metrics(ours, theirs)
     start = weights(make_agent(ALONE, **model)[0])
     for part in {name.split(".")[0] for name in after}:
-        assert max(abs(x - start[name]).max() for name, x in after.items() if name.startswith(part)) > 1e-4, part
+        assert (
+            max(abs(x - start[name]).max() for name, x in after.items() if name.startswith(part))
+            > 1e-4
+        ), part
 
 
 # Checkpoints.
@@ -215,7 +241,7 @@ def saved(world, folder):
     """One update, a checkpoint, and another update: its losses, and the weights that were saved."""
     agent, t = make_agent(world)
     config = settings(microbatch_tokens=200)
-    optimizers = optim.build(agent, config)
+    optimizers = build_optimizers(agent, config)
     training(agent, t, config, optimizers, [1])
     checkpoint.save(
         folder, 1, policy=agent.model, tokenizer=agent.tokenizer, critic=agent.critic, optimizers=optimizers,
@@ -229,9 +255,11 @@ def resumed(world, folder):
     """The weights after a load, and the losses of the update that follows."""
     agent, t = make_agent(world)
     config = settings(microbatch_tokens=200)
-    optimizers = optim.build(agent, config)
+    optimizers = build_optimizers(agent, config)
     path = checkpoint.latest(folder)
-    state = checkpoint.load(path, policy=agent.model, critic=agent.critic, optimizers=optimizers, world=world)
+    state = checkpoint.load(
+        path, policy=agent.model, critic=agent.critic, optimizers=optimizers, world=world
+    )
     assert state == {"step": 1, "skipped": 0}
     loaded = weights(agent)
     return training(agent, t, config, optimizers, [2]), loaded
@@ -241,9 +269,15 @@ def test_any_number_of_processes_resumes_a_checkpoint(together, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     losses, stored = saved(ALONE, alone)
     (losses_of_both, stored_by_both), _ = together(saved, both)
-    files = {path.relative_to(both / "step-000001").parent.name for path in both.glob("*/*/*.safetensors")}
+    files = {
+        path.relative_to(both / "step-000001").parent.name
+        for path in both.glob("*/*/*.safetensors")
+    }
     assert files == {"critic", "optimizer"} and len(list(both.glob("*/*/*.safetensors"))) == 4
-    for folder, expected, before in ((alone, losses, stored), (both, losses_of_both, stored_by_both)):
+    for folder, expected, before in (
+        (alone, losses, stored),
+        (both, losses_of_both, stored_by_both),
+    ):
         (again, by_both), _ = together(resumed, folder)
         again_alone, by_one = resumed(ALONE, folder)
         assert_same(by_both, before, 0.0)
@@ -262,9 +296,16 @@ def test_a_checkpoint_of_two_is_a_hugging_face_folder_without_pickles(together, 
     assert type(model) is type(make_agent(ALONE)[0].model) and model.config.tie_word_embeddings
     assert_same({f"policy.{name}": x.numpy() for name, x in model.state_dict().items()},
                 {name: x for name, x in stored.items() if name.startswith("policy.")}, 0.0)  # fmt: skip
-    assert {file.suffix for file in path.rglob("*.*")} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert {file.suffix for file in path.rglob("*.*")} <= {
+        ".json",
+        ".safetensors",
+        ".jinja",
+        ".txt",
+    }
     next((path / "optimizer").iterdir()).unlink()
-    with pytest.raises(CheckpointError, match="optimizer/shard.* is missing; use another checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="optimizer/shard.* is missing; use another checkpoint"
+    ):
         resumed(ALONE, tmp_path)
 
 
@@ -281,8 +322,13 @@ def in_bfloat16(world, folder, saves):
     """Masters of bfloat16 weights, after an update that is then saved, or after a load of what was."""
     agent, t = make_agent(world, dtype="bfloat16")
     config = settings(microbatch_tokens=400)
-    optimizers = optim.build(agent, config)
-    networks = {"policy": agent.model, "critic": agent.critic, "optimizers": optimizers, "world": world}
+    optimizers = build_optimizers(agent, config)
+    networks = {
+        "policy": agent.model,
+        "critic": agent.critic,
+        "optimizers": optimizers,
+        "world": world,
+    }
     if saves:
         training(agent, t, config, optimizers, [1])
         checkpoint.save(folder, 1, **networks, tokenizer=agent.tokenizer, state={})
@@ -305,7 +351,12 @@ def test_masters_of_bfloat16_weights_pass_between_one_process_and_two(together, 
 
 def one_of_two(rank, port, arguments, dies=False):
     """Its part of a run, as torchrun would have started it; the first process may die while step 2 is saved."""
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+    for name, value in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_PORT": port,
+    }.items():
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     put_in_place = checkpoint._put_in_place
@@ -325,7 +376,9 @@ def run_of_two(arguments, dies=False):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    workers = [context.Process(target=one_of_two, args=(rank, port, arguments, dies)) for rank in range(2)]
+    workers = [
+        context.Process(target=one_of_two, args=(rank, port, arguments, dies)) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     workers[0].join(PATIENCE)
@@ -335,7 +388,14 @@ def run_of_two(arguments, dies=False):
     return [worker.exitcode for worker in workers]
 
 
-SHORT = {"updates": 3, "eval.episodes": 4, "train.episodes": 5, "run.save_every": 1, "run.keep": 9, "eval.every": 2}
+SHORT = {
+    "updates": 3,
+    "eval.episodes": 4,
+    "train.episodes": 5,
+    "run.save_every": 1,
+    "run.keep": 9,
+    "eval.every": 2,
+}
 
 
 def test_two_processes_resume_after_a_kill_as_if_nothing_had_been(tmp_path):
@@ -360,14 +420,32 @@ def test_two_processes_resume_after_a_kill_as_if_nothing_had_been(tmp_path):
 
 
 def test_torchrun_starts_a_run_that_logs_once(tmp_path):
-    options = {**SHORT, "updates": 1, "warm_start.enabled": "no", "run.display": "plain", "name": "run"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = {
+        **SHORT,
+        "updates": 1,
+        "warm_start.enabled": "no",
+        "run.display": "plain",
+        "name": "run",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     result = subprocess.run(
         [*command, "-m", "hiper_fast.train", *arguments(tmp_path, **options)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["eval", "train", "eval", "report:"]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "eval",
+        "train",
+        "eval",
+        "report:",
+    ]
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 1]
 
 

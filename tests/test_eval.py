@@ -5,22 +5,24 @@ import re
 import shutil
 
 import pytest
+from helpers import configure, make_tiny
 
-from hiper_fast import config as configuration
-from hiper_fast import policy
-from hiper_fast.config import Config, ConfigError, ModelConfig
+from hiper_fast.envs.alfworld.player import Walkthrough
+from hiper_fast.envs.family import PANEL
 from hiper_fast.envs.household import TASK_TYPES, Household
-from hiper_fast.eval import evaluate, main, table
-from hiper_fast.expert import Walkthrough
-from hiper_fast.games import PANEL, Games
-from hiper_fast.metrics import wilson
-from hiper_fast.prompt import Prompter
-from hiper_fast.warm_start import response_text
+from hiper_fast.eval import evaluate, format_table, main
+from hiper_fast.learn.warm_start import write_response
+from hiper_fast.options import ConfigError
+from hiper_fast.rollout.engines import Answer
+from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.runs.folder import write_config
+from hiper_fast.runs.metrics import wilson
 
 
 @pytest.fixture(scope="module")
 def agent():
-    return policy.load(ModelConfig(), seed=0)
+    return make_tiny()
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +30,8 @@ def no_data(monkeypatch):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
 
 
-def settings(episodes=7, max_turns=3, **env):
-    config = Config()
-    config.env.name, config.env.max_turns = "household", max_turns
+def settings(episodes=7, max_turns=3, name="household", **env):
+    config = configure(name, env__max_turns=max_turns)
     config.eval.episodes, config.agent.max_response_tokens = episodes, 6
     for name, value in env.items():
         setattr(config.env, name, value)
@@ -38,15 +39,19 @@ def settings(episodes=7, max_turns=3, **env):
 
 
 def run(agent, config, **options):
-    prompter = Prompter(agent.tokenizer, config.agent, "compact")
-    return evaluate(agent, Games(config), prompter, config, **options)
+    games = Games(config)
+    return evaluate(agent, games, write(agent, games, config), config, **options)
+
+
+def write(agent, games, config):
+    return Prompter(agent.tokenizer, config.agent, games.family.styles["compact"])
 
 
 def solver(wins):
-    """A `respond` for evaluation that solves the first `wins` games and looks about in the others."""
+    """An `ask` for evaluation that solves the first `wins` games and looks about in the others."""
 
-    def sampled(agent, config, temperature, seed):
-        players, order = {}, []
+    def ask(engine):
+        agent, players, order = engine.agent, {}, []
 
         def respond(plays):
             answers = []
@@ -56,14 +61,14 @@ def solver(wins):
                     order.append(id(play))
                 text = "<action>look</action>"
                 if order.index(id(play)) < wins:
-                    text = response_text(players[id(play)].move([]), play.state.subgoal)
+                    text = write_response(players[id(play)].move([]), play.state.subgoal)
                 ids = agent.tokenizer(text, add_special_tokens=False)["input_ids"]
-                answers.append((ids, [0.0] * len(ids)))
+                answers.append(Answer(ids, [0.0] * len(ids)))
             return answers
 
         return respond
 
-    return sampled
+    return ask
 
 
 # The games.
@@ -76,17 +81,19 @@ def test_the_panel_is_unseen_distinct_and_the_same_for_every_seed():
     config.run.seed = 9
     assert [task["seed"] for task in Games(config).panel()] == panel
     config.eval.episodes = 8
-    assert [task["seed"] for task in Games(config).panel()] == panel[:8], "a smaller panel is part of a larger one"
+    assert [task["seed"] for task in Games(config).panel()] == panel[:8], (
+        "a smaller panel is part of a larger one"
+    )
 
 
 def test_training_games_depend_on_seed_and_purpose_and_are_none_of_the_panel():
     config = settings()
     games = Games(config)
-    first = games.training("update 1", 40)
-    assert first == Games(config).training("update 1", 40) != games.training("update 2", 40)
+    first = games.draw("update 1", 40)
+    assert first == Games(config).draw("update 1", 40) != games.draw("update 2", 40)
     assert all(0 <= task["seed"] < PANEL for task in first)
     config.run.seed = 1
-    assert Games(config).training("update 1", 40) != first
+    assert Games(config).draw("update 1", 40) != first
 
 
 def test_alfworld_panel_is_the_whole_split_at_most(tmp_path, monkeypatch):
@@ -98,7 +105,9 @@ def test_alfworld_panel_is_the_whole_split_at_most(tmp_path, monkeypatch):
         for seed in range(count):
             place = tmp_path / "json_2.1.1" / split / f"game-{seed}" / "trial"
             place.mkdir(parents=True)
-            (place / "game.tw-pddl").write_text(json.dumps(household.generate(TASK_TYPES[0], seed, "small")))
+            (place / "game.tw-pddl").write_text(
+                json.dumps(household.generate(TASK_TYPES[0], seed, "small"))
+            )
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     config = settings(episodes=100, name="alfworld")
     panel = [task["options"]["game"] for task in Games(config).panel()]
@@ -122,7 +131,8 @@ def test_each_game_is_played_exactly_once(agent, monkeypatch):
         return reset(self, seed=seed, options=options)
 
     config = settings()
-    games, prompter = Games(config), Prompter(agent.tokenizer, config.agent, "compact")
+    games = Games(config)
+    prompter = write(agent, games, config)
     monkeypatch.setattr(Household, "reset", recorded)
     metrics, t = evaluate(agent, games, prompter, config)
     assert sorted(seeds) == [PANEL + i for i in range(7)]
@@ -132,7 +142,7 @@ def test_each_game_is_played_exactly_once(agent, monkeypatch):
 
 @pytest.mark.parametrize("wins", [0, 5, 9])
 def test_success_is_counted_per_game_and_per_type(agent, monkeypatch, wins):
-    monkeypatch.setattr("hiper_fast.rollout.sampled", solver(wins))
+    monkeypatch.setattr("hiper_fast.rollout.play.ask", solver(wins))
     metrics, t = run(agent, settings(episodes=9, max_turns=40))
     assert metrics["eval/success"] == pytest.approx(wins / 9)
     assert (metrics["eval/low"], metrics["eval/high"]) == wilson(wins, 9)
@@ -143,7 +153,9 @@ def test_success_is_counted_per_game_and_per_type(agent, monkeypatch, wins):
     assert round(won) == wins
     for name, count in counts.items():
         mine = [e.won for e in t.episodes if e.task_type == name]
-        assert len(mine) == count and metrics[f"eval/success/{name}"] == pytest.approx(sum(mine) / count)
+        assert len(mine) == count and metrics[f"eval/success/{name}"] == pytest.approx(
+            sum(mine) / count
+        )
     assert metrics["eval/valid_rate"] == pytest.approx(t.valid.float().mean().item())
 
 
@@ -168,9 +180,13 @@ def test_table_holds_wilson_intervals():
         "eval/success/pick_and_place_simple": 1 / 3,
         "eval/episodes/pick_and_place_simple": 6,
     }
-    _, *lines = table(metrics).splitlines()
+    _, *lines = format_table(metrics).splitlines()
     for line, name, wins, count in zip(
-        lines, ("look_at_obj_in_light", "pick_and_place_simple", "all"), (4, 2, 6), (4, 6, 10), strict=True
+        lines,
+        ("look_at_obj_in_light", "pick_and_place_simple", "all"),
+        (4, 2, 6),
+        (4, 6, 10),
+        strict=True,
     ):
         low, high = wilson(wins, count)
         assert line.split()[:3] == [name, str(count), f"{wins / count:.1%}"]
@@ -190,7 +206,7 @@ def saved(agent, tmp_path_factory):
     agent.tokenizer.save_pretrained(folder)
     config = settings(episodes=4)
     config.agent.style, config.run.threads = "compact", 1
-    configuration.write_file(config, run / "config.yaml")
+    write_config(config, run)
     return folder
 
 
@@ -203,7 +219,7 @@ def test_command_prints_the_table(saved, capsys):
 
 
 def test_command_plays_what_the_options_say(saved, capsys, monkeypatch):
-    monkeypatch.setattr("hiper_fast.rollout.sampled", solver(3))
+    monkeypatch.setattr("hiper_fast.rollout.play.ask", solver(3))
     argv = ["--checkpoint", str(saved), "--env.max_turns", "40", "--eval.episodes", "5"]
     assert main([*argv, "--env.task_types", "look_at_obj_in_light"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -216,7 +232,9 @@ def test_command_plays_what_the_options_say(saved, capsys, monkeypatch):
 def test_command_takes_a_config_of_its_own_and_any_model_folder(saved, tmp_path, capsys):
     shutil.copytree(saved, tmp_path / "model")
     file = tmp_path / "own.yaml"
-    file.write_text("eval: {episodes: 2}\nenv: {max_turns: 1, name: household}\nagent: {max_response_tokens: 3}\n")
+    file.write_text(
+        "eval: {episodes: 2}\nenv: {max_turns: 1, name: household}\nagent: {max_response_tokens: 3}\n"
+    )
     assert main(["--checkpoint", str(tmp_path / "model"), "--config", str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[1] == "2"
 
@@ -251,7 +269,9 @@ def test_a_folder_without_a_model(tmp_path, capsys):
     assert err.count("\n") == 1 and str(tmp_path / "a" / "b") in err
 
 
-@pytest.mark.parametrize("argv", [[], ["--checkpoint"], ["--checkpoint", "x", "--env.sice", "small"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["--checkpoint"], ["--checkpoint", "x", "--env.sice", "small"]]
+)
 def test_bad_options(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
@@ -264,7 +284,12 @@ def test_help_names_the_options(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert "--checkpoint" in out and "--config" in out and "--sampling-seed" in out and "--env.size" in out
+    assert (
+        "--checkpoint" in out
+        and "--config" in out
+        and "--sampling-seed" in out
+        and "--env.size" in out
+    )
 
 
 def test_missing_data_is_one_line(saved, capsys):

@@ -1,21 +1,22 @@
 """Each family of environments brings its games, prompts, players and defaults; WebShop through all of the loop."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import yaml
+from helpers import configure, make_tiny
 
-from hiper_fast import config as configuration
-from hiper_fast import policy
-from hiper_fast.config import Config, ConfigError, ModelConfig, resolve
-from hiper_fast.eval import evaluate, table
-from hiper_fast.families import FAMILIES
-from hiper_fast.games import Games
-from hiper_fast.prompt import Prompter
-from hiper_fast.rollout import Play, listed, scores
-from hiper_fast.trajectory import Episode
-from hiper_fast.warm_start import demonstrate
+from hiper_fast.configure import RECIPES, resolve
+from hiper_fast.envs.family import families
+from hiper_fast.eval import evaluate, format_table
+from hiper_fast.learn.warm_start import demonstrate
+from hiper_fast.options import ConfigError
+from hiper_fast.rollout.engines import Answer
+from hiper_fast.rollout.episode import Play
+from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.summary import summarise_scores
+from hiper_fast.rollout.trajectory import Episode
 
 
 @pytest.fixture(autouse=True)
@@ -25,34 +26,36 @@ def no_data(monkeypatch):
 
 
 def settings(**options):
-    return resolve([], {"env.name": "webshop", **{name.replace("__", "."): value for name, value in options.items()}})
+    return configure("webshop", **options)
 
 
 def prompter(agent, games, config):
-    return Prompter(agent.tokenizer, config.agent, "compact", games.family.styles)
+    return Prompter(agent.tokenizer, config.agent, games.family.styles["compact"])
 
 
 @pytest.fixture(scope="module")
 def agent():
-    return policy.load(ModelConfig(), 0, "webshop")
+    return make_tiny(families.find("webshop"))
 
 
 def test_every_environment_has_a_family():
-    assert {*FAMILIES, "auto"} == set(configuration.CHOICES["env.name"])
-    for family in FAMILIES.values():
-        assert set(family.styles) == {"reference", "compact", "transcript"}
+    assert families.names() == ["alfworld", "household", "webshop"]
+    for name in families.names():
+        assert set(families.find(name).styles) == {"reference", "compact", "transcript"}
 
 
 @pytest.mark.parametrize("name", ["household", "webshop"])
 def test_a_family_plays(name):
-    config = resolve([], {"env.name": name})
-    family = FAMILIES[name](config.env)
+    config = configure(name)
+    family = families.find(name)(config.env)
     env = family.make()
     env.reset(**family.named("3"))
     player = family.player("search", env, random.Random(0))
     observation, info = env.reset(**family.named("3"))
     player.observe(None, observation, info["admissible_commands"])
-    assert listed(player.move(info["admissible_commands"]).action, info["admissible_commands"])
+    assert family.is_listed(
+        player.move(info["admissible_commands"]).action, info["admissible_commands"]
+    )
     with pytest.raises(ValueError, match="from 0 on"):
         family.named("-1")
 
@@ -63,7 +66,8 @@ def test_a_family_plays(name):
 def test_webshop_has_defaults_of_its_own_which_files_and_the_command_line_overrule(tmp_path):
     config = settings()
     assert (config.env.eval_split, config.env.max_turns, config.agent.fallback) == ("test", 15, 20)
-    assert Config().env.max_turns != 15 and resolve([], {"env.name": "household"}) == resolve([], {"env": "household"})
+    assert resolve(given={"env.name": "household"}) == resolve(given={"env": "household"})
+    assert resolve(given={"env.name": "household"}).env.max_turns != 15
     file = tmp_path / "own.yaml"
     file.write_text("env: {name: webshop, max_turns: 9}\nagent: {fallback: 7}\n")
     config = resolve([file], {"agent.fallback": "8"})
@@ -71,26 +75,39 @@ def test_webshop_has_defaults_of_its_own_which_files_and_the_command_line_overru
 
 
 def test_the_official_games_have_defaults_of_their_own_also_where_auto_finds_them(monkeypatch):
-    assert resolve([], {}).env.max_turns == Config().env.max_turns
+    assert resolve().env.max_turns == 20
     named = resolve([], {"env.name": "alfworld"})
     assert (named.env.max_turns, named.eval.episodes) == (50, 140)
     monkeypatch.setenv("ALFWORLD_DATA", "somewhere")
-    found = resolve([], {})
-    assert found.env.name == "auto" and replace(found, env=named.env) == replace(named, env=named.env)
+    assert resolve() == named
 
 
 @pytest.mark.parametrize("name", ["alfworld", "webshop"])
 def test_the_papers_recipe_leaves_nothing_to_the_environments_defaults(name):
-    recipe, own = (yaml.safe_load((configuration.RECIPES / f"{p}{name}.yaml").read_text()) for p in ("", "default-"))
-    left = {(section, key) for section, entries in own.items() for key in entries if key not in recipe[section]}
+    files = RECIPES / f"{name}.yaml", families.find(name).defaults
+    recipe, own = (yaml.safe_load(file.read_text()) for file in files)
+    left = {
+        (section, key)
+        for section, entries in own.items()
+        for key in entries
+        if key not in recipe[section]
+    }
     assert left <= {("warm_start", "episodes")} and recipe["warm_start"] == {"enabled": False}
 
 
 def test_the_papers_recipe():
-    config = resolve([configuration.RECIPES / "webshop.yaml"], {})
+    config = resolve([RECIPES / "webshop.yaml"], {})
     assert config.env.name == "webshop" and config.env.max_turns == 15
-    assert (config.reward.keep, config.reward.keep_mode, config.reward.consistency) == (-3.5, "normalized", -0.3)
-    assert not config.advantage.bootstrap and config.agent.max_prompt_tokens == 4096 and config.agent.fallback == 20
+    assert (config.reward.keep, config.reward.keep_mode, config.reward.consistency) == (
+        -3.5,
+        "normalized",
+        -0.3,
+    )
+    assert (
+        not config.advantage.bootstrap
+        and config.agent.max_prompt_tokens == 4096
+        and config.agent.fallback == 20
+    )
 
 
 @pytest.mark.parametrize("by", ["goal", "product"])
@@ -103,7 +120,7 @@ def test_the_panel_is_fixed_distinct_and_never_trained_on(by):
     assert [t["options"]["goal"] for t in Games(config).panel()] == panel and len(panel) >= 490
     env = games.make(1)[0]
     trained = []
-    for task in games.training("update 1", 300):
+    for task in games.draw("update 1", 300):
         env.reset(**task)
         trained.append(env.goal)
     assert len({goal["instruction_text"] for goal in trained}) > 200
@@ -125,7 +142,9 @@ def test_wrong_options_are_named():
 
 
 def test_demonstrations_of_webshop(agent):
-    config = settings(warm_start__episodes="20", warm_start__noise="0.1", warm_start__imitate_noise="no")
+    config = settings(
+        warm_start__episodes="20", warm_start__noise="0.1", warm_start__imitate_noise="no"
+    )
     games = Games(config)
     t, own = demonstrate(agent, games, prompter(agent, games, config), config)
     assert t.valid.all() and 0.8 < own.float().mean() < 1
@@ -139,18 +158,28 @@ def test_evaluation_gives_scores_and_reachable_goals(agent):
     games = Games(config)
     metrics, t = evaluate(agent, games, prompter(agent, games, config), config)
     assert metrics["eval/score"] == 0 and metrics["eval/reachable"] == 1
-    assert "score 0.000; over the 100.0% of goals" in table(metrics)
+    assert "score 0.000; over the 100.0% of goals" in format_table(metrics)
     assert games.family.provenance()["split"] == "test"
 
 
 def test_scores_over_goals_that_can_be_met():
     episodes = [Episode("", "", won=won, score=score, reachable=reachable) for won, score, reachable in
                 [(True, 1.0, True), (False, 0.5, True), (False, 0.2, False)]]  # fmt: skip
-    assert scores("eval", episodes) == pytest.approx(
-        {"eval/score": 1.7 / 3, "eval/reachable": 2 / 3, "eval/success_reachable": 0.5, "eval/score_reachable": 0.75}
+    assert summarise_scores("eval", episodes) == pytest.approx(
+        {
+            "eval/score": 1.7 / 3,
+            "eval/reachable": 2 / 3,
+            "eval/success_reachable": 0.5,
+            "eval/score_reachable": 0.75,
+        }
     )
-    assert scores("eval", [Episode("", "")]) == {}
-    assert scores("eval", [Episode("", "", score=0.0, reachable=False)])["eval/success_reachable"] == 0
+    assert summarise_scores("eval", [Episode("", "")]) == {}
+    assert (
+        summarise_scores("eval", [Episode("", "", score=0.0, reachable=False)])[
+            "eval/success_reachable"
+        ]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,6 +195,7 @@ def test_scores_over_goals_that_can_be_met():
     ],
 )
 def test_a_search_is_listed_whatever_its_words(action, allowed):
+    listed = families.find("webshop")(settings().env).is_listed
     assert listed(action, ["search[<your query>]", "click[buy now]"]) is allowed
     assert not listed("search[tea]", ["click[buy now]"])
 
@@ -174,11 +204,18 @@ def test_an_episode_has_the_environments_score(agent):
     config = settings()
     games = Games(config)
     env = games.make(1)[0]
-    play = Play(env, games.panel()[0], config)
+    play = Play(env, games.panel()[0], games.family, config)
     goal = env.goal
-    for action in ("search[x]", f"search[{goal['name']}]", f"click[{goal['asin']}]", "click[buy now]"):
-        play.step(([], []), f"<action>{action}</action>".encode())
+    for action in (
+        "search[x]",
+        f"search[{goal['name']}]",
+        f"click[{goal['asin']}]",
+        "click[buy now]",
+    ):
+        play.step(Answer([], []), f"<action>{action}</action>".encode())
     assert play.over and play.episode.terminated and play.episode.reachable
     assert play.episode.score == play.info["task_score"]
     assert play.episode.rewards[0] == 0 and len(play.episode.rewards) == 4
-    assert play.episode.rewards[1] == config.reward.inadmissible, "a search works there, but is not listed"
+    assert play.episode.rewards[1] == config.reward.inadmissible, (
+        "a search works there, but is not listed"
+    )

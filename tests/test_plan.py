@@ -5,19 +5,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import HOUSEHOLD
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
 
-from hiper_fast import attention, footprint, optim, plan, policy, train
-from hiper_fast.batch import microbatches
-from hiper_fast.config import Config, ConfigError, recipes, resolve
+from hiper_fast import plan, session, train
+from hiper_fast.agent import attention, footprint, layers, lora
+from hiper_fast.agent.agent import Critic, run_trunk
+from hiper_fast.config import Config
+from hiper_fast.configure import list_recipes, resolve
 from hiper_fast.distributed import ALONE
-from hiper_fast.generate import cache_name
+from hiper_fast.learn import optim
+from hiper_fast.options import ConfigError
+from hiper_fast.packing import microbatches, prefix_sums
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
-from hiper_fast.policy import Critic, hidden_states
-from hiper_fast.trajectory import prefix_sums
+from hiper_fast.rollout.generate import name_cache
 
-SIZES = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=300)
+SIZES = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+)
 MODELS = {
     "qwen2": Qwen2Config(**SIZES, num_hidden_layers=6, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZES, num_hidden_layers=5, tie_word_embeddings=False),
@@ -32,22 +42,26 @@ def folder(request, tmp_path):
 
 
 def settings(path, **options) -> Config:
-    return resolve([], {"model.path": str(path), "env.name": "household", "model.device": "cpu"} | options)
+    return resolve(
+        [], {"model.path": str(path), "env.name": "household", "model.device": "cpu"} | options
+    )
 
 
 def model(config: Config):
-    made = AutoModelForCausalLM.from_config(plan_architecture(config), dtype=plan.dtype_of(config))
+    made = AutoModelForCausalLM.from_config(
+        plan_architecture(config), dtype=plan.find_dtype(config)
+    )
     attention.use(made)
     return made
 
 
 def plan_architecture(config: Config):
-    return footprint.architecture(config.model.path, "household", True)
+    return footprint.find_architecture(config.model.path, HOUSEHOLD.tokenizer, True)
 
 
 def sizes(config: Config) -> dict[str, float]:
     """Name -> bytes of what is planned."""
-    return {(part.when, part.name): part.size for part in plan.memory(config)}
+    return {(part.when, part.name): part.size for part in plan.list_parts(config)}
 
 
 def gpu(memory: float, gpus: int = 1, host: float = 0.0) -> plan.Machine:
@@ -72,14 +86,19 @@ def gpu(memory: float, gpus: int = 1, host: float = 0.0) -> plan.Machine:
         ("Qwen/Qwen3-8B", 8_190_735_360),
     ],
 )
-def test_well_known_models_have_the_published_number_of_weights_without_network(name, weights, monkeypatch):
+def test_well_known_models_have_the_published_number_of_weights_without_network(
+    name, weights, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert footprint.footprint(name, "household").total == weights
+    assert footprint.measure_model(name, HOUSEHOLD.tokenizer).total == weights
 
 
 def test_an_unknown_model_is_refused_with_two_ways_out():
-    with pytest.raises(ConfigError, match="model.path: some/model is no folder .*Qwen2.5-7B.*local_files_only=false"):
-        footprint.footprint("some/model", "household")
+    with pytest.raises(
+        ConfigError,
+        match="model.path: some/model is no folder .*Qwen2.5-7B.*local_files_only=false",
+    ):
+        footprint.measure_model("some/model", HOUSEHOLD.tokenizer)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
@@ -98,12 +117,19 @@ def test_weights_gradients_and_states_to_the_byte(folder, critic, dtype, optimiz
         pytest.importorskip("torchao")
     config = settings(
         folder,
-        **{"model.dtype": dtype, "model.critic": critic, "train.optimizer": optimizer, "train.master_weights": masters},
+        **{
+            "model.dtype": dtype,
+            "model.critic": critic,
+            "train.optimizer": optimizer,
+            "train.master_weights": masters,
+        },
     )
     policy_model = model(config)
     trunk = model(config).base_model if critic == "separate" else None
-    agent = SimpleNamespace(model=policy_model, critic=Critic(trunk, 64, torch.device("cpu")), world=ALONE)
-    optimizers = optim.build(agent, config)
+    agent = SimpleNamespace(
+        model=policy_model, critic=Critic(trunk, 64, torch.device("cpu")), world=ALONE
+    )
+    optimizers = optim.build_optimizers(agent, config)
     planned = sizes(config)
     for name, module in (("policy", agent.model), ("critic", agent.critic)):
         parameters = list(module.parameters())
@@ -118,8 +144,12 @@ def test_weights_gradients_and_states_to_the_byte(folder, critic, dtype, optimiz
                     kept["optimiser states"] += value.nbytes
                 elif key == "master" and dtype == "bfloat16" and masters:
                     kept["master weights"] += value.nbytes
-        if dtype == "bfloat16" and masters:  # the heads are float32 and so are their own masters, but kept apart too
-            kept["master weights"] = sum(4 * p.numel() for p in parameters if p.dtype == torch.bfloat16)
+        if (
+            dtype == "bfloat16" and masters
+        ):  # the heads are float32 and so are their own masters, but kept apart too
+            kept["master weights"] = sum(
+                4 * p.numel() for p in parameters if p.dtype == torch.bfloat16
+            )
         assert {key: planned[KEPT, f"{name}: {key}"] for key in kept} == kept
     assert planned[KEPT, "reference model"] == nbytes(policy_model.parameters())
 
@@ -129,11 +159,18 @@ def nbytes(tensors) -> int:
 
 
 def test_offloaded_states_are_on_the_cpu(folder):
-    config = settings(folder, **{"model.dtype": "bfloat16", "train.optimizer": "offload", "plan.gpu": "a100"})
-    planned, count = sizes(config), plan.model_of(config).total
+    config = settings(
+        folder, **{"model.dtype": "bfloat16", "train.optimizer": "offload", "plan.gpu": "a100"}
+    )
+    planned, count = sizes(config), plan.find_footprint(config).total
     assert planned[KEPT, "policy: optimiser states"] == planned[KEPT, "policy: master weights"] == 0
-    assert planned[HOST, "policy: masters and states"] == 16 * count  # master, its gradient, two moments
-    assert (planned[KEPT, "policy: weights"], planned[UPDATE, "policy: gradients"]) == (2 * count, 4 * count)
+    assert (
+        planned[HOST, "policy: masters and states"] == 16 * count
+    )  # master, its gradient, two moments
+    assert (planned[KEPT, "policy: weights"], planned[UPDATE, "policy: gradients"]) == (
+        2 * count,
+        4 * count,
+    )
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
@@ -141,9 +178,9 @@ def test_adapters_are_counted_as_peft_makes_them(folder, targets):
     pytest.importorskip("peft")
     config = settings(folder, **{"model.lora_rank": 4, "model.lora_targets": targets})
     adapted = model(config)
-    policy.add_lora(adapted, config.model, seed=0)
+    lora.add_lora(adapted, config.model, seed=0)
     trained = [p.numel() for p in adapted.parameters() if p.requires_grad]
-    assert sum(plan.model_of(config).adapters(4, targets)) == sum(trained)
+    assert sum(plan.find_footprint(config).adapters(4, targets)) == sum(trained)
     planned = sizes(config)
     assert planned[UPDATE, "policy: gradients"] == 4 * sum(trained)
     assert planned[KEPT, "policy: weights"] == nbytes(adapted.parameters())
@@ -151,11 +188,15 @@ def test_adapters_are_counted_as_peft_makes_them(folder, targets):
 
 
 def test_shards_divide_what_is_trained_and_what_is_kept(folder):
-    one, four = (sizes(settings(folder, **{"model.dtype": "float32", "plan.gpus": n})) for n in (1, 4))
+    one, four = (
+        sizes(settings(folder, **{"model.dtype": "float32", "plan.gpus": n})) for n in (1, 4)
+    )
     for name in ("policy: weights", "critic: optimiser states", "reference model"):
         assert four[KEPT, name] == one[KEPT, name] / 4
     assert four[UPDATE, "critic: gradients"] == one[UPDATE, "critic: gradients"] / 4
-    assert four[ROLLOUT, "whole policy"] == one[KEPT, "policy: weights"], "each process generates by itself"
+    assert four[ROLLOUT, "whole policy"] == one[KEPT, "policy: weights"], (
+        "each process generates by itself"
+    )
 
 
 def test_the_kv_cache_to_the_byte(folder):
@@ -165,15 +206,19 @@ def test_the_kv_cache_to_the_byte(folder):
     )  # fmt: skip
     cache = DynamicCache(config=plan_architecture(config))
     network = model(config)
-    network(input_ids=torch.ones(2, 25, dtype=torch.long), use_cache=True, **{cache_name(type(network)): cache})
+    network(
+        input_ids=torch.ones(2, 25, dtype=torch.long),
+        use_cache=True,
+        **{name_cache(type(network)): cache},
+    )
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert plan.in_flight(config) == 2 and sizes(config)[ROLLOUT, "KV cache"] == held
+    assert plan.count_together(config) == 2 and sizes(config)[ROLLOUT, "KV cache"] == held
 
 
 def test_transcripts_keep_the_cache_of_every_episode(folder):
     config = settings(folder, **{"agent.style": "transcript", "agent.max_prompt_tokens": 95, "agent.batch_tokens": 95,
                                  "agent.max_response_tokens": 5, "train.episodes": 7})  # fmt: skip
-    assert sizes(config)[ROLLOUT, "KV cache"] == plan.model_of(config).kv * 4 * 7 * 100
+    assert sizes(config)[ROLLOUT, "KV cache"] == plan.find_footprint(config).kv * 4 * 7 * 100
 
 
 def packed(lengths: list[int]):
@@ -196,9 +241,11 @@ def test_activations_are_what_the_forward_pass_keeps(folder):
 
     batch = packed([400, 300, 324])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden_states(trunk, batch)
+        run_trunk(trunk, batch)
     real = sum(storage.nbytes() for storage in kept.values())
-    planned = footprint.run(plan.model_of(config), 1024, torch.float32, train=True).peak
+    planned = footprint.count_pass(
+        plan.find_footprint(config), 1024, torch.float32, train=True
+    ).peak
     assert planned == pytest.approx(real, rel=0.15)
 
 
@@ -207,21 +254,25 @@ def test_the_peak_of_a_real_forward_and_backward(folder, checkpointing):
     config = settings(folder, **{"model.gradient_checkpointing": checkpointing})
     trunk = model(config).base_model
     if checkpointing:
-        policy.recompute(trunk)
+        layers.recompute(trunk)
     for p in trunk.parameters():
         p.grad = torch.zeros_like(p)
     kept = [*trunk.parameters(), *(p.grad for p in trunk.parameters())]
     batch = packed([500, 512, 524])
     with footprint.Held(kept) as held:
-        hidden = hidden_states(trunk, batch)
+        hidden = run_trunk(trunk, batch)
         hidden.backward(torch.ones_like(hidden))
-    planned = footprint.run(plan.model_of(config), 1536, torch.float32, train=True, checkpointing=checkpointing).peak
+    planned = footprint.count_pass(
+        plan.find_footprint(config), 1536, torch.float32, train=True, checkpointing=checkpointing
+    ).peak
     assert planned == pytest.approx(held.peak, rel=0.15)
 
 
 def test_activations_grow_with_tokens_not_with_their_square(folder):
-    f = plan.model_of(settings(folder))
-    one, two, four = (footprint.run(f, n, torch.bfloat16, train=True).peak for n in (4096, 8192, 16384))
+    f = plan.find_footprint(settings(folder))
+    one, two, four = (
+        footprint.count_pass(f, n, torch.bfloat16, train=True).peak for n in (4096, 8192, 16384)
+    )
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
 
 
@@ -237,23 +288,25 @@ def test_held_forgets_what_was_freed():
 def test_the_sizes_of_attention_are_those_of_attention():
     shapes = (1, 4, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16)
     query, key, value = (torch.randn(s) for s in shapes)
-    real = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
-    assert footprint.flash_sizes(None, query, key, value, None)[0].shape == real.shape
+    real = scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    assert footprint.attend_flash(None, query, key, value, None)[0].shape == real.shape
 
 
 # Refusing, and what would mend it.
 
 
 def needs(config: Config) -> float:
-    return max(plan.totals(plan.memory(config)).values())
+    return max(plan.sum_stages(plan.list_parts(config)).values())
 
 
 def with_options(config: Config, changes) -> Config:
-    return plan.changed(config, gpu(0), tuple(changes))[0]
+    return plan.apply_changes(config, gpu(0), tuple(changes))[0]
 
 
 def single_changes(config: Config) -> list:
-    return [(name, value) for name, values in plan.possible_changes(config, gpu(0)).items() for value in values]
+    return list(itertools.chain.from_iterable(plan.list_changes(config, gpu(0))))
 
 
 LARGE = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "plan.gpu": "a100", "agent.max_prompt_tokens": 1500,
@@ -277,59 +330,80 @@ CASES = [  # options that leave only this change, or this one first, to be the s
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options, change", CASES, ids=lambda x: f"{x[0]}={x[1]}" if isinstance(x, tuple) else "")
+@pytest.mark.parametrize(
+    "options, change", CASES, ids=lambda x: f"{x[0]}={x[1]}" if isinstance(x, tuple) else ""
+)
 def test_the_first_single_change_that_fits_is_named(options, change):
     config = resolve([], LARGE | options)
     room = needs(with_options(config, [change])) * 1.001
     assert needs(config) > room, "else there is nothing to mend"
-    with pytest.raises(ConfigError, match=r"Qwen2.5-1.5B-Instruct does not fit: [\d.]+ GiB are needed in") as caught:
+    with pytest.raises(
+        ConfigError, match=r"Qwen2.5-1.5B-Instruct does not fit: [\d.]+ GiB are needed in"
+    ) as caught:
         plan.check(config, gpu(room))
-    chosen = plan.smallest_change(config, gpu(room))
-    assert len(chosen) == 1 and plan.described(*chosen[0]) in str(caught.value)
+    chosen = plan.find_smallest_change(config, gpu(room))
+    assert len(chosen) == 1 and plan.describe_change(*chosen[0]) in str(caught.value)
     every = single_changes(config)
-    fitting = [c for c in every if not plan.shortage(*plan.changed(config, gpu(room), (c,)))]
-    assert change in fitting and chosen[0] == fitting[0] and every.index(change) >= every.index(chosen[0])
+    fitting = [
+        c for c in every if not plan.find_shortage(*plan.apply_changes(config, gpu(room), (c,)))
+    ]
+    assert (
+        change in fitting
+        and chosen[0] == fitting[0]
+        and every.index(change) >= every.index(chosen[0])
+    )
     if options.get("train.optimizer") != "offload" and change[0] != "plan.gpus":
         assert chosen[0] == change
-    plan.check(*plan.changed(config, gpu(room), chosen))
+    plan.check(*plan.apply_changes(config, gpu(room), chosen))
 
 
 def test_a_pair_where_no_single_change_fits():
     config = resolve([], LARGE)
     singles = [with_options(config, [c]) for c in single_changes(config)]
     room = min(needs(c) for c in singles if c.train.optimizer == "adamw" or c.plan.gpus < 2) * 0.99
-    chosen = plan.smallest_change(config, gpu(room))
+    chosen = plan.find_smallest_change(config, gpu(room))
     assert len(chosen) == 2
     with pytest.raises(ConfigError, match="it would with --.* .+"):
         plan.check(config, gpu(room))
     for fewer in itertools.combinations(chosen, 1):
-        assert plan.shortage(*plan.changed(config, gpu(room), fewer))
-    plan.check(*plan.changed(config, gpu(room), chosen))
+        assert plan.find_shortage(*plan.apply_changes(config, gpu(room), fewer))
+    plan.check(*plan.apply_changes(config, gpu(room), chosen))
 
 
 def test_nothing_helps():
     with pytest.raises(ConfigError, match="no change of options would make it"):
-        plan.check(resolve([], LARGE | {"agent.batch_tokens": 1500, "train.microbatch_tokens": 2048}), gpu(0.1 * GIB))
+        plan.check(
+            resolve([], LARGE | {"agent.batch_tokens": 1500, "train.microbatch_tokens": 2048}),
+            gpu(0.1 * GIB),
+        )
 
 
 def test_the_cpus_memory_is_checked_for_offloading():
-    options = {"train.optimizer": "offload", "model.dtype": "bfloat16", "model.gradient_checkpointing": True}
+    options = {
+        "train.optimizer": "offload",
+        "model.dtype": "bfloat16",
+        "model.gradient_checkpointing": True,
+    }
     config = resolve([], LARGE | options)
     plan.check(config, gpu(100 * GIB, host=64 * GIB))
-    with pytest.raises(ConfigError, match="offloading needs 46.0 GiB of CPU memory, and there are 32.0"):
+    with pytest.raises(
+        ConfigError, match="offloading needs 46.0 GiB of CPU memory, and there are 32.0"
+    ):
         plan.check(config, gpu(100 * GIB, host=32 * GIB))
 
 
 def test_several_processes_take_adamw_alone():
     config = resolve([], LARGE | {"train.optimizer": "offload", "plan.gpus": 4})
-    with pytest.raises(ConfigError, match="works in one process only; it would with --train.optimizer=adamw$"):
+    with pytest.raises(
+        ConfigError, match="works in one process only; it would with --train.optimizer=adamw$"
+    ):
         plan.check(config, gpu(1000 * GIB, gpus=4))
 
 
 def test_a_full_fine_tuning_of_7b_on_24_gb_is_refused_with_a_mend():
     config = resolve(["alfworld", "qwen2.5-7b-1x24gb"], {"model.lora_rank": 0})
     with pytest.raises(ConfigError, match="Qwen2.5-7B-Instruct does not fit") as caught:
-        plan.check(config, plan.machine(config))
+        plan.check(config, plan.find_machine(config))
     assert "--model.lora_rank=32" in str(caught.value)
 
 
@@ -337,34 +411,69 @@ def test_a_full_fine_tuning_of_7b_on_24_gb_is_refused_with_a_mend():
 
 
 @pytest.mark.parametrize("task", ["alfworld", "webshop"])
-@pytest.mark.parametrize("hardware", [name for name in recipes() if name.startswith("qwen")])
+@pytest.mark.parametrize("hardware", [name for name in list_recipes() if name.startswith("qwen")])
 def test_every_task_fits_every_hardware_with_the_papers_hyperparameters(task, hardware):
     config = resolve([task, hardware], {})
-    plan.check(config, plan.machine(config))
+    plan.check(config, plan.find_machine(config))
     size, place = hardware.removeprefix("qwen2.5-").split("-")
     gpus, memory = (int(n) for n in place.removesuffix("gb").split("x"))
     assert config.model.path == f"Qwen/Qwen2.5-{size.upper()}-Instruct" and config.plan.gpus == gpus
-    assert 0.96 * memory < plan.machine(config).memory / GIB < memory
+    assert 0.96 * memory < plan.find_machine(config).memory / GIB < memory
     c, a, r = config.train, config.agent, config.reward
-    assert (c.episodes, c.updates, c.kl_coef, c.entropy_coef, c.dual_clip, c.grad_clip) == (128, 150, 0.01, 0.001, 3, 1)
-    assert (c.clip_low, c.clip_high, c.value_clip, c.value_coef, c.weight_decay) == (0.2, 0.2, 0.5, [1, 1, 1], 0.01)
+    assert (c.episodes, c.updates, c.kl_coef, c.entropy_coef, c.dual_clip, c.grad_clip) == (
+        128,
+        150,
+        0.01,
+        0.001,
+        3,
+        1,
+    )
+    assert (c.clip_low, c.clip_high, c.value_clip, c.value_coef, c.weight_decay) == (
+        0.2,
+        0.2,
+        0.5,
+        [1, 1, 1],
+        0.01,
+    )
     scale = 10 if config.model.lora_rank else 1
-    assert (c.lr, c.critic_lr) == pytest.approx((scale * 1e-6, scale * 1e-5)) and config.model.critic == "separate"
-    assert (a.history, a.max_response_tokens, a.temperature, config.eval.temperature) == (2, 512, 1.0, 0.4)
+    assert (c.lr, c.critic_lr) == pytest.approx(
+        (scale * 1e-6, scale * 1e-5)
+    ) and config.model.critic == "separate"
+    assert (a.history, a.max_response_tokens, a.temperature, config.eval.temperature) == (
+        2,
+        512,
+        1.0,
+        0.4,
+    )
     assert (r.success, r.invalid, r.keep_mode, r.consistency) == (10, -0.1, "normalized", -0.3)
     assert round(config.plan.turns / c.minibatches, -1) in (250, 260)
 
 
 def test_there_is_a_recipe_for_each_hardware():
-    names = {f"qwen2.5-{m}-{h}gb" for m in ("1.5b", "7b") for h in ("1x24", "1x80", "1x141", "4x80", "8x80")}
-    assert names == {name for name in recipes() if name.startswith("qwen")}
+    names = {
+        f"qwen2.5-{m}-{h}gb"
+        for m in ("1.5b", "7b")
+        for h in ("1x24", "1x80", "1x141", "4x80", "8x80")
+    }
+    assert names == {name for name in list_recipes() if name.startswith("qwen")}
 
 
 # The command, and the start of a run.
 
 
 def test_the_command_prints_the_plan_and_starts_nothing(tmp_path, capsys):
-    assert train.main(["--plan", "--run.folder", str(tmp_path / "runs"), "--plan.tflops=1", "--plan.gb_per_s=5"]) == 0
+    assert (
+        train.main(
+            [
+                "--plan",
+                "--run.folder",
+                str(tmp_path / "runs"),
+                "--plan.tflops=1",
+                "--plan.gb_per_s=5",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     for text in ("tiny", "policy: weights", "critic: optimiser states", "KV cache", "activations", "rollout: responses",
@@ -376,24 +485,30 @@ def test_the_command_refuses_after_the_plan(capsys):
     argv = ["--config", "alfworld", "--plan", "--plan.gpu", "rtx4090"]
     assert train.main(argv) == 2
     out, err = capsys.readouterr()
-    assert "policy: weights" in out and "does not fit" in err and "it would with" in err and err.count("\n") == 1
+    assert (
+        "policy: weights" in out
+        and "does not fit" in err
+        and "it would with" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):
     """Also one whose recipe plans for a larger GPU than there is."""
-    config = resolve([], LARGE | {"model.dtype": "bfloat16", "model.device": "auto", "plan.gpu": "h200"})
-    plan.check_here(config)  # no GPU here: nothing to refuse
+    options = LARGE | {"model.dtype": "bfloat16", "model.device": "auto", "plan.gpu": "h200"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan.check_here(resolve([], options))  # no GPU: nothing to refuse
     properties = SimpleNamespace(total_memory=24 * GIB)
     for name, value in (("is_available", True), ("get_device_name", "small"), ("current_device", 0),
                         ("get_device_properties", properties)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(train, "Games", lambda config: pytest.fail("the run was started"))
+    monkeypatch.setattr(session, "Games", lambda config: pytest.fail("the run was started"))
     with pytest.raises(ConfigError, match="small has 21.8 to give"):
-        train.train(config, ALONE)
+        train.train(resolve([], options), ALONE)
 
 
 def test_rates_are_measured_where_there_is_a_device():
-    flops, bandwidth, launch = plan.measured("cpu")
+    flops, bandwidth, launch = plan.measure_rates("cpu")
     assert 1e8 < flops < 1e14 and 1e8 < bandwidth < 1e13 and 1e-8 < launch < 1e-2
 
 
@@ -413,13 +528,16 @@ def test_times_follow_their_causes(option, value, stage, factor):
 
     def seconds(options):
         config = resolve([], options)
-        return plan.seconds(config, plan.replace(machine, gpus=plan.processes(config)))[stage]
+        shared = plan.replace(machine, gpus=plan.count_processes(config))
+        return plan.estimate_seconds(config, shared)[stage]
 
     assert seconds(base | {option: value}) == pytest.approx(factor * seconds(base), rel=0.15)
 
 
 def test_recomputing_costs_a_third_of_the_passes():
-    base = resolve([], LARGE | {"plan.turns": 1000, "model.dtype": "bfloat16", "train.minibatches": 1})
+    base = resolve(
+        [], LARGE | {"plan.turns": 1000, "model.dtype": "bfloat16", "train.minibatches": 1}
+    )
     again = with_options(base, [("model.gradient_checkpointing", True)])
-    slow, fast = (plan.seconds(c, gpu(1e12))["critic update"] for c in (again, base))
+    slow, fast = (plan.estimate_seconds(c, gpu(1e12))["critic update"] for c in (again, base))
     assert slow / fast == pytest.approx(4 / 3, rel=0.02)

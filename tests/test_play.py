@@ -4,10 +4,11 @@ import io
 import shutil
 
 import pytest
+from helpers import configure, make_tiny
 
-from hiper_fast import checkpoint, config, policy
-from hiper_fast.config import ModelConfig
 from hiper_fast.play import main
+from hiper_fast.runs import checkpoint
+from hiper_fast.runs.folder import write_config
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +38,8 @@ def play(monkeypatch, capsys):
 def run_folder(tmp_path_factory):
     """A run's folder with a checkpoint of the untrained tiny model."""
     folder = tmp_path_factory.mktemp("run")
-    settings = config.resolve([], {"env.name": "household", "agent.style": "compact", "env.max_turns": 3})
-    config.write_file(settings, folder / "config.yaml")
-    agent = policy.load(ModelConfig(), seed=0)
+    write_config(configure(agent__style="compact", env__max_turns=3), folder)
+    agent = make_tiny()
     checkpoint.save(
         folder / "checkpoints", 0, policy=agent.model, tokenizer=agent.tokenizer, critic=agent.add_critic(),
         optimizers={}, state={},
@@ -94,7 +94,11 @@ def test_any_text_is_a_command(play, typed):
 
 
 def test_the_seed_draws_the_game_and_a_number_names_one(play):
-    assert play("webshop", "--seed", 1)[1] == play("webshop", "--seed", 1)[1] != play("webshop", "--seed", 2)[1]
+    assert (
+        play("webshop", "--seed", 1)[1]
+        == play("webshop", "--seed", 1)[1]
+        != play("webshop", "--seed", 2)[1]
+    )
     assert play("webshop", "--game", 7)[1] != play("webshop", "--game", 8)[1]
 
 
@@ -107,7 +111,9 @@ def test_a_checkpoint_plays_with_its_values_beside_the_page(play, run_folder):
     assert status == 0 and "Out of turns after 3 turns." in shown, "the turn limit is the run's"
     for label in ("agent", "decision", "subgoal", "action", "V low", "V high", "V switch"):
         assert shown.count(label) >= 3
-    assert play("household", "--checkpoint", path, "--auto")[1] == shown, "the same seed says the same"
+    assert play("household", "--checkpoint", path, "--auto")[1] == shown, (
+        "the same seed says the same"
+    )
 
 
 def test_a_person_may_overrule_it(play, run_folder):
@@ -116,11 +122,17 @@ def test_a_person_may_overrule_it(play, run_folder):
     assert status == 0 and "You are not carrying anything." in shown and "Out of turns" not in shown
 
 
-def test_a_conversation_goes_on_after_a_word_of_the_persons_and_ends_where_its_room_does(play, run_folder):
+def test_a_conversation_goes_on_after_a_word_of_the_persons_and_ends_where_its_room_does(
+    play, run_folder
+):
     path = run_folder / "checkpoints" / "step-000000"
     options = ["--agent.style", "transcript", "--agent.max_prompt_tokens", 4000]
     status, shown, _ = play("household", "--checkpoint", path, *options, typed="inventory\n\n\n")
-    assert status == 0 and "You are not carrying anything." in shown and "Out of turns after 3 turns." in shown
+    assert (
+        status == 0
+        and "You are not carrying anything." in shown
+        and "Out of turns after 3 turns." in shown
+    )
     assert shown.count("V low") == 3
     options[-1] = 300
     status, shown, _ = play("household", "--checkpoint", path, "--auto", *options)
@@ -128,7 +140,9 @@ def test_a_conversation_goes_on_after_a_word_of_the_persons_and_ends_where_its_r
 
 
 def test_a_plain_model_folder_has_no_values(play, run_folder, tmp_path):
-    path = shutil.copytree(run_folder / "checkpoints" / "step-000000", tmp_path / "a" / "b" / "model")
+    path = shutil.copytree(
+        run_folder / "checkpoints" / "step-000000", tmp_path / "a" / "b" / "model"
+    )
     (path / "critic.safetensors").unlink()
     options = ["--agent.style", "compact", "--agent.max_response_tokens", 3, "--env.max_turns", 1]
     status, shown, _ = play("household", "--checkpoint", path, "--auto", *options)
@@ -160,4 +174,6 @@ def test_mistakes_are_named(play, arguments, named):
 
 def test_help(play):
     status, shown, _ = play("--help")
-    assert status == 0 and all(name in shown for name in ("--checkpoint", "--seed", "--game", "webshop"))
+    assert status == 0 and all(
+        name in shown for name in ("--checkpoint", "--seed", "--game", "webshop")
+    )

@@ -14,7 +14,9 @@ def test_a_full_response():
     parsed = parse(FULL)
     assert (parsed.switch, parsed.valid) == (True, True)
     assert (parsed.subgoal, parsed.action) == ("find a mug", "go to desk 1")
-    cut = [FULL[slice(*span)] for span in (parsed.switch_span, parsed.subgoal_span, parsed.action_span)]
+    cut = [
+        FULL[slice(*span)] for span in (parsed.switch_span, parsed.subgoal_span, parsed.action_span)
+    ]
     assert cut == [
         "<switch>SWITCH</switch>",
         "<subgoal> find a mug </subgoal>",
@@ -99,6 +101,12 @@ def test_command():
 def test_no_text_raises():
     random.seed(0)
     for _ in range(300):
-        text = b"<switch>" + random.randbytes(20) + b"</switch><action>" + random.randbytes(9) + b"</action>"
+        text = (
+            b"<switch>"
+            + random.randbytes(20)
+            + b"</switch><action>"
+            + random.randbytes(9)
+            + b"</action>"
+        )
         assert isinstance(parse(text).action, str) and isinstance(command(text), str)
     assert parse("<action>\ud800</action>").action == "\ufffd" * 3

@@ -16,12 +16,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from helpers import HOUSEHOLD, make_tiny
 
-from hiper_fast import checkpoint, config, hiper, policy, tiny, train, viewer
 from hiper_fast import eval as evaluation
-from hiper_fast.config import ModelConfig
+from hiper_fast import train
+from hiper_fast.agent import tiny
+from hiper_fast.configure import resolve
 from hiper_fast.envs import household
-from hiper_fast.metrics import read_metrics
+from hiper_fast.runs import checkpoint, viewer
+from hiper_fast.runs.metrics import read_metrics
 
 SMALL = {
     "env": "household",
@@ -52,7 +55,11 @@ def arguments(folder, **options):
 def rows(run, *, times=False):
     """The rows of metrics.jsonl, without what the clock says."""
     kept = read_metrics(run / "metrics.jsonl")
-    return kept if times else [{k: v for k, v in row.items() if not k.startswith("time/")} for row in kept]
+    return (
+        kept
+        if times
+        else [{k: v for k, v in row.items() if not k.startswith("time/")} for row in kept]
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,19 +88,52 @@ def finished(tmp_path_factory):
 
 
 def test_config_is_written_resolved_and_reads_back(finished):
-    written = config.resolve([finished / "config.yaml"], {})
+    written = resolve([finished / "config.yaml"])
     assert written.train.updates == 5 and written.env.name == "household"
     assert written.agent.style == "compact", "auto would mean another style for a saved checkpoint"
 
 
 TRAIN_KEYS = {
-    *("rollout/success", "rollout/reward", "rollout/turns", "rollout/segment_length", "rollout/switch_rate"),
-    *("rollout/valid_rate", "rollout/prompt_tokens", "rollout/response_tokens", "rollout/truncated_prompts"),
-    *("loss/policy", "loss/value", "loss/kl", "loss/entropy", "loss/clip_fraction", "optim/grad_norm"),
-    *("optim/skipped_steps", "time/rollout", "time/advantages", "time/update", "time/total", "episodes"),
+    *(
+        "rollout/success",
+        "rollout/reward",
+        "rollout/turns",
+        "rollout/segment_length",
+        "rollout/switch_rate",
+    ),
+    *(
+        "rollout/valid_rate",
+        "rollout/prompt_tokens",
+        "rollout/response_tokens",
+        "rollout/truncated_prompts",
+    ),
+    *(
+        "loss/policy",
+        "loss/value",
+        "loss/kl",
+        "loss/entropy",
+        "loss/clip_fraction",
+        "optim/grad_norm",
+    ),
+    *(
+        "optim/skipped_steps",
+        "time/rollout",
+        "time/advantages",
+        "time/update",
+        "time/total",
+        "episodes",
+    ),
 }
 EVAL_KEYS = {
-    *("eval/success", "eval/low", "eval/high", "eval/episodes", "eval/turns", "eval/valid_rate", "time/eval"),
+    *(
+        "eval/success",
+        "eval/low",
+        "eval/high",
+        "eval/episodes",
+        "eval/turns",
+        "eval/valid_rate",
+        "time/eval",
+    ),
 }
 
 
@@ -103,10 +143,14 @@ def test_metrics_have_every_key(finished):
         by_stage.setdefault(row["stage"], []).append(row)
     assert list(by_stage) == ["warm_start", "eval", "train"]
     assert [row["step"] for row in by_stage["train"]] == [1, 2, 3, 4, 5]
-    assert [row["step"] for row in by_stage["eval"]] == [0, 2, 4, 5], "the first and the last state always"
+    assert [row["step"] for row in by_stage["eval"]] == [0, 2, 4, 5], (
+        "the first and the last state always"
+    )
     for row in by_stage["train"]:
         assert TRAIN_KEYS <= row.keys()
-        assert all(isinstance(row[key], int | float) and math.isfinite(row[key]) for key in TRAIN_KEYS)
+        assert all(
+            isinstance(row[key], int | float) and math.isfinite(row[key]) for key in TRAIN_KEYS
+        )
         assert row["episodes"] == 4 * row["step"] and row["rollout/turns"] <= 4
     for row in by_stage["eval"]:
         assert EVAL_KEYS <= row.keys() and row["eval/episodes"] == 5
@@ -114,7 +158,9 @@ def test_metrics_have_every_key(finished):
         assert sum(counts) == 5
     for row in by_stage["warm_start"]:
         assert {"loss/imitation", "warm_start/accuracy", "time/total"} <= row.keys()
-    assert by_stage["warm_start"][-1]["loss/imitation"] < by_stage["warm_start"][0]["loss/imitation"]
+    assert (
+        by_stage["warm_start"][-1]["loss/imitation"] < by_stage["warm_start"][0]["loss/imitation"]
+    )
 
 
 def test_the_critic_trains_alone_at_first(finished):
@@ -131,7 +177,9 @@ def test_tensorboard_has_the_curves(finished):
     train_rows = [row for row in rows(finished) if row["stage"] == "train"]
     points = events.Scalars("loss/value")
     assert [p.step for p in points] == [1, 2, 3, 4, 5]
-    assert [p.value for p in points] == pytest.approx([row["loss/value"] for row in train_rows], rel=1e-5)
+    assert [p.value for p in points] == pytest.approx(
+        [row["loss/value"] for row in train_rows], rel=1e-5
+    )
     assert [p.step for p in events.Scalars("eval/success")] == [0, 2, 4, 5]
 
 
@@ -144,12 +192,19 @@ def test_checkpoints_load_with_transformers(finished):
     assert {"step-000004", "step-000005", best.name} == set(kept)
     assert checkpoint.latest(checkpoints).name == "step-000005"
     model = AutoModelForCausalLM.from_pretrained(checkpoints / "step-000005")
-    agent = policy.load(ModelConfig(path=str(checkpoints / "step-000005")), seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), agent.model.parameters(), strict=True))
+    agent = make_tiny(path=str(checkpoints / "step-000005"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), agent.model.parameters(), strict=True)
+    )
     text = "<switch>SWITCH</switch><subgoal>find soapbar</subgoal>"
-    assert agent.tokenizer(text)["input_ids"] == tiny.load_tokenizer()(text)["input_ids"]
-    start = tiny.build_model(tiny.load_tokenizer(), seed=0)
-    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert (
+        agent.tokenizer(text)["input_ids"]
+        == tiny.load_tokenizer(HOUSEHOLD.tokenizer)(text)["input_ids"]
+    )
+    start = tiny.build_model(tiny.load_tokenizer(HOUSEHOLD.tokenizer), seed=0)
+    assert not all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)
+    )
 
 
 def test_the_best_checkpoint_is_one_that_was_evaluated_best(finished):
@@ -170,7 +225,9 @@ def test_eval_of_a_checkpoint_gives_what_the_run_had_logged(finished, capsys):
 def test_episodes_are_stored_for_the_viewer(finished):
     files = sorted(path.name for path in (finished / "episodes").iterdir())
     assert files == [f"step-00000{i}.jsonl" for i in (0, 2, 4, 5)]
-    episodes = [json.loads(line) for line in (finished / "episodes" / files[-1]).read_text().splitlines()]
+    episodes = [
+        json.loads(line) for line in (finished / "episodes" / files[-1]).read_text().splitlines()
+    ]
     assert {e["stage"] for e in episodes} == {"train", "eval"}
     assert sum(e["stage"] == "train" for e in episodes) == 4
     for episode in episodes:
@@ -189,7 +246,11 @@ def test_episodes_are_stored_for_the_viewer(finished):
 
 def test_the_report_is_one_page(finished):
     page = (finished / "report.html").read_text()
-    assert page.startswith("<!") and "whole" in page and "https://" not in page.replace("https://arxiv", "")
+    assert (
+        page.startswith("<!")
+        and "whole" in page
+        and "https://" not in page.replace("https://arxiv", "")
+    )
 
 
 def test_the_report_exists_before_the_run_ends(finished):
@@ -216,7 +277,10 @@ def killed_at(folder, name, step):
     """A run of its own process that dies by SIGKILL as soon as it has logged `step`."""
     process = start(folder, name=name)
     deadline = time.monotonic() + 120
-    while not any(r["stage"] == "train" and r["step"] >= step for r in read_metrics(folder / name / "metrics.jsonl")):
+    while not any(
+        r["stage"] == "train" and r["step"] >= step
+        for r in read_metrics(folder / name / "metrics.jsonl")
+    ):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -235,27 +299,47 @@ def test_a_killed_run_resumes_exactly(finished, tmp_path):
         assert (killed / last / name).read_bytes() == (finished / last / name).read_bytes(), name
     for path in (finished / "episodes").iterdir():
         assert (killed / "episodes" / path.name).read_text() == path.read_text()
-    written = config.resolve([killed / "config.yaml"], {})
+    written = resolve([killed / "config.yaml"])
     assert not written.run.resume, "a run's options must not resume whoever reads them"
 
 
 def test_a_run_of_transcripts_resumes_exactly_and_is_evaluated_and_shown(tmp_path, capsys):
     """Two updates, one sequence a trajectory, plain text; then the same with a stop in between."""
-    options = {"agent.style": "transcript", "agent.max_prompt_tokens": 900, "train.final_lr": 1, "eval.every": 1}
-    options |= {"advantage.bootstrap": True, "run.save_every": 1, "train.critic_updates": 0, "train.minibatches": 2}
+    options = {
+        "agent.style": "transcript",
+        "agent.max_prompt_tokens": 900,
+        "train.final_lr": 1,
+        "eval.every": 1,
+    }
+    options |= {
+        "advantage.bootstrap": True,
+        "run.save_every": 1,
+        "train.critic_updates": 0,
+        "train.minibatches": 2,
+    }
     for name, updates in (("whole", (2,)), ("parts", (1, 2))):
         for i, number in enumerate(updates):
             resume = ["--resume"] * (i > 0)
-            assert train.main([*arguments(tmp_path, name=name, **options | {"updates": number}), *resume]) == 0
+            assert (
+                train.main(
+                    [*arguments(tmp_path, name=name, **options | {"updates": number}), *resume]
+                )
+                == 0
+            )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert rows(whole) == rows(parts)
     last = rows(whole)[-1]
     trained = [row for row in rows(whole) if row["stage"] == "train"]
-    assert [row["step"] for row in trained] == [1, 2] and all(row["optim/skipped_steps"] == 0 for row in trained)
+    assert [row["step"] for row in trained] == [1, 2] and all(
+        row["optim/skipped_steps"] == 0 for row in trained
+    )
     assert trained[-1]["loss/kl"] > 0 and trained[-1]["loss/value"] > 0
     assert evaluation.main(["--checkpoint", str(whole / "checkpoints" / "step-000002")]) == 0
     assert f"{last['eval/success']:.1%}" in capsys.readouterr().out.splitlines()[-1].split()
-    episodes = [json.loads(line) for line in (whole / "episodes" / "step-000002.jsonl").read_text().splitlines()]
+    episodes = [
+        json.loads(line)
+        for line in (whole / "episodes" / "step-000002.jsonl").read_text().splitlines()
+    ]
     assert {e["stage"] for e in episodes} == {"train", "eval"} and all(e["turns"] for e in episodes)
 
 
@@ -276,10 +360,14 @@ def dies_in(module, name, call, argv):
 @pytest.mark.parametrize(
     "moment",
     [
-        ("hiper_fast.hiper", "step", 6),  # between the two optimiser steps of update 3
-        ("hiper_fast.checkpoint", "_put_in_place", 3),  # step 4 is evaluated and logged, its checkpoint not yet there
-        ("hiper_fast.checkpoint", "_prune", 3),  # it is there, older ones are too
-        ("hiper_fast.report", "build", 3),  # all of it is written but the report
+        ("hiper_fast.learn.update", "Step", 6),  # between the two optimiser steps of update 3
+        (
+            "hiper_fast.runs.checkpoint",
+            "_put_in_place",
+            3,
+        ),  # step 4 is evaluated and logged, its checkpoint not yet there
+        ("hiper_fast.runs.checkpoint", "_prune", 3),  # it is there, older ones are too
+        ("hiper_fast.runs.report", "build", 3),  # all of it is written but the report
     ],
 )
 def test_a_run_killed_at_any_moment_resumes_exactly(finished, tmp_path, moment):
@@ -300,13 +388,21 @@ def test_a_run_killed_at_any_moment_resumes_exactly(finished, tmp_path, moment):
 def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, tmp_path):
     run = tmp_path / "early"
     run.mkdir()
-    (run / "config.yaml").write_text((finished / "config.yaml").read_text().replace("name: whole", "name: early"))
-    warm = [line for line in (finished / "metrics.jsonl").read_text().splitlines() if "warm_start" in line]
+    (run / "config.yaml").write_text(
+        (finished / "config.yaml").read_text().replace("name: whole", "name: early")
+    )
+    warm = [
+        line
+        for line in (finished / "metrics.jsonl").read_text().splitlines()
+        if "warm_start" in line
+    ]
     (run / "metrics.jsonl").write_text("\n".join(warm[:2]) + '\n{"step": 3, "st')
     options = ["--resume", "--name", "early", f"--run.folder={tmp_path}", "--updates", "1"]
     assert train.main(options) == 0
     first = [
-        row for row in rows(finished) if row["stage"] != "train" and row["step"] == 0 or row["stage"] == "warm_start"
+        row
+        for row in rows(finished)
+        if row["stage"] != "train" and row["step"] == 0 or row["stage"] == "warm_start"
     ]
     assert rows(run)[: len(first)] == first
 
@@ -320,14 +416,14 @@ def test_a_finished_run_goes_on_when_given_more_updates(finished, tmp_path):
     before = rows(run)
     assert train.main(options) == 0
     assert rows(run) == before, "nothing was left to do"
-    assert train.main([*options, "--updates", "6", "--train.lr", "0", "--train.critic_lr", "0"]) == 0
+    assert (
+        train.main([*options, "--updates", "6", "--train.lr", "0", "--train.critic_lr", "0"]) == 0
+    )
     assert [row["step"] for row in rows(run) if row["stage"] == "train"] == [1, 2, 3, 4, 5, 6]
-    old, new = (
-        policy.load(ModelConfig(path=str(run / "checkpoints" / f"step-00000{i}")), seed=0).model for i in (5, 6)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)), (
-        "the learning rate given on resuming is the one that is used"
-    )
+    old, new = (make_tiny(path=str(run / "checkpoints" / f"step-00000{i}")).model for i in (5, 6))
+    assert all(
+        torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)
+    ), "the learning rate given on resuming is the one that is used"
 
 
 # A loss that is not finite.
@@ -335,15 +431,15 @@ def test_a_finished_run_goes_on_when_given_more_updates(finished, tmp_path):
 
 def spoil(monkeypatch, steps):
     """NaN advantages at the given updates, counted from 1."""
-    estimate, count = hiper.estimate, iter(range(1, 100))
+    give_credit, count = train.give_credit, iter(range(1, 100))
 
     def spoiled(*args):
-        targets = estimate(*args)
+        targets = give_credit(*args)
         if next(count) in steps:
             targets.advantages.fill_(float("nan"))
         return targets
 
-    monkeypatch.setattr(hiper, "estimate", spoiled)
+    monkeypatch.setattr(train, "give_credit", spoiled)
 
 
 def test_nan_again_and_again_stops_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys):
@@ -358,35 +454,48 @@ def test_nan_again_and_again_stops_the_run_with_its_state_saved(tmp_path, monkey
     assert [row["optim/skipped_steps"] for row in train_rows] == [0, 2, 2]
     saved = checkpoint.latest(run / "checkpoints")
     assert checkpoint.step_of(saved) == 3
-    model = policy.load(ModelConfig(path=str(saved)), seed=0).model
+    model = make_tiny(path=str(saved)).model
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
     monkeypatch.undo()
-    assert train.main(["--resume", "--name", "nan", f"--run.folder={tmp_path}", "--updates", "4"]) == 0
+    assert (
+        train.main(["--resume", "--name", "nan", f"--run.folder={tmp_path}", "--updates", "4"]) == 0
+    )
     assert rows(run)[-2]["step"] == 4 and rows(run)[-2]["optim/skipped_steps"] == 0
 
 
 def test_nan_now_and_then_is_skipped_and_counted(tmp_path, monkeypatch):
     spoil(monkeypatch, {1, 3})
-    options = {"updates": 3, "train.critic_updates": 0, "train.max_skipped": 3, "warm_start.enabled": "no"}
+    options = {
+        "updates": 3,
+        "train.critic_updates": 0,
+        "train.max_skipped": 3,
+        "warm_start.enabled": "no",
+    }
     assert train.main(arguments(tmp_path, name="some", **options)) == 0
-    skipped = [row["optim/skipped_steps"] for row in rows(tmp_path / "some") if row["stage"] == "train"]
+    skipped = [
+        row["optim/skipped_steps"] for row in rows(tmp_path / "some") if row["stage"] == "train"
+    ]
     assert skipped == [2, 0, 2]
 
 
 # Other ends.
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, capsys):
-    write = checkpoint._write_tensors
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(
+    tmp_path, monkeypatch, capsys
+):
+    write = checkpoint.write_tensors
 
     def full(file, *rest):
         if "step-000002" in str(file) and "optimizer" in str(file):
             raise OSError(28, "No space left on device")
         write(file, *rest)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
-    assert train.main(arguments(tmp_path, name="full", updates=2, **{"warm_start.enabled": "no"})) == 2
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    assert (
+        train.main(arguments(tmp_path, name="full", updates=2, **{"warm_start.enabled": "no"})) == 2
+    )
     err = capsys.readouterr().err.splitlines()[-1]
     assert "No space left" in err and "step-000002" in err
     assert checkpoint.latest(tmp_path / "full" / "checkpoints").name == "step-000000"
@@ -397,7 +506,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_whole(tmp_path,
 
 def test_a_full_disk_never_leaves_half_an_episode(tmp_path, monkeypatch):
     record = {"task": "t", "turns": []}
-    monkeypatch.setattr(viewer, "episode_record", lambda *_: record)
+    monkeypatch.setattr(viewer, "build_record", lambda *_: record)
     batch = SimpleNamespace(episodes=[None])
     viewer.write_episodes(tmp_path, 3, "eval", batch)
     whole, write_text = (tmp_path / "step-000003.jsonl").read_text(), Path.write_text
@@ -419,7 +528,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hiper, "update", interrupted)
+    monkeypatch.setattr(train, "update", interrupted)
     assert train.main(arguments(tmp_path, name="stopped", **{"warm_start.enabled": "no"})) == 130
     assert "--resume" in capsys.readouterr().err
 
@@ -523,7 +632,10 @@ def test_resume_without_a_run(tmp_path, capsys):
 
 
 def broken_model(folder, kind):
-    model, tokenizer = tiny.build_model(tiny.load_tokenizer(), 0), tiny.load_tokenizer()
+    model, tokenizer = (
+        tiny.build_model(tiny.load_tokenizer(HOUSEHOLD.tokenizer), 0),
+        tiny.load_tokenizer(HOUSEHOLD.tokenizer),
+    )
     if kind != "missing":
         model.save_pretrained(folder)
     if kind == "corrupt weights":
@@ -537,7 +649,9 @@ def broken_model(folder, kind):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["missing", "corrupt weights", "corrupt config", "unknown type", "no tokenizer"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "corrupt weights", "corrupt config", "unknown type", "no tokenizer"]
+)
 def test_a_model_that_cannot_be_loaded(tmp_path, capsys, kind):
     path = broken_model(tmp_path / "model", kind)
     runs = tmp_path / "runs"

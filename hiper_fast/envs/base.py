@@ -10,15 +10,21 @@ Info = dict[str, Any]
 WON_REWARD = 10.0  # on the winning step; every other step pays 0
 
 
+class GameError(ValueError):
+    """Game data that cannot be played; the message names the file and what is wrong with it."""
+
+
 @runtime_checkable
 class Environment(Protocol):
     """A text environment. It never truncates: a turn limit belongs to the rollout.
 
-    `info` holds `won: bool`, `task: str` (the sentence after "Your task is to: "), `task_type: str` and
-    `admissible_commands: list[str]`, the caller's own copy.
+    `info` holds `won: bool`, `task: str` (the sentence after "Your task is to: "), `task_type: str`
+    and `admissible_commands: list[str]`, the caller's own copy.
     """
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, Info]:
         """Begin an episode; returns (observation, info)."""
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
@@ -29,11 +35,13 @@ def check_options(options: dict[str, Any] | None, known: set[str]) -> dict[str, 
     """`options` as a dict; ValueError naming the first one that is not in `known`."""
     for option in options or {}:
         if option not in known:
-            raise ValueError(f"unknown reset option {option!r}; known: {', '.join(sorted(known)) or 'none'}")
+            raise ValueError(
+                f"unknown reset option {option!r}; known: {', '.join(sorted(known)) or 'none'}"
+            )
     return options or {}
 
 
-def checked_seed(seed: int) -> int:
+def check_seed(seed: int) -> int:
     """`seed` as an int; ValueError unless it is an integer of at least 0."""
     try:
         value = operator.index(seed)

@@ -24,14 +24,24 @@ class Head:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden=False, need_weight=False, need_bias=False
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        need_hidden=False,
+        need_weight=False,
+        need_bias=False,
     ):
         self.dtype = _library.widen(hidden.dtype)
         self.hidden, self.weight = hidden, weight  # [n, h], [v, h]
         self.bias = None if bias is None else cast(bias, self.dtype)  # [v]
         self.grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None  # [n, h]
-        self.grad_weight = weight.new_empty(weight.shape, dtype=self.dtype) if need_weight else None  # [v, h]
-        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None  # [v]
+        self.grad_weight = (
+            weight.new_empty(weight.shape, dtype=self.dtype) if need_weight else None
+        )  # [v, h]
+        self.grad_bias = (
+            weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None
+        )  # [v]
 
     def iterate_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows with their logits [rows, v], which the caller may overwrite.
@@ -43,7 +53,9 @@ class Head:
         allowed = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
         most = max(1, allowed // (vocabulary * self.dtype.itemsize))
         count = max(1, math.ceil(rows / most))
-        scratch = self.hidden.new_empty((math.ceil(rows / count), vocabulary), dtype=self.dtype)  # [rows, v]
+        scratch = self.hidden.new_empty(
+            (math.ceil(rows / count), vocabulary), dtype=self.dtype
+        )  # [rows, v]
         for chunk in range(count):
             part = slice(rows * chunk // count, rows * (chunk + 1) // count)
             logits = take(scratch, slice(0, part.stop - part.start))
@@ -73,7 +85,9 @@ class Head:
 
     def _write_grad_hidden(self, out: Tensor, live: Tensor | None, gradient: Tensor) -> None:
         whole = live is None and out.dtype == self.dtype
-        grad_rows = out if whole else out.new_empty((gradient.shape[0], out.shape[1]), dtype=self.dtype)  # [k, h]
+        grad_rows = (
+            out if whole else out.new_empty((gradient.shape[0], out.shape[1]), dtype=self.dtype)
+        )  # [k, h]
         for tile, weight in self._iterate_tiles():
             grad_rows.addmm_(take(gradient, tile, dim=1), weight, beta=int(tile.start > 0))
         if live is not None:
@@ -88,12 +102,18 @@ class Head:
             (self.grad_weight, self.dtype),
             (self.grad_bias, self.dtype),
         )
-        return tuple(self.hidden.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in found)
+        return tuple(
+            self.hidden.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in found
+        )
 
     def _iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in self.dtype: as it is, or a copy of some rows at a time."""
         v, h = self.weight.shape
-        size = v if self.weight.dtype == self.dtype else max(1, TILE_BYTES // (max(1, h) * self.dtype.itemsize))
+        size = (
+            v
+            if self.weight.dtype == self.dtype
+            else max(1, TILE_BYTES // (max(1, h) * self.dtype.itemsize))
+        )
         for start in range(0, v, size):
             tile = slice(start, min(start + size, v))
             yield tile, cast(take(self.weight, tile), self.dtype)
@@ -111,7 +131,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def turn_into_gradient(
-    log_p: Tensor, targets: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, entropy: Tensor
+    log_p: Tensor,
+    targets: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor,
 ):
     """log_p [rows, v] becomes its logits' gradient, given those of each row's results."""
     # With p = softmax(z): d logprob / dz = onehot - p, d entropy / dz = -p (log p + entropy).
@@ -122,7 +146,9 @@ def turn_into_gradient(
     return gradient.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
 
 
-def compute_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def compute_statistics(
+    logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's log-softmax [rows, v], target's log-prob (at most 0) and entropy; overwrites logits."""
     log_p = torch.log_softmax(logits.div_(temperature), dim=1)
     # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
@@ -130,7 +156,9 @@ def compute_statistics(logits: Tensor, targets: Tensor, temperature: float) -> t
     return log_p, logprobs, log_p.exp().mul_(log_p).sum(dim=1).neg_()
 
 
-def fake_gradients(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool):
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+):
     dtype = _library.widen(hidden.dtype)
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
@@ -144,10 +172,14 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
     if targets.numel():
         low, high = (int(x) for x in torch.aminmax(targets))
         if low < 0 or high >= vocabulary:
-            raise ValueError(f"targets must lie in [0, {vocabulary}), got {low if low < 0 else high}")
+            raise ValueError(
+                f"targets must lie in [0, {vocabulary}), got {low if low < 0 else high}"
+            )
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, *_) -> None:
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, *_
+) -> None:
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if not isinstance(matrix, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(matrix).__name__}")
@@ -158,7 +190,9 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     if weight.shape[0] == 0:
         raise ValueError("weight must have at least one row")
     if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight must have shape [v, {hidden.shape[1]}] like hidden, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape [v, {hidden.shape[1]}] like hidden, got {list(weight.shape)}"
+        )
     if weight.device != hidden.device:
         raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
     check_vector("targets", targets, hidden.shape[0], (torch.int64,), hidden.device)

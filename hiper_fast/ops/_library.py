@@ -78,7 +78,9 @@ def define(
 def find_triton_kernel(name: str) -> tuple[Callable | None, str]:
     """The op's function of hiper_fast.kernels, or None and the reason."""
     try:
-        return getattr(importlib.import_module(f"hiper_fast.kernels.{kernel_modules[name]}"), name), ""
+        return getattr(
+            importlib.import_module(f"hiper_fast.kernels.{kernel_modules[name]}"), name
+        ), ""
     except (ImportError, AttributeError) as error:
         return None, f"there is no Triton kernel to load ({error})"
 
@@ -130,7 +132,10 @@ def make_differentiable(op: Callable, *places: int) -> type[torch.autograd.Funct
         @torch.autograd.function.once_differentiable
         def backward(ctx, gradient, _):
             scaled = dict(zip(places, scale(gradient, *ctx.saved_tensors), strict=True))
-            return tuple(scaled.get(place) if need else None for place, need in enumerate(ctx.needs_input_grad))
+            return tuple(
+                scaled.get(place) if need else None
+                for place, need in enumerate(ctx.needs_input_grad)
+            )
 
     return Loss
 
@@ -154,7 +159,12 @@ def divide(divisor: Tensor | None, *results: Tensor) -> tuple[Tensor, ...]:
 def _send_through_host(op: Callable) -> Callable:
     def run_on_host(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        result = op(*(argument.cpu() if isinstance(argument, Tensor) else argument for argument in arguments))
+        result = op(
+            *(
+                argument.cpu() if isinstance(argument, Tensor) else argument
+                for argument in arguments
+            )
+        )
         if isinstance(result, Tensor):
             return result.to(device)
         return tuple(tensor.to(device) for tensor in result)
@@ -162,7 +172,9 @@ def _send_through_host(op: Callable) -> Callable:
     return run_on_host
 
 
-def check_vector(name: str, tensor: Tensor, length: int | None, dtypes, device: torch.device | None) -> None:
+def check_vector(
+    name: str, tensor: Tensor, length: int | None, dtypes, device: torch.device | None
+) -> None:
     """One dimension, `length` elements (None: any), one of `dtypes`, on `device` (None: any)."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -192,6 +204,8 @@ def check_prefix_sum(name: str, cu: Tensor, total: int) -> None:
         raise ValueError(f"{name} must begin with 0, got {values[0]}")
     for i in range(1, len(values)):
         if values[i] < values[i - 1]:
-            raise ValueError(f"{name} must never fall, but falls from {values[i - 1]} to {values[i]} at index {i}")
+            raise ValueError(
+                f"{name} must never fall, but falls from {values[i - 1]} to {values[i]} at index {i}"
+            )
     if values[-1] != total:
         raise ValueError(f"{name} must end with {total}, got {values[-1]}")

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from hiper_fast.ops._library import make_plain
 
-MAX_EXPONENT = 20  # beyond it every branch is clipped; the bound keeps infinities out of the gradient
+MAX_EXPONENT = (
+    20  # beyond it every branch is clipped; the bound keeps infinities out of the gradient
+)
 MAX_KL = 10
 METRICS = ("policy", "approx_kl", "clip_fraction", "dual_clip_fraction", "kl", "entropy")
 
@@ -45,7 +47,9 @@ def ppo_terms(
     bound = torch.where(gain < 0, -gain * dual_clip, torch.inf)
     single = torch.maximum(plain, clipped)
     loss = policy = mean(torch.minimum(single, bound))
-    gradient = torch.where((clipped > plain) | (single > bound) | (log_ratio > MAX_EXPONENT), 0.0, plain)
+    gradient = torch.where(
+        (clipped > plain) | (single > bound) | (log_ratio > MAX_EXPONENT), 0.0, plain
+    )
     kl = mean_entropy = torch.zeros_like(policy)
     gradient_entropy = torch.zeros_like(gradient[:0])
     if ref_logprobs is not None:
@@ -54,7 +58,9 @@ def ppo_terms(
         k = bounded.exp() - bounded - 1
         kl = mean(k.clamp(-MAX_KL, MAX_KL))
         loss = loss + kl_coef * kl
-        gradient = gradient + kl_coef * torch.where((k > MAX_KL) | (d > MAX_EXPONENT), 0.0, 1 - bounded.exp())
+        gradient = gradient + kl_coef * torch.where(
+            (k > MAX_KL) | (d > MAX_EXPONENT), 0.0, 1 - bounded.exp()
+        )
     if entropy is not None:
         mean_entropy = mean(masked(entropy))
         loss = loss - entropy_coef * mean_entropy

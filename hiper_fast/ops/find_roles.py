@@ -36,7 +36,9 @@ class TokenPieces:
     def __init__(self, tokenizer, size: int | None = None):
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "to_str"):
-            raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no tokenizers backend; load a fast tokenizer")
+            raise ValueError(
+                f"tokenizer: {type(tokenizer).__name__} has no tokenizers backend; load a fast tokenizer"
+            )
         specification = json.loads(backend.to_str())
         piece_of = _make_piece_decoder(specification.get("decoder"))
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -60,7 +62,9 @@ class TokenPieces:
         self.bytes = torch.tensor(list(b"".join(pieces)), dtype=torch.uint8)
         self.offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0).to(torch.int32)
         flags = [
-            _HAS_ANGLE * (b"<" in piece) | _HAS_HIGH_BYTE * (not piece.isascii()) | _EMPTY * (not piece)
+            _HAS_ANGLE * (b"<" in piece)
+            | _HAS_HIGH_BYTE * (not piece.isascii())
+            | _EMPTY * (not piece)
             for piece in pieces
         ]
         self.flags = torch.tensor(flags, dtype=torch.uint8)
@@ -128,7 +132,9 @@ def _make_piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
         regex = step["type"] == "Replace" and "String" not in step["pattern"]
         if step["type"] not in _DECODE.keys() | _ON_THE_WHOLE_TEXT or regex:
             kind = "Replace with a regular expression" if regex else step["type"]
-            raise ValueError(f"tokenizer: the bytes of a token are not known for its decoder ({kind})")
+            raise ValueError(
+                f"tokenizer: the bytes of a token are not known for its decoder ({kind})"
+            )
     alone = list(itertools.takewhile(lambda step: step["type"] in _DECODE, steps))
 
     def decode(token: str) -> bytes:
@@ -152,7 +158,9 @@ def _run_reference(token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags
     pieces = {}
     for id in token_ids.unique().tolist():
         if not 0 <= id < len(offsets) - 1:
-            raise ValueError(f"token_ids: {id} is not in the vocabulary of {len(offsets) - 1} pieces")
+            raise ValueError(
+                f"token_ids: {id} is not in the vocabulary of {len(offsets) - 1} pieces"
+            )
         pieces[id] = data[offsets[id] : offsets[id + 1]]
     return reference.find_roles(token_ids, cu_tokens, pieces)
 
@@ -176,7 +184,9 @@ _op = _library.define(
 )
 
 
-def find_roles(token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def find_roles(
+    token_ids: Tensor, cu_tokens: Tensor, pieces: TokenPieces
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every response token's role, and what the parser of `hiper_fast.response` says of every response.
 
     A token has a block's role if at least one of its bytes lies in the block, tags included, so that one

@@ -22,7 +22,13 @@ def _check(rewards, values, terminated, cu_turns, bootstrap, *_):
 def _run_reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
     _library.check_prefix_sum("cu_turns", cu_turns, rewards.shape[0])
     result = reference.gae(
-        make_plain(rewards), values, terminated, cu_turns, bootstrap=bootstrap, gamma=gamma, lambda_=lambda_
+        make_plain(rewards),
+        values,
+        terminated,
+        cu_turns,
+        bootstrap=bootstrap,
+        gamma=gamma,
+        lambda_=lambda_,
     )
     return torch.stack(result)
 

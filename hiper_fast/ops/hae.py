@@ -42,7 +42,9 @@ def _run_reference(
 
 
 def _fake(rewards, values_low, values_high, values_switch, switch, *_):
-    levels = rewards.new_empty(len(HAE._fields) - 1, rewards.shape[0], dtype=widen(rewards.dtype))  # [6, turns]
+    levels = rewards.new_empty(
+        len(HAE._fields) - 1, rewards.shape[0], dtype=widen(rewards.dtype)
+    )  # [6, turns]
     return levels, switch.new_empty(switch.shape)
 
 

@@ -21,7 +21,9 @@ def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, want_
     return logprobs, entropy
 
 
-def _run_backward(compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
+def _run_backward(
+    compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs
+):
     head = Head(hidden, weight, bias, *needs)
     for part, logits in head.iterate_chunks():
         grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
@@ -44,7 +46,14 @@ def _compute_rows_cpp(logits, targets, temperature, logprobs, entropy):
 
 
 def _run_cpp_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, *options):
-    tensors = grad_logprobs.contiguous(), grad_entropy.contiguous(), hidden, weight, bias, targets.contiguous()
+    tensors = (
+        grad_logprobs.contiguous(),
+        grad_entropy.contiguous(),
+        hidden,
+        weight,
+        bias,
+        targets.contiguous(),
+    )
     return _run_backward(_differentiate_rows_cpp, *tensors, *options)
 
 
@@ -59,7 +68,9 @@ def _differentiate_rows_cpp(logits, targets, temperature, grad_logprobs, grad_en
 
 def _run_torch(hidden, weight, bias, targets, temperature, want_entropy):
     _head.check_targets(targets, len(weight))
-    return _run_forward(_compute_rows_torch, hidden, weight, bias, targets, temperature, want_entropy)
+    return _run_forward(
+        _compute_rows_torch, hidden, weight, bias, targets, temperature, want_entropy
+    )
 
 
 def _compute_rows_torch(logits, targets, temperature, logprobs, entropy):
@@ -74,7 +85,9 @@ def _run_torch_backward(*arguments):
 
 def _differentiate_rows_torch(logits, targets, temperature, grad_logprobs, grad_entropy):
     log_p, _, entropy = _head.compute_statistics(logits, targets, temperature)
-    logits[:] = _head.turn_into_gradient(log_p, targets, grad_logprobs, grad_entropy, entropy).div_(temperature)
+    logits[:] = _head.turn_into_gradient(log_p, targets, grad_logprobs, grad_entropy, entropy).div_(
+        temperature
+    )
 
 
 def _fake(hidden, weight, bias, targets, temperature, want_entropy):
@@ -122,9 +135,20 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         grads = _op_backward(
-            grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature, need_hidden, need_weight, need_bias
+            grad_logprobs,
+            grad_entropy,
+            *ctx.saved_tensors,
+            ctx.temperature,
+            need_hidden,
+            need_weight,
+            need_bias,
         )
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+        return (
+            *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+            None,
+        )
 
 
 def linear_logprobs(

@@ -34,13 +34,29 @@ def _run(
 
 
 def _run_cpp(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
-    targets, old_logprobs, advantages = targets.contiguous(), old_logprobs.contiguous(), advantages.contiguous()
+    targets, old_logprobs, advantages = (
+        targets.contiguous(),
+        old_logprobs.contiguous(),
+        advantages.contiguous(),
+    )
     ref_logprobs = ref_logprobs if ref_logprobs is None else ref_logprobs.contiguous()
     _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
-    return _run(_compute_rows_cpp, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options)
+    return _run(
+        _compute_rows_cpp,
+        hidden,
+        weight,
+        bias,
+        targets,
+        old_logprobs,
+        advantages,
+        ref_logprobs,
+        *options,
+    )
 
 
-def _compute_rows_cpp(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
+def _compute_rows_cpp(
+    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums
+):
     *options, sums = options_and_sums
     live = torch.empty_like(targets)
     count = _library.find_kernel("linear_ppo", logits.dtype)(
@@ -56,7 +72,9 @@ def _run_torch(hidden, weight, bias, targets, *others):
     return _run(_compute_rows_torch, hidden, weight, bias, targets, *others)
 
 
-def _compute_rows_torch(logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums):
+def _compute_rows_torch(
+    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums
+):
     *options, want_gradient, sums = options_and_sums
     log_p, logprobs, entropy = _head.compute_statistics(logits, targets, temperature)
     every = torch.ones_like(targets, dtype=torch.bool)
@@ -68,7 +86,9 @@ def _compute_rows_torch(logits, targets, old_logprobs, advantages, ref_logprobs,
     sums += torch.cat([loss[None], metrics])
     if want_gradient:
         grad_entropy = grad_entropy if with_entropy else None
-        logits[:] = _head.turn_into_gradient(log_p, targets, grad, grad_entropy, entropy).div_(temperature)
+        logits[:] = _head.turn_into_gradient(log_p, targets, grad, grad_entropy, entropy).div_(
+            temperature
+        )
 
 
 def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature, *_):

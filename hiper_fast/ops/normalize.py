@@ -38,7 +38,9 @@ _op = _library.define(
 )
 
 
-def normalize(values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def normalize(
+    values: Tensor, mask: Tensor, eps: float = 1e-8, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """(values - mean) / (std + eps) on the mask and 0 off it, with mean and population std over the mask.
 
     Args:

@@ -11,9 +11,15 @@ from hiper_fast.ops.reference import HAE
 from hiper_fast.ops.scatter_advantages import check_turns_and_tokens
 
 
-def _run_reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps):
+def _run_reference(
+    advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, eps
+):
     _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
-    low, high, switch = make_plain(advantages_low), make_plain(advantages_high), make_plain(advantages_switch)
+    low, high, switch = (
+        make_plain(advantages_low),
+        make_plain(advantages_high),
+        make_plain(advantages_switch),
+    )
     hae = HAE(low, None, high, None, switch, None, boundary)
     advantages, loss_mask, levels = reference.normalize_and_scatter(hae, roles, cu_tokens, eps)
     normalised = levels.advantages_low, levels.advantages_high, levels.advantages_switch
@@ -39,7 +45,9 @@ _op = _library.define(
 )
 
 
-def normalize_and_scatter(hae: HAE, roles: Tensor, cu_tokens: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor, HAE]:
+def normalize_and_scatter(
+    hae: HAE, roles: Tensor, cu_tokens: Tensor, eps: float = 1e-8
+) -> tuple[Tensor, Tensor, HAE]:
     """`normalize` for each level over the turns that train it, then `scatter_advantages`.
 
     A turn trains a level if one of its tokens has the level's role and, for the high level, if it is a
@@ -59,4 +67,8 @@ def normalize_and_scatter(hae: HAE, roles: Tensor, cu_tokens: Tensor, eps: float
     given = hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary
     advantages, loss_mask, levels = _op(*given, roles, cu_tokens, eps)
     low, high, switch = levels.unbind(0)
-    return advantages, loss_mask, hae._replace(advantages_low=low, advantages_high=high, advantages_switch=switch)
+    return (
+        advantages,
+        loss_mask,
+        hae._replace(advantages_low=low, advantages_high=high, advantages_switch=switch),
+    )

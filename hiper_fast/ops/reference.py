@@ -57,8 +57,13 @@ def hae(
         segments = list(zip(starts, [*starts[1:], end], strict=True))
         final_low = _find_final(bootstrap_low, terminated, trajectory)
         final_high = _find_final(bootstrap_high, terminated, trajectory)
-        next_high = [*(value_high[start] for start in starts[1:]), final_high]  # past each segment's end
-        _fill_low(low, segments, reward, value_low, [*next_high[:-1], final_low], gamma, lambda_turn)
+        next_high = [
+            *(value_high[start] for start in starts[1:]),
+            final_high,
+        ]  # past each segment's end
+        _fill_low(
+            low, segments, reward, value_low, [*next_high[:-1], final_low], gamma, lambda_turn
+        )
         _fill_high(high, segments, reward, value_high, next_high, gamma, lambda_segment)
         _fill_switch(decision, segments, reward, value_switch, next_high, gamma)
 
@@ -113,7 +118,9 @@ def _fill_switch(level, segments, reward, value, next_values, gamma) -> None:
             level.returns[turn] = discounted
 
 
-def gae(rewards, values, terminated, cu_turns, *, bootstrap=None, gamma=1.0, lambda_=1.0) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards, values, terminated, cu_turns, *, bootstrap=None, gamma=1.0, lambda_=1.0
+) -> tuple[Tensor, Tensor]:
     reward, value = rewards.tolist(), values.tolist()
     level = _Level([0.0] * len(reward), [0.0] * len(reward))
     for trajectory, bounds in enumerate(_pair_bounds(cu_turns)):
@@ -160,7 +167,11 @@ def _find_role(span, parsed) -> int:
     """At least one of the token's bytes lies in the block."""
     start, stop = span
     role = ACTION if parsed.action_span is None else 0
-    blocks = ((SWITCH, parsed.switch_span), (SUBGOAL, parsed.subgoal_span), (ACTION, parsed.action_span))
+    blocks = (
+        (SWITCH, parsed.switch_span),
+        (SUBGOAL, parsed.subgoal_span),
+        (ACTION, parsed.action_span),
+    )
     for bit, block in blocks:
         if block is not None and max(start, block[0]) < min(stop, block[1]):
             role |= bit
@@ -192,7 +203,9 @@ def scatter_advantages(hae, roles, cu_tokens) -> tuple[Tensor, Tensor]:
             if role_of[token] & SWITCH:
                 advantages[token] += switch[turn]
                 loss_mask[token] = True
-    return hae.advantages_low.new_tensor(advantages), torch.tensor(loss_mask, dtype=torch.bool, device=roles.device)
+    return hae.advantages_low.new_tensor(advantages), torch.tensor(
+        loss_mask, dtype=torch.bool, device=roles.device
+    )
 
 
 def normalize_and_scatter(hae, roles, cu_tokens, eps=1e-8) -> tuple[Tensor, Tensor, HAE]:
@@ -269,10 +282,18 @@ def linear_ppo(
     entropy_coef=0.001,
     **options,
 ) -> Tensor:
-    logprobs, entropy = linear_logprobs(hidden, weight, targets, temperature=temperature, bias=bias, entropy=True)
+    logprobs, entropy = linear_logprobs(
+        hidden, weight, targets, temperature=temperature, bias=bias, entropy=True
+    )
     every_row = torch.ones_like(targets, dtype=torch.bool)
     return ppo_loss(
-        logprobs, old_logprobs, advantages, every_row, entropy=entropy, entropy_coef=entropy_coef, **options
+        logprobs,
+        old_logprobs,
+        advantages,
+        every_row,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        **options,
     )
 
 

@@ -10,7 +10,9 @@ from hiper_fast.ops._library import FLOATS, check_cu, check_vector, make_plain, 
 from hiper_fast.ops.reference import HAE
 
 
-def check_turns_and_tokens(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, *_):
+def check_turns_and_tokens(
+    advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, *_
+):
     check_vector("roles", roles, None, (torch.uint8,), None)
     device = roles.device
     turns = check_cu("cu_tokens", cu_tokens, device)
@@ -23,13 +25,17 @@ def check_turns_and_tokens(advantages_low, advantages_high, advantages_switch, b
 
 def _run_reference(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
     _library.check_prefix_sum("cu_tokens", cu_tokens, roles.shape[0])
-    hae = HAE(make_plain(advantages_low), None, advantages_high, None, advantages_switch, None, boundary)
+    hae = HAE(
+        make_plain(advantages_low), None, advantages_high, None, advantages_switch, None, boundary
+    )
     return reference.scatter_advantages(hae, roles, cu_tokens)
 
 
 def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens):
     dtype = widen(advantages_low.dtype)
-    return advantages_low.new_empty(roles.shape, dtype=dtype), roles.new_empty(roles.shape, dtype=torch.bool)
+    return advantages_low.new_empty(roles.shape, dtype=dtype), roles.new_empty(
+        roles.shape, dtype=torch.bool
+    )
 
 
 _op = _library.define(
@@ -57,4 +63,11 @@ def scatter_advantages(hae: HAE, roles: Tensor, cu_tokens: Tensor) -> tuple[Tens
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
-    return _op(hae.advantages_low, hae.advantages_high, hae.advantages_switch, hae.boundary, roles, cu_tokens)
+    return _op(
+        hae.advantages_low,
+        hae.advantages_high,
+        hae.advantages_switch,
+        hae.boundary,
+        roles,
+        cu_tokens,
+    )

@@ -46,4 +46,6 @@ def raise_pending(synchronize: bool = True) -> None:
     if found.any():
         slot = int(found.nonzero()[0][0])
         found[slot] = 0
-        raise ValueError(f"{_MESSAGES[slot]}; an earlier call on a GPU had others, and its results are not to be used")
+        raise ValueError(
+            f"{_MESSAGES[slot]}; an earlier call on a GPU had others, and its results are not to be used"
+        )

@@ -29,9 +29,13 @@ from torch import Tensor
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import on_device, wide
 
-SCRATCH_BYTES = 480_000_000  # both buffers together; a third of it for logits, or all of it without gradients
+SCRATCH_BYTES = (
+    480_000_000  # both buffers together; a third of it for logits, or all of it without gradients
+)
 _BLOCK = 4096
-_LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, so that no infinity is subtracted from another
+_LOWEST = tl.constexpr(
+    -1e30
+)  # stands for minus infinity, so that no infinity is subtracted from another
 
 
 @triton.jit
@@ -68,7 +72,9 @@ def _statistics_kernel(
     # so that both find a part of their logits in the cache.
     blocks = tl.cdiv(vocabulary, BLOCK)
     for i in range(0, blocks):
-        x = _logits(logits, bias, (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK), vocabulary, HAS_BIAS)
+        x = _logits(
+            logits, bias, (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK), vocabulary, HAS_BIAS
+        )
         step = x - peak
         higher = step > 0
         decay = tl.exp(-tl.abs(step) * sharpness)
@@ -143,7 +149,11 @@ class Head:
         needs: tuple[bool, bool, bool] = (False, False, False), scale: float = 1.0, compact: bool = False,
     ):  # fmt: skip
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        self.hidden, self.weight, self.targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
+        self.hidden, self.weight, self.targets = (
+            hidden.to(dtype),
+            weight.to(dtype),
+            targets.contiguous(),
+        )
         self.bias = None if bias is None else bias.to(wide(dtype)).contiguous()
         self.needs, self.scale, self.sharpness = needs, scale, 1.0 / temperature
         self.compact = compact and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -157,8 +167,12 @@ class Head:
         self.first = 0  # row of hidden of the first pending row
         self.pending = 0  # rows that wait for the products; with compact at most so many
         self.rows = hidden.new_empty(capacity, self.pitch, dtype=dtype)
-        self.index = torch.empty(capacity if compact else 0, dtype=torch.int64, device=hidden.device)
-        self.places = torch.zeros(1, dtype=torch.int32, device=hidden.device)  # its last: how many are pending
+        self.index = torch.empty(
+            capacity if compact else 0, dtype=torch.int64, device=hidden.device
+        )
+        self.places = torch.zeros(
+            1, dtype=torch.int32, device=hidden.device
+        )  # its last: how many are pending
 
         need_hidden, need_weight, need_bias = needs
         new = torch.zeros_like if self.compact else torch.empty_like
@@ -184,7 +198,13 @@ class Head:
                 num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
-    def gradient(self, part: slice, entropy: Tensor | None, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
+    def gradient(
+        self,
+        part: slice,
+        entropy: Tensor | None,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> None:
         """Takes in the gradients of part's log-probs and entropies; all vectors are over all rows."""
         rows = part.stop - part.start
         if self.pending + rows > len(self.rows):
@@ -192,7 +212,9 @@ class Head:
         if self.pending + rows > len(self.rows):
             self._multiply()
         if self.compact:
-            self.places = torch.cumsum(grad_logprobs[part] != 0, 0, dtype=torch.int32).add_(self.places[-1])
+            self.places = torch.cumsum(grad_logprobs[part] != 0, 0, dtype=torch.int32).add_(
+                self.places[-1]
+            )
         with on_device(self.logits):
             _gradient_kernel[(rows, triton.cdiv(self.vocabulary, _BLOCK))](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, entropy, grad_logprobs, grad_entropy,
@@ -207,7 +229,11 @@ class Head:
         """Of hidden, weight and bias; empty where not needed."""
         self.pending = self._pending()
         self._multiply()
-        return self.grad_hidden, self.grad_weight if self.begun else self.grad_weight.zero_(), self.grad_bias
+        return (
+            self.grad_hidden,
+            self.grad_weight if self.begun else self.grad_weight.zero_(),
+            self.grad_bias,
+        )
 
     def _pending(self) -> int:
         return int(self.places[-1]) if self.compact else self.pending
@@ -244,6 +270,8 @@ def row_counts(rows: int, pitch: int, dtype: torch.dtype, gradients: bool) -> tu
 
     logits = pitch * wide(dtype).itemsize
     chunk = fitting(SCRATCH_BYTES // 3 if gradients else SCRATCH_BYTES, logits, 128)
-    capacity = fitting(SCRATCH_BYTES - chunk * logits, pitch * dtype.itemsize, chunk) if gradients else 0
+    capacity = (
+        fitting(SCRATCH_BYTES - chunk * logits, pitch * dtype.itemsize, chunk) if gradients else 0
+    )
     chunk = max(1, min(chunk, rows))
     return chunk, max(chunk, min(capacity, rows)) if gradients else 0

@@ -35,7 +35,9 @@ def _terms_kernel(
 
     log_ratio = logprob - old
     ratio = tl.exp(tl.where(log_ratio > 20, 20.0, log_ratio))
-    near = tl.minimum(tl.maximum(ratio, tl.full([], 1 - clip_low, dtype)), tl.full([], 1 + clip_high, dtype))
+    near = tl.minimum(
+        tl.maximum(ratio, tl.full([], 1 - clip_low, dtype)), tl.full([], 1 + clip_high, dtype)
+    )
     plain, clipped = -gain * ratio, -gain * near
     single = tl.where(clipped > plain, clipped, plain)
     bound = tl.where(gain < 0, -gain * tl.full([], dual_clip, dtype), float("inf"))
@@ -62,7 +64,9 @@ def _terms_kernel(
     store_part(parts, program, 0, loss)
     store_part(parts, program, 7, tl.where(counted, 1.0, 0.0))
 
-    tl.store(gradient + t, tl.where(counted, slope * tl.full([], scale, dtype), 0.0), mask=t < tokens)
+    tl.store(
+        gradient + t, tl.where(counted, slope * tl.full([], scale, dtype), 0.0), mask=t < tokens
+    )
     if HAS_ENTROPY:
         push = tl.where(counted, tl.full([], -entropy_coef * scale, dtype), 0.0)
         tl.store(gradient_entropy + t, push, mask=t < tokens)

@@ -27,14 +27,19 @@ def _finish_kernel(
     for start in range(0, number, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < number)[:, None]
-        sums += tl.sum(tl.load(parts + row[:, None] * _COLUMNS + column[None, :], mask=inside, other=0.0), axis=0)
+        sums += tl.sum(
+            tl.load(parts + row[:, None] * _COLUMNS + column[None, :], mask=inside, other=0.0),
+            axis=0,
+        )
     divisor = denominator
     if BY_COUNT:
         divisor = tl.maximum(tl.sum(tl.where(column == _COLUMNS - 1, sums, 0.0)), 1.0)
     program = tl.program_id(0)
     if program == 0:
         tl.store(loss + column, sums / divisor, mask=column == 0)
-        tl.store(metrics + column - 1, sums / divisor, mask=(column >= 1) & (column <= metric_count))
+        tl.store(
+            metrics + column - 1, sums / divisor, mask=(column >= 1) & (column <= metric_count)
+        )
     if GRADIENTS > 0:
         t = program * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(gradient + t, mask=t < tokens, other=0.0)
@@ -50,7 +55,11 @@ def part_sums(like: Tensor, tokens: int) -> Tensor:
 
 
 def finish(
-    parts: Tensor, metric_count: int, dtype: torch.dtype, denominator: float | None, gradients: list[Tensor]
+    parts: Tensor,
+    metric_count: int,
+    dtype: torch.dtype,
+    denominator: float | None,
+    gradients: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """(loss 0-d, metrics [metric_count]) of `dtype`: the sums over the denominator.
 

@@ -55,7 +55,9 @@ def _skip_empty(token_ids, token, at, end, count, offsets, vocabulary):
     stuck = (at >= end) & (token < count)
     while tl.max(stuck.to(tl.int32), axis=0) > 0:
         token += stuck.to(tl.int32)
-        begin, following_end = _piece(token_ids, token, stuck & (token < count), offsets, vocabulary)
+        begin, following_end = _piece(
+            token_ids, token, stuck & (token < count), offsets, vocabulary
+        )
         at = tl.where(stuck, begin, at)
         end = tl.where(stuck, following_end, end)
         stuck = (at >= end) & (token < count)
@@ -82,7 +84,9 @@ def _find(opened, closed, lane_token, open_byte, close_byte, close_after_open):
     opening_token = (opened >> 32).to(tl.int32)
     # Within the opening tag's own token only a closing tag after it counts.
     byte = tl.where(
-        lane_token == opening_token, close_after_open, tl.where(lane_token > opening_token, close_byte, _NONE)
+        lane_token == opening_token,
+        close_after_open,
+        tl.where(lane_token > opening_token, close_byte, _NONE),
     )
     return opened, tl.minimum(closed, _first(lane_token, byte))
 
@@ -105,7 +109,9 @@ def _kernel(
     tokens, turns, vocabulary, TOKENS_SLOT: tl.constexpr, IDS_SLOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     turn = tl.program_id(0)
-    begin, end = bounds(cu_tokens, turn + tl.zeros([1], tl.int32), turns, tokens, flags, TOKENS_SLOT)
+    begin, end = bounds(
+        cu_tokens, turn + tl.zeros([1], tl.int32), turns, tokens, flags, TOKENS_SLOT
+    )
     base = tl.max(begin, axis=0)
     count = tl.max(end, axis=0) - base
     token_ids += base
@@ -122,12 +128,18 @@ def _kernel(
         inside = lane_token < count
         id, known = _known(token_ids, lane_token, inside, vocabulary)
         tl.store(flags + IDS_SLOT + tl.zeros([BLOCK], tl.int32), 1, mask=inside & ~known)
-        interesting = (tl.load(piece_flags + id, mask=known, other=0).to(tl.int32) & _ANGLE_OR_HIGH) != 0
+        interesting = (
+            tl.load(piece_flags + id, mask=known, other=0).to(tl.int32) & _ANGLE_OR_HIGH
+        ) != 0
         piece = tl.load(offsets + id, mask=known & interesting, other=0)
         piece_end = tl.load(offsets + id + 1, mask=known & interesting, other=0)
 
         nothing = tl.full([BLOCK], _NONE, tl.int32)
-        action_1, action_2, action_3 = nothing, nothing, nothing  # bytes of: opening, closing, closing after opening
+        action_1, action_2, action_3 = (
+            nothing,
+            nothing,
+            nothing,
+        )  # bytes of: opening, closing, closing after opening
         subgoal_1, subgoal_2, subgoal_3 = nothing, nothing, nothing
         switch_1, switch_2, switch_3 = nothing, nothing, nothing
         longest = tl.max(piece_end - piece, axis=0)
@@ -146,12 +158,16 @@ def _kernel(
                     at += 1
                     reading = (angle | wide) & (token < count)
                     token = tl.where(reading, token, count)
-                    token, at, at_end = _skip_empty(token_ids, token, at, at_end, count, offsets, vocabulary)
+                    token, at, at_end = _skip_empty(
+                        token_ids, token, at, at_end, count, offsets, vocabulary
+                    )
                     last = tl.load(bytes + at, mask=token < count, other=0).to(tl.int32)
                     if k < 8:
                         word = (word << 8) | last.to(tl.int64)
                 following = (word >> 48).to(tl.int32) & 0xFFFF
-                in_block = ((following & 0xC0C0) == 0x8080) & ((lead != 0xE4) | ((following >> 8) >= 0xB8))
+                in_block = ((following & 0xC0C0) == 0x8080) & (
+                    (lead != 0xE4) | ((following >> 8) >= 0xB8)
+                )
                 cjk |= tl.max((wide & in_block).to(tl.int32), axis=0)
 
                 action_1 = _earlier(action_1, angle & ((word >> 8) == _OPEN_ACTION), j)
@@ -167,13 +183,23 @@ def _kernel(
                 switch_2 = _earlier(switch_2, closes, j)
                 switch_3 = _earlier(switch_3, closes & (switch_1 < j), j)
             j += 1
-        action_open, action_close = _find(action_open, action_close, lane_token, action_1, action_2, action_3)
-        subgoal_open, subgoal_close = _find(subgoal_open, subgoal_close, lane_token, subgoal_1, subgoal_2, subgoal_3)
-        switch_open, switch_close = _find(switch_open, switch_close, lane_token, switch_1, switch_2, switch_3)
+        action_open, action_close = _find(
+            action_open, action_close, lane_token, action_1, action_2, action_3
+        )
+        subgoal_open, subgoal_close = _find(
+            subgoal_open, subgoal_close, lane_token, subgoal_1, subgoal_2, subgoal_3
+        )
+        switch_open, switch_close = _find(
+            switch_open, switch_close, lane_token, switch_1, switch_2, switch_3
+        )
         start += BLOCK
 
     # The tokens of each block's first and last byte; first > last where there is no block.
-    has_action, has_subgoal, has_switch = action_close < _NOWHERE, subgoal_close < _NOWHERE, switch_close < _NOWHERE
+    has_action, has_subgoal, has_switch = (
+        action_close < _NOWHERE,
+        subgoal_close < _NOWHERE,
+        switch_close < _NOWHERE,
+    )
     action_first, action_last = count, count - 1
     subgoal_first, subgoal_last = count, count - 1
     switch_first, switch_last = count, count - 1
@@ -192,7 +218,9 @@ def _kernel(
         switch_first, switch_last = (switch_open >> 32).to(tl.int32), tl.max(token, axis=0)
         token, at, at_end = _walk(token_ids, switch_open, 8, count, bytes, offsets, vocabulary)
         close_token = (switch_close >> 32).to(tl.int32)
-        close_begin, _ = _piece(token_ids, close_token + tl.zeros([1], tl.int32), token < count, offsets, vocabulary)
+        close_begin, _ = _piece(
+            token_ids, close_token + tl.zeros([1], tl.int32), token < count, offsets, vocabulary
+        )
         close_at = tl.max(close_begin, axis=0) + (switch_close & 0xFFFFFFFF).to(tl.int32)
         spaces = tl.full([], 0, tl.int32)  # whitespace that counts only if more follows
         here, where = tl.max(token, axis=0), tl.max(at, axis=0)
@@ -207,7 +235,9 @@ def _kernel(
                 capital = tl.where((letter >= 0x61) & (letter <= 0x7A), letter - 0x20, letter)
                 word = (word << 8) | capital.to(tl.int64)
             at += 1
-            token, at, at_end = _skip_empty(token_ids, token, at, at_end, count, offsets, vocabulary)
+            token, at, at_end = _skip_empty(
+                token_ids, token, at, at_end, count, offsets, vocabulary
+            )
             here, where = tl.max(token, axis=0), tl.max(at, axis=0)
     keeps = (letters == 4) & (word == _KEEP)
     changes = (letters == 6) & (word == _CHANGE)
@@ -241,12 +271,18 @@ def _kernel(
 
 
 def find_roles(
-    token_ids: Tensor, cu_tokens: Tensor, piece_bytes: Tensor, piece_offsets: Tensor, piece_flags: Tensor
+    token_ids: Tensor,
+    cu_tokens: Tensor,
+    piece_bytes: Tensor,
+    piece_offsets: Tensor,
+    piece_flags: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     token_ids, cu_tokens = token_ids.contiguous(), cu_tokens.contiguous()
     tokens, turns = token_ids.shape[0], cu_tokens.shape[0] - 1
     roles = torch.empty(tokens, dtype=torch.uint8, device=token_ids.device)
-    switch, valid = (torch.empty(turns, dtype=torch.bool, device=token_ids.device) for _ in range(2))
+    switch, valid = (
+        torch.empty(turns, dtype=torch.bool, device=token_ids.device) for _ in range(2)
+    )
     value_index = torch.empty(turns, 3, dtype=torch.int32, device=token_ids.device)
     if turns:
         # With the limit named, ptxas does not spill a register or two to fit one program more.

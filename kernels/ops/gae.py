@@ -11,7 +11,14 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import buffer, on_device
-from hiper_fast.kernels._scan import block_of_turns, final_value, last_column, scan, tile, trajectory
+from hiper_fast.kernels._scan import (
+    block_of_turns,
+    final_value,
+    last_column,
+    scan,
+    tile,
+    trajectory,
+)
 
 
 @triton.jit(do_not_specialize=["turns", "trajectories", "final_values"])

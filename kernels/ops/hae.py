@@ -17,10 +17,19 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import buffer, on_device
-from hiper_fast.kernels._scan import block_of_turns, final_value, last_column, scan, tile, trajectory
+from hiper_fast.kernels._scan import (
+    block_of_turns,
+    final_value,
+    last_column,
+    scan,
+    tile,
+    trajectory,
+)
 
 
-@triton.jit(do_not_specialize=["turns", "trajectories", "switch_values", "low_values", "high_values"])
+@triton.jit(
+    do_not_specialize=["turns", "trajectories", "switch_values", "low_values", "high_values"]
+)
 def _kernel(
     rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high,
     levels, boundary, flags,
@@ -62,7 +71,9 @@ def _kernel(
 
         offset = tl.where(inside, reward + tl.where(ends, gamma * next_high, 0.0), 0.0)
         returned = scan(tl.where(inside, tl.where(ends, 0.0, gamma), 1.0), offset, carried_return)
-        value_switch = tl.load(values_switch + t, mask=inside & (t < switch_values), other=0.0).to(tl.float64)
+        value_switch = tl.load(values_switch + t, mask=inside & (t < switch_values), other=0.0).to(
+            tl.float64
+        )
         tl.store(levels + 4 * turns + t, returned - value_switch, mask=inside)
         tl.store(levels + 5 * turns + t, returned, mask=inside)
         carried_return = last_column(returned, column, BLOCK)
@@ -86,11 +97,17 @@ def hae(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     turns, trajectories = rewards.shape[0], terminated.shape[0]
     rewards, values_low, values_high = buffer(rewards), buffer(values_low), buffer(values_high)
-    switch, terminated, cu_turns = switch.contiguous(), terminated.contiguous(), cu_turns.contiguous()
+    switch, terminated, cu_turns = (
+        switch.contiguous(),
+        terminated.contiguous(),
+        cu_turns.contiguous(),
+    )
     # What is absent is not read, but a pointer has to be given.
     optional = (values_switch, bootstrap_low, bootstrap_high)
     sizes = [0 if x is None else x.shape[0] for x in optional]
-    values_switch, bootstrap_low, bootstrap_high = (values_low if x is None else buffer(x) for x in optional)
+    values_switch, bootstrap_low, bootstrap_high = (
+        values_low if x is None else buffer(x) for x in optional
+    )
     levels = rewards.new_empty(6, turns)
     boundary = torch.empty_like(switch)
     if trajectories:

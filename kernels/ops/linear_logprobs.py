@@ -8,7 +8,12 @@ from hiper_fast.kernels._head import Head
 
 @torch.no_grad()
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, want_entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    want_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     head = Head(hidden, weight, bias, targets, temperature)
     logprobs = head.logits.new_empty(len(targets))

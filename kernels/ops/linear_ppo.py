@@ -25,7 +25,9 @@ def linear_ppo(
     denominator = float(rows or 1) if denominator is None else denominator
     # Only the ratio's term can have a gradient of exactly 0: by its clips, or for advantage 0.
     compact = entropy_coef == 0 and (ref_logprobs is None or kl_coef == 0)
-    head = Head(hidden, weight, bias, targets, temperature, needs, scale=1.0 / denominator, compact=compact)
+    head = Head(
+        hidden, weight, bias, targets, temperature, needs, scale=1.0 / denominator, compact=compact
+    )
     logprobs, slope, entropy, entropy_slope = head.logits.new_empty(4, rows).unbind(0)
     if entropy_coef == 0:
         entropy = entropy_slope = None

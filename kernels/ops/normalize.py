@@ -28,7 +28,15 @@ def _moments_kernel(values, mask, parts, turns, steps, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["turns", "number"])
 def _normalize_kernel(
-    values, mask, parts, out, turns, number, eps: tl.float64, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    values,
+    mask,
+    parts,
+    out,
+    turns,
+    number,
+    eps: tl.float64,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     mean, scale = pooled(parts, number, number, eps, PARTS)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -45,7 +53,9 @@ def normalize(values: Tensor, mask: Tensor, eps: float) -> Tensor:
         number = triton.cdiv(turns, _BLOCK * steps)
         parts = values.new_empty(3, number, dtype=torch.float64)
         with on_device(values):
-            _moments_kernel[(number,)](values, mask, parts, turns, steps, BLOCK=_BLOCK, enable_fp_fusion=True)
+            _moments_kernel[(number,)](
+                values, mask, parts, turns, steps, BLOCK=_BLOCK, enable_fp_fusion=True
+            )
             _normalize_kernel[(triton.cdiv(turns, _BLOCK),)](
                 values, mask, parts, out, turns, number, eps,
                 PARTS=part_block(number), BLOCK=_BLOCK, enable_fp_fusion=True,

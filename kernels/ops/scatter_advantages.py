@@ -19,7 +19,9 @@ from hiper_fast.kernels._scan import bounds
 _ACTION, _SUBGOAL, _SWITCH = (tl.constexpr(bit) for bit in (1, 2, 4))
 _TOKENS = 128
 _TURNS = 16  # of a tile that scatters
-_MOMENT_TURNS = 32  # of one that finds moments: all of them are read again by every tile that scatters
+_MOMENT_TURNS = (
+    32  # of one that finds moments: all of them are read again by every tile that scatters
+)
 
 
 @triton.jit
@@ -63,9 +65,13 @@ def _moments_kernel(
         carried &= _training(opens)
         tl.store(trained + turn, carried.to(tl.uint8), mask=turn < turns)
         count, mean, squares = _moment(low, turn, (carried & _ACTION) != 0)
-        low_count, low_mean, low_squares = merge(low_count, low_mean, low_squares, count, mean, squares)
+        low_count, low_mean, low_squares = merge(
+            low_count, low_mean, low_squares, count, mean, squares
+        )
         count, mean, squares = _moment(high, turn, (carried & _SUBGOAL) != 0)
-        high_count, high_mean, high_squares = merge(high_count, high_mean, high_squares, count, mean, squares)
+        high_count, high_mean, high_squares = merge(
+            high_count, high_mean, high_squares, count, mean, squares
+        )
         count, mean, squares = _moment(switch, turn, (carried & _SWITCH) != 0)
         switch_count, switch_mean, switch_squares = merge(
             switch_count, switch_mean, switch_squares, count, mean, squares
@@ -76,7 +82,17 @@ def _moments_kernel(
 
 
 @triton.jit
-def _level(level, turn, there, parts, number, eps, dtype: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr):
+def _level(
+    level,
+    turn,
+    there,
+    parts,
+    number,
+    eps,
+    dtype: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     x = tl.load(level + turn, mask=there, other=0.0)
     if NORMALIZE:
         mean, scale = pooled(parts, number, number, eps, PARTS)
@@ -101,8 +117,12 @@ def _scatter_kernel(
     if NORMALIZE:
         carried = tl.load(trained + turn, mask=there, other=0).to(tl.int32)
         tl.store(levels + turn, tl.where((carried & _ACTION) != 0, a_low, 0.0), mask=there)
-        tl.store(levels + turns + turn, tl.where((carried & _SUBGOAL) != 0, a_high, 0.0), mask=there)
-        tl.store(levels + 2 * turns + turn, tl.where((carried & _SWITCH) != 0, a_switch, 0.0), mask=there)
+        tl.store(
+            levels + turns + turn, tl.where((carried & _SUBGOAL) != 0, a_high, 0.0), mask=there
+        )
+        tl.store(
+            levels + 2 * turns + turn, tl.where((carried & _SWITCH) != 0, a_switch, 0.0), mask=there
+        )
     training = _training(opens)
     longest = tl.max(end - begin, axis=0)
     start = 0
@@ -141,7 +161,16 @@ def scatter_advantages(
     cu_tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     levels = buffer(advantages_low), buffer(advantages_high), buffer(advantages_switch)
-    return _scatter(*levels, boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous(), None, None, None, 0.0)
+    return _scatter(
+        *levels,
+        boundary.contiguous(),
+        roles.contiguous(),
+        cu_tokens.contiguous(),
+        None,
+        None,
+        None,
+        0.0,
+    )
 
 
 def normalize_and_scatter(
@@ -170,4 +199,6 @@ def normalize_and_scatter(
                 SLOT=_errors.SCATTER_TOKENS, TURNS=_MOMENT_TURNS, TOKENS=_TOKENS,
                 num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
-    return *_scatter(low, high, switch, boundary, roles, cu_tokens, parts, trained, levels, eps), levels
+    return *_scatter(
+        low, high, switch, boundary, roles, cu_tokens, parts, trained, levels, eps
+    ), levels

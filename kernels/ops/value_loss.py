@@ -25,7 +25,9 @@ def _kernel(
     old = tl.load(old_values + t, mask=counted, other=0.0)
     target = tl.load(returns + t, mask=counted, other=0.0)
     reach = tl.full([], clip, dtype)
-    near = tl.where(value < old - reach, old - reach, tl.where(value > old + reach, old + reach, value))
+    near = tl.where(
+        value < old - reach, old - reach, tl.where(value > old + reach, old + reach, value)
+    )
     plain, clipped = (value - target) * (value - target), (near - target) * (near - target)
     worse = clipped > plain
     loss = tl.where(worse, clipped, plain)
@@ -41,7 +43,12 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: float | None,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    values, old_values, returns, mask = buffer(values), buffer(old_values), buffer(returns), mask.contiguous()
+    values, old_values, returns, mask = (
+        buffer(values),
+        buffer(old_values),
+        buffer(returns),
+        mask.contiguous(),
+    )
     turns = values.shape[0]
     parts, gradient = part_sums(values, turns), torch.empty_like(values)
     if turns:

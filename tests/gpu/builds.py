@@ -49,7 +49,9 @@ class Launches:
 
     def run(self, kernel: JITFunction, *arguments, **keywords) -> None:
         names = [p.name for p in kernel.params]
-        bound = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
+        bound = dict(zip(names, arguments, strict=False)) | {
+            k: v for k, v in keywords.items() if k in names
+        }
         options = {k: v for k, v in keywords.items() if k not in names and k not in NOT_OPTIONS}
         signature, constants, aligned = {}, {}, []
         for i, parameter in enumerate(kernel.params):
@@ -62,10 +64,14 @@ class Launches:
             elif parameter.annotation_type:
                 signature[parameter.name] = parameter.annotation_type
             else:
-                assert isinstance(value, int), f"{kernel.__name__}: {parameter.name} is a {type(value)}"
+                assert isinstance(value, int), (
+                    f"{kernel.__name__}: {parameter.name} is a {type(value)}"
+                )
                 signature[parameter.name] = "i32"
                 if not parameter.do_not_specialize:
-                    assert value % 16 == 0, f"{kernel.__name__}: {parameter.name} = {value} would be built apart"
+                    assert value % 16 == 0, (
+                        f"{kernel.__name__}: {parameter.name} = {value} would be built apart"
+                    )
                     aligned.append(i)
         key = f"{kernel.module}.{kernel.__name__} {list(signature.values())} {constants} {options}"
         self.found[key] = (kernel, signature, constants, aligned, options)
@@ -76,7 +82,10 @@ def launch_all() -> None:
     for dtype in (torch.float32, torch.float64):
         for turns, trajectories in ((100, 10), (2000, 2000), (200, 1), (2000, 1)):
             x = torch.zeros(turns, dtype=dtype)
-            ended, cu_turns = torch.zeros(trajectories).bool(), torch.zeros(trajectories + 1, dtype=torch.int32)
+            ended, cu_turns = (
+                torch.zeros(trajectories).bool(),
+                torch.zeros(trajectories + 1, dtype=torch.int32),
+            )
             hae(x, x, x, None, x > 0, ended, cu_turns, None, x, 1.0, 1.0, 1.0)
             gae(x, x, ended, cu_turns, None, 1.0, 1.0)
         x, mask = torch.zeros(2**20, dtype=dtype), torch.zeros(2**20).bool()
@@ -87,7 +96,9 @@ def launch_all() -> None:
             arguments = (*(x[:turns],) * 3, mask[:turns], roles, cu_tokens[: turns + 1])
             scatter_advantages(*arguments)
             normalize_and_scatter(*arguments)
-        for tokens, ref, entropy, denominator in itertools.product((0, 3), (True, False), (True, False), (None, 2.0)):
+        for tokens, ref, entropy, denominator in itertools.product(
+            (0, 3), (True, False), (True, False), (None, 2.0)
+        ):
             y, terms = x[:tokens], (x[:tokens] if ref else None, x[:tokens] if entropy else None)
             ppo_loss(y, y, y, mask[:tokens], *terms, 0.2, 0.2, 3.0, 0.01, 0.01, denominator, True)
         value_loss(x[:3], x[:3], x[:3], mask[:3], 0.5, None, True)
@@ -96,18 +107,36 @@ def launch_all() -> None:
         (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False)
     ):
         x = torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32))
-        hidden, weight, targets = torch.zeros(3, 4, dtype=dtype), torch.zeros(5, 4, dtype=dtype), torch.zeros(3).long()
+        hidden, weight, targets = (
+            torch.zeros(3, 4, dtype=dtype),
+            torch.zeros(5, 4, dtype=dtype),
+            torch.zeros(3).long(),
+        )
         bias = torch.zeros(5, dtype=dtype) if with_bias else None
         for entropy in (True, False):
             linear_logprobs(hidden, weight, bias, targets, 1.0, entropy)
             linear_logprobs_backward(
-                x, x if entropy else x[:0], hidden, weight, bias, targets, 1.0, True, True, with_bias
+                x,
+                x if entropy else x[:0],
+                hidden,
+                weight,
+                bias,
+                targets,
+                1.0,
+                True,
+                True,
+                with_bias,
             )
             for kl_coef, ref in ((0.1, x), (0.0, None)):
                 options = (1.0, 0.2, 0.2, 3.0, kl_coef, 0.01 if entropy else 0.0, None)
-                linear_ppo(hidden, weight, bias, targets, x, x, ref, *options, True, True, with_bias)
+                linear_ppo(
+                    hidden, weight, bias, targets, x, x, ref, *options, True, True, with_bias
+                )
     for ids in (torch.int32, torch.int64):
-        cu_tokens, offsets = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        cu_tokens, offsets = (
+            torch.tensor([0, 3], dtype=torch.int32),
+            torch.tensor([0, 1], dtype=torch.int32),
+        )
         byte = torch.tensor([60], dtype=torch.uint8)
         find_roles(torch.zeros(3, dtype=ids), cu_tokens, byte, offsets, byte)
 
@@ -123,8 +152,12 @@ def build(launch: tuple, capability: int, whole: bool) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {
+        name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)
+    }
     return {
         "kernel": f"{kernel.module.rsplit('.', 1)[-1]}.{kernel.__name__}",
         "dtypes": sorted({t for t in signature.values() if t.startswith(("*fp", "*bf"))}),
@@ -140,7 +173,9 @@ def build(launch: tuple, capability: int, whole: bool) -> dict:
 def main(capability: int) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
     launches = Launches()
-    JITFunction.run = lambda self, *arguments, **keywords: launches.run(self, *arguments, **keywords)
+    JITFunction.run = lambda self, *arguments, **keywords: launches.run(
+        self, *arguments, **keywords
+    )
     head.product = lambda *arguments, **keywords: None
     head.Head._multiply = lambda self: None
     launch_all()

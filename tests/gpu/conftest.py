@@ -1,4 +1,4 @@
-"""Where the kernels' tests run: on the GPU, else under Triton's interpreter, by tests/test_triton_interpreter.py.
+"""Where the kernels' tests run: on the GPU, else under Triton's interpreter, by tests/ops/test_triton_interpreter.py.
 
 On a GPU machine, once for each change of a kernel, also `compute-sanitizer --tool memcheck python -m pytest tests/gpu
 -k "not compiled"`, then with `--tool racecheck` and `--tool initcheck`: out-of-bounds reads and races go unseen
@@ -21,7 +21,9 @@ def device(interpreted) -> torch.device:
     if interpreted:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here; tests/test_triton_interpreter.py runs this under Triton's interpreter")
+        pytest.skip(
+            "no NVIDIA GPU here; tests/ops/test_triton_interpreter.py runs this under Triton's interpreter"
+        )
     return torch.device("cuda")
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 import transformers
 
-from hiper_fast import attention
-from hiper_fast.batch import microbatches
-from hiper_fast.policy import hidden_states
-from hiper_fast.trajectory import prefix_sums
+from hiper_fast.agent import attention
+from hiper_fast.agent.agent import run_trunk
+from hiper_fast.packing import microbatches, prefix_sums
 
 pytestmark = pytest.mark.gpu
 SIZES = dict(
@@ -24,7 +23,9 @@ def test_packed_equals_unpacked(device, interpreted, dtype, tolerance, window):
     if interpreted:
         pytest.skip("no kernel of ours: nothing to interpret")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(**SIZES, sliding_window=window))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.MistralConfig(**SIZES, sliding_window=window)
+    )
     model = model.to(device, dtype)
     plain = copy.deepcopy(model)
     attention.use(model)
@@ -32,15 +33,21 @@ def test_packed_equals_unpacked(device, interpreted, dtype, tolerance, window):
     ids, cu = torch.randint(2, 60, (sum(lengths),)), prefix_sums(lengths)
     (batch,) = microbatches(ids, cu, 1000)
     batch = batch.to(device)
-    hidden = hidden_states(model.base_model, batch)
+    hidden = run_trunk(model.base_model, batch)
     parts = hidden.split(batch.cu_seqlens.diff().tolist())
     total = torch.zeros((), device=device)
     for i, rows in zip(batch.index.tolist(), parts, strict=True):
-        alone = plain.base_model(input_ids=ids[None, cu[i] : cu[i + 1]].to(device)).last_hidden_state[0]
+        alone = plain.base_model(
+            input_ids=ids[None, cu[i] : cu[i + 1]].to(device)
+        ).last_hidden_state[0]
         torch.testing.assert_close(rows, alone, atol=tolerance, rtol=tolerance)
         total = total + (alone.float() ** 3).sum()
     total.backward()
     (hidden.float() ** 3).sum().backward()
-    for mine, expected in zip(model.base_model.parameters(), plain.base_model.parameters(), strict=True):
-        error = (mine.grad - expected.grad).float().norm() / expected.grad.float().norm().clamp(min=1e-6)
+    for mine, expected in zip(
+        model.base_model.parameters(), plain.base_model.parameters(), strict=True
+    ):
+        error = (mine.grad - expected.grad).float().norm() / expected.grad.float().norm().clamp(
+            min=1e-6
+        )
         assert error < tolerance

@@ -42,7 +42,9 @@ def dtype(request, interpreted):
 
 def random_case(n, h, v, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, generator=g).to(dtype) for s in ((n, h), (v, h), (v,)))
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, generator=g).to(dtype) for s in ((n, h), (v, h), (v,))
+    )
     return hidden, weight, bias, torch.randint(0, v, (n,), generator=g)
 
 
@@ -50,14 +52,22 @@ def assert_as_exact(ours, torchs, truth, floor=2e-6):
     """Our error against float64 is no larger than torch's in the same dtype, and an epsilon of the values' size."""
     for x, y, exact in zip(ours, torchs, truth, strict=True):
         if exact.numel():
-            error, allowed = (x.cpu().double() - exact).abs().max(), (y.double() - exact).abs().max()
+            error, allowed = (
+                (x.cpu().double() - exact).abs().max(),
+                (y.double() - exact).abs().max(),
+            )
             assert error <= 1.5 * allowed + floor * max(1.0, exact.abs().max()), (error, allowed)
 
 
 def through_autograd(dtype, case, bias, temperature, entropy, grads):
     leaves = [x.to(dtype).requires_grad_() for x in case[:3]]
     result = reference.linear_logprobs(
-        leaves[0], leaves[1], case[3], temperature=temperature, bias=leaves[2] if bias else None, entropy=True
+        leaves[0],
+        leaves[1],
+        case[3],
+        temperature=temperature,
+        bias=leaves[2] if bias else None,
+        entropy=True,
     )
     used = [(x, g.to(x.dtype)) for x, g in zip(result, grads, strict=True)][: 2 if entropy else 1]
     total = sum((x * g).sum() for x, g in used) + 0 * leaves[2].sum()
@@ -68,7 +78,9 @@ def through_autograd(dtype, case, bias, temperature, entropy, grads):
 
 @pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 1, 1), (7, 5, 17), (3, 4, 4100)])
 @pytest.mark.parametrize("bias, temperature, entropy", [(True, 1.0, True), (False, 0.5, False)])
-def test_linear_logprobs_with_gradients(device, scratch, dtype, n, h, v, bias, temperature, entropy):
+def test_linear_logprobs_with_gradients(
+    device, scratch, dtype, n, h, v, bias, temperature, entropy
+):
     case = random_case(n, h, v, dtype)
     grads = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads[0, ::3] = 0  # rows that need no gradient
@@ -78,13 +90,24 @@ def test_linear_logprobs_with_gradients(device, scratch, dtype, n, h, v, bias, t
     wide = torch.promote_types(dtype, torch.float32)
     grad = grads.to(wide).to(device)
     gradients = linear_logprobs_backward(
-        grad[0], grad[1] if entropy else grad[1, :0], hidden, weight, offset, targets, temperature, True, True, bias
+        grad[0],
+        grad[1] if entropy else grad[1, :0],
+        hidden,
+        weight,
+        offset,
+        targets,
+        temperature,
+        True,
+        True,
+        bias,
     )
     assert logprobs.dtype == gradients[1].dtype == wide and gradients[0].dtype == dtype
     truth = through_autograd(torch.float64, case, bias, temperature, entropy, grads)
     torchs = through_autograd(dtype, case, bias, temperature, entropy, grads)
     assert_as_exact([logprobs, entropies] if entropy else [logprobs], torchs[0], truth[0])
-    floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, 2e-6)  # gradients of logits are of the inputs' dtype
+    floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(
+        dtype, 2e-6
+    )  # gradients of logits are of the inputs' dtype
     count = 3 if bias else 2
     assert_as_exact(gradients[:count], torchs[1][:count], truth[1][:count], floor)
 
@@ -92,13 +115,20 @@ def test_linear_logprobs_with_gradients(device, scratch, dtype, n, h, v, bias, t
 @pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 2, 3), (9, 5, 17)])
 @pytest.mark.parametrize(
     "kl_coef, entropy_coef, with_ref, denominator",
-    [(0.0625, 0.125, True, None), (0.0, 0.0, True, 4.0), (0.5, 0.0, False, None), (0.5, 0.0, True, None)],
+    [
+        (0.0625, 0.125, True, None),
+        (0.0, 0.0, True, 4.0),
+        (0.5, 0.0, False, None),
+        (0.5, 0.0, True, None),
+    ],
 )
 def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with_ref, denominator):
     case = random_case(n, h, v, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     g = torch.Generator().manual_seed(1)
-    near = reference.linear_logprobs(*(x.double() for x in case[:2]), case[3], temperature=0.5, bias=case[2].double())
+    near = reference.linear_logprobs(
+        *(x.double() for x in case[:2]), case[3], temperature=0.5, bias=case[2].double()
+    )
     old, ref = (near + 0.5 * torch.randn(n, generator=g) for _ in range(2))
     advantages = torch.randn(n, generator=g).double()
     advantages[::2] = 0
@@ -128,7 +158,19 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
     floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, 5e-6)
     assert_as_exact(result[2:], torchs[1], truth[1], floor)
     unneeded = linear_ppo(
-        hidden, weight, None, targets, *vectors, 1.0, *PPO.values(), kl_coef, entropy_coef, None, False, False, False
+        hidden,
+        weight,
+        None,
+        targets,
+        *vectors,
+        1.0,
+        *PPO.values(),
+        kl_coef,
+        entropy_coef,
+        None,
+        False,
+        False,
+        False,
     )
     assert [len(x) for x in unneeded[2:]] == [0, 0, 0]
 
@@ -140,10 +182,28 @@ def test_rows_of_gradient_zero_are_left_out(device, monkeypatch):
     old = now - torch.tensor([1.0, 0.0] * 4, device=device)
     multiplied, product = [], _head.product
     monkeypatch.setattr(
-        _head, "product", lambda out, a, b, **k: (multiplied.append(a.shape[0]), product(out, a, b, **k))
+        _head,
+        "product",
+        lambda out, a, b, **k: (multiplied.append(a.shape[0]), product(out, a, b, **k)),
     )
     ones = torch.ones_like(now)
-    arguments = (hidden, weight, None, targets, old, ones, None, 1.0, *PPO.values(), 0.0, 0.0, None, True, False, False)
+    arguments = (
+        hidden,
+        weight,
+        None,
+        targets,
+        old,
+        ones,
+        None,
+        1.0,
+        *PPO.values(),
+        0.0,
+        0.0,
+        None,
+        True,
+        False,
+        False,
+    )
     gradient = linear_ppo(*arguments)[2]
     assert multiplied == [8, 4]  # all rows' logits, half of the rows' gradients
     assert (gradient[0::2] == 0).all() and (gradient[1::2] != 0).any(dim=1).all()
@@ -155,7 +215,9 @@ def test_logprobs_never_exceed_zero_and_extreme_logits_stay_exact(device):
         [[50.0, 50.0], [-50.0, -50.0], [50.0, 49.99], [0.0, 0.0]]
     )  # logits of 10,000, -10,000, 9,999, 0
     targets = torch.arange(4)
-    logprobs, entropy = linear_logprobs(hidden.to(device), weight.to(device), None, targets.to(device), 1.0, True)
+    logprobs, entropy = linear_logprobs(
+        hidden.to(device), weight.to(device), None, targets.to(device), 1.0, True
+    )
     exact = reference.linear_logprobs(hidden.double(), weight.double(), targets, entropy=True)
     assert (logprobs <= 0).all()
     torch.testing.assert_close(logprobs.cpu().double(), exact[0], rtol=1e-6, atol=2e-3)
@@ -169,11 +231,17 @@ def test_nan_and_minus_infinity(device):
     hidden, weight, bias, targets = (x.to(device) for x in random_case(3, 4, 6, torch.float32))
     bias[5] = -torch.inf  # a token that is forbidden
     targets[:] = 0
-    expected, spread = linear_logprobs(hidden, weight[:5], bias[:5].contiguous(), targets, 1.0, True)
+    expected, spread = linear_logprobs(
+        hidden, weight[:5], bias[:5].contiguous(), targets, 1.0, True
+    )
     result = linear_logprobs(hidden, weight, bias, targets, 1.0, True)
     torch.testing.assert_close(result, (expected, spread))
     hidden[1, 2] = torch.nan
-    assert linear_logprobs(hidden, weight, bias, targets, 1.0, False)[0].isnan().tolist() == [False, True, False]
+    assert linear_logprobs(hidden, weight, bias, targets, 1.0, False)[0].isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_strided_inputs(device):
@@ -199,6 +267,8 @@ def test_scratch_stays_below_its_bytes(v, dtype):
     for rows in (1, 100, 16_384, 2**20):
         chunk, capacity = _head.row_counts(rows, v, dtype, True)
         assert 1 <= chunk <= capacity <= max(rows, 1)
-        assert v * (chunk * max(4, dtype.itemsize) + capacity * dtype.itemsize) <= _head.SCRATCH_BYTES
+        assert (
+            v * (chunk * max(4, dtype.itemsize) + capacity * dtype.itemsize) <= _head.SCRATCH_BYTES
+        )
         chunk, capacity = _head.row_counts(rows, v, dtype, False)
         assert capacity == 0 and v * chunk * max(4, dtype.itemsize) <= _head.SCRATCH_BYTES

@@ -23,37 +23,54 @@ def random_case(tokens, dtype, seed=0, share=0.7):
     advantages = torch.randn(tokens, dtype=torch.float64, generator=g)
     mask = torch.rand(tokens, generator=g) < share
     entropy = torch.rand(tokens, dtype=torch.float64, generator=g)
-    return [x.to(dtype) if x.is_floating_point() else x for x in (logprobs, old, advantages, mask, ref, entropy)]
+    return [
+        x.to(dtype) if x.is_floating_point() else x
+        for x in (logprobs, old, advantages, mask, ref, entropy)
+    ]
 
 
 def truth(function, leaves, *others, **options):
     leaves = [x.double().requires_grad_() for x in leaves]
-    loss = function(leaves, *(x.double() if x.is_floating_point() else x for x in others), **options)
+    loss = function(
+        leaves, *(x.double() if x.is_floating_point() else x for x in others), **options
+    )
     return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens, share", [(0, 1.0), (1, 1.0), (50, 0.7), (2100, 0.7), (7, 0.0)])
-@pytest.mark.parametrize("with_ref, with_entropy, denominator", [(1, 1, None), (0, 0, 8.0), (1, 0, None), (0, 1, 4.0)])
+@pytest.mark.parametrize(
+    "with_ref, with_entropy, denominator", [(1, 1, None), (0, 0, 8.0), (1, 0, None), (0, 1, 4.0)]
+)
 def test_ppo_loss(device, tokens, share, dtype, with_ref, with_entropy, denominator):
     case = random_case(tokens, dtype, share=share)
     logprobs, old, advantages, mask, ref, entropy = case
-    broken = [torch.where(mask, x, torch.nan).to(device) for x in (logprobs, old, advantages, ref, entropy)]
+    broken = [
+        torch.where(mask, x, torch.nan).to(device)
+        for x in (logprobs, old, advantages, ref, entropy)
+    ]
     result = ppo_loss(
         *broken[:3], mask.to(device), broken[3] if with_ref else None, broken[4] if with_entropy else None,
         *PPO, denominator, True,
     )  # fmt: skip
 
     def loss(leaves, old, advantages, mask, ref):
-        terms = {"ref_logprobs": ref if with_ref else None, "entropy": leaves[1] if with_entropy else None}
+        terms = {
+            "ref_logprobs": ref if with_ref else None,
+            "entropy": leaves[1] if with_entropy else None,
+        }
         options = dict(zip(NAMES, PPO, strict=True)) | terms
         return (
             reference.ppo_loss(leaves[0], old, advantages, mask, denominator=denominator, **options)
             + 0 * leaves[0].nansum()
         )
 
-    expected, (gradient, gradient_entropy) = truth(loss, (logprobs, entropy), old, advantages, mask, ref)
-    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    expected, (gradient, gradient_entropy) = truth(
+        loss, (logprobs, entropy), old, advantages, mask, ref
+    )
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    )
     torch.testing.assert_close(result[0].cpu().double(), expected, **tolerance)
     torch.testing.assert_close(result[2].cpu().double(), gradient, **tolerance)
     if with_entropy:
@@ -102,11 +119,14 @@ def test_value_loss(device, turns, dtype, denominator):
 
     def loss_of(leaves, old, returns, mask):
         return (
-            reference.value_loss(leaves[0], old, returns, mask, clip=0.5, denominator=denominator) + 0 * leaves[0].sum()
+            reference.value_loss(leaves[0], old, returns, mask, clip=0.5, denominator=denominator)
+            + 0 * leaves[0].sum()
         )
 
     expected, (wanted,) = truth(loss_of, (values,), old, returns, mask)
-    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+    )
     torch.testing.assert_close(loss.cpu().double(), expected, **tolerance)
     torch.testing.assert_close(gradient.cpu().double(), wanted, **tolerance)
     assert metrics[0] == loss and (metrics[1] > 0 or turns < 2)

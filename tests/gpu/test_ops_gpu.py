@@ -7,15 +7,18 @@ import torch
 
 from hiper_fast import bench, ops
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 
 SIZE = bench.Size(trajectories=4, turns=6, tokens=40, rows=20, width=16, vocabulary=70)
-NAMES = tuple(bench.calls(bench.step_inputs(SIZE)))
+NAMES = tuple(bench.make_calls(bench.make_inputs(SIZE)))
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return bench.step_inputs(SIZE), bench.step_inputs(SIZE, "cuda")
+    return bench.make_inputs(SIZE), bench.make_inputs(SIZE, "cuda")
 
 
 def flat(result):
@@ -23,20 +26,24 @@ def flat(result):
 
 
 def test_all_are_triton():
-    assert {op: devices["cuda"] for op, devices in ops.implementations().items()} == dict.fromkeys(NAMES, "triton")
+    assert {op: devices["cuda"] for op, devices in ops.implementations().items()} == dict.fromkeys(
+        NAMES, "triton"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_on_the_cpu(inputs, name):
     cpu, cuda = inputs
-    for x, y in zip(flat(bench.calls(cuda)[name](ops)), flat(bench.calls(cpu)[name](ops)), strict=True):
+    for x, y in zip(
+        flat(bench.make_calls(cuda)[name](ops)), flat(bench.make_calls(cpu)[name](ops)), strict=True
+    ):
         assert x.is_cuda and x.dtype == y.dtype
         torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("linear")])
 def test_nothing_waits_for_the_gpu(inputs, name):
-    call = bench.calls(inputs[1])[name]
+    call = bench.make_calls(inputs[1])[name]
     call(ops)  # compilation and the pieces' copy to the GPU may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -72,7 +79,7 @@ def test_the_head_waits_only_to_leave_rows_out(inputs, entropy_coef):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_a_cuda_graph(inputs, name):
-    call = bench.calls(inputs[1])[name]
+    call = bench.make_calls(inputs[1])[name]
     expected = [x.clone() for x in flat(call(ops))]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -107,14 +114,37 @@ def test_opcheck(inputs):
     vectors = [v.detach() for v in (x.row_old, x.row_old, x.row_advantages)]
     rows = (x.hidden.detach(), x.weight.detach(), None, x.targets)
     pieces = x.pieces.on(x.token_ids.device)
-    turns = (x.rewards, x.values_low, x.values_high, None, x.switch, x.terminated, x.cu_turns, None, None)
+    turns = (
+        x.rewards,
+        x.values_low,
+        x.values_high,
+        None,
+        x.switch,
+        x.terminated,
+        x.cu_turns,
+        None,
+        None,
+    )
     checks = {
         registered.hae: (*turns, 1.0, 1.0, 0.95),
         registered.gae: (x.rewards, x.values_low, x.terminated, x.cu_turns, None, 1.0, 1.0),
         registered.normalize: (x.rewards, x.switch, 1e-8),
         registered.find_roles: (x.token_ids, x.cu_tokens, *pieces),
         registered.linear_logprobs: (*rows, 1.0, True),
-        registered.linear_ppo: (*rows, *vectors, 1.0, 0.2, 0.2, 3.0, 0.01, 0.001, None, True, True, False),
+        registered.linear_ppo: (
+            *rows,
+            *vectors,
+            1.0,
+            0.2,
+            0.2,
+            3.0,
+            0.01,
+            0.001,
+            None,
+            True,
+            True,
+            False,
+        ),
     }
     for op, arguments in checks.items():
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -123,7 +153,14 @@ def test_opcheck(inputs):
 def test_shapes_and_devices_are_told_at_once(inputs):
     cpu, cuda = inputs
     with pytest.raises(ValueError, match="values_low"):
-        ops.hae(cuda.rewards, cpu.values_low, cuda.values_high, cuda.switch, cuda.terminated, cuda.cu_turns)
+        ops.hae(
+            cuda.rewards,
+            cpu.values_low,
+            cuda.values_high,
+            cuda.switch,
+            cuda.terminated,
+            cuda.cu_turns,
+        )
     with pytest.raises(ValueError, match="targets"):
         ops.linear_logprobs(cuda.hidden, cuda.weight, cuda.targets[:-1])
 
@@ -132,7 +169,9 @@ def test_values_are_told_by_a_later_call(inputs):
     x = inputs[1]
     bad = x.targets.clone()
     bad[3] = SIZE.vocabulary
-    assert ops.linear_logprobs(x.hidden, x.weight, bad).shape == x.targets.shape  # no device-side assertion
+    assert (
+        ops.linear_logprobs(x.hidden, x.weight, bad).shape == x.targets.shape
+    )  # no device-side assertion
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="targets"):
         ops.normalize(x.rewards, x.switch)

@@ -46,7 +46,9 @@ def test_equals_the_reference_on_odd_responses(on_device, interpreted):
 
 def test_more_tokens_than_a_block_and_tags_across_its_end(on_device):
     text = b"<switch>Switch </switch>" + 30 * b"word" + b"<subgoal>x</subgoal> <action>y</action>"
-    letters = [text[i : i + 1] for i in range(len(text))]  # 64 tokens a block: tags lie across the ends
+    letters = [
+        text[i : i + 1] for i in range(len(text))
+    ]  # 64 tokens a block: tags lie across the ends
     for response in (letters, [b"", *letters[:70]], letters[:63]):
         result, expected = (
             run([response], implementation=on_device),
@@ -61,10 +63,14 @@ def test_switch_words(on_device):
     words = ["KEEP", "KE EP", "switch\v", "\x1cKEEP", "SWITCHES", "", " ", "\0KEEP"]
     after = ["", "", "\u4e00", "\u9fff", "\ua000", "", "\u4dff", ""]
     texts = [
-        f"<switch>{w}</switch><subgoal>a</subgoal><action>b</action>{c}" for w, c in zip(words, after, strict=True)
+        f"<switch>{w}</switch><subgoal>a</subgoal><action>b</action>{c}"
+        for w, c in zip(words, after, strict=True)
     ]
     responses = [[t.encode()] for t in texts]
-    result, expected = run(responses, implementation=on_device), run(responses, implementation=ops.reference.find_roles)
+    result, expected = (
+        run(responses, implementation=on_device),
+        run(responses, implementation=ops.reference.find_roles),
+    )
     for x, y in zip(result[1:], expected[1:], strict=True):
         assert torch.equal(x, y)
 

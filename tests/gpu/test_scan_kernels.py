@@ -19,7 +19,11 @@ pytestmark = pytest.mark.gpu
 
 # The tile is 64, 256 or 1024 turns by their mean number: one block, several blocks, blocks of unequal trajectories.
 LENGTHS = [[], [0], [1], [3, 0, 4], [1, 70, 2, 0, 130], [300], [600, 500], [2100, 1]]
-FACTORS = [(1.0, 1.0, 0.96875), (0.75, 0.5, 0.25), (0.0, 1.0, 1.0)]  # exact in float32, as the interpreter has them
+FACTORS = [
+    (1.0, 1.0, 0.96875),
+    (0.75, 0.5, 0.25),
+    (0.0, 1.0, 1.0),
+]  # exact in float32, as the interpreter has them
 
 
 def prefix_sum(lengths):
@@ -29,10 +33,22 @@ def prefix_sum(lengths):
 def trajectories(lengths, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     turns, n = sum(lengths), len(lengths)
-    rewards, low, high, values_switch = torch.randn(4, turns, dtype=torch.float64, generator=g).to(dtype)
+    rewards, low, high, values_switch = torch.randn(4, turns, dtype=torch.float64, generator=g).to(
+        dtype
+    )
     bootstrap_low, bootstrap_high = torch.randn(2, n, dtype=torch.float64, generator=g).to(dtype)
     switch, terminated = torch.rand(turns, generator=g) < 0.2, torch.rand(n, generator=g) < 0.5
-    return rewards, low, high, values_switch, switch, terminated, prefix_sum(lengths), bootstrap_low, bootstrap_high
+    return (
+        rewards,
+        low,
+        high,
+        values_switch,
+        switch,
+        terminated,
+        prefix_sum(lengths),
+        bootstrap_low,
+        bootstrap_high,
+    )
 
 
 def double(tensors):
@@ -40,7 +56,12 @@ def double(tensors):
 
 
 def assert_close(result, expected, dtype):
-    tolerance = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}[dtype]
+    tolerance = {
+        torch.float64: 1e-10,
+        torch.float32: 2e-6,
+        torch.float16: 2e-6,
+        torch.bfloat16: 2e-6,
+    }[dtype]
     torch.testing.assert_close(result.cpu().double(), expected, rtol=tolerance, atol=10 * tolerance)
 
 
@@ -54,10 +75,16 @@ def test_hae(device, lengths, dtype):
     rewards, low, high, values_switch, switch, ended, cu, boot_low, boot_high = double(case)
     options = dict(zip(("gamma", "lambda_turn", "lambda_segment"), factors, strict=True))
     for with_options in (True, False):
-        given = [x.to(device) if with_options or i not in (3, 7, 8) else None for i, x in enumerate(case)]
+        given = [
+            x.to(device) if with_options or i not in (3, 7, 8) else None for i, x in enumerate(case)
+        ]
         levels, boundary = hae(*given, *factors)
         if with_options:
-            options |= {"values_switch": values_switch, "bootstrap_low": boot_low, "bootstrap_high": boot_high}
+            options |= {
+                "values_switch": values_switch,
+                "bootstrap_low": boot_low,
+                "bootstrap_high": boot_high,
+            }
         else:
             options |= {"values_switch": None, "bootstrap_low": None, "bootstrap_high": None}
         expected = reference.hae(rewards, low, high, switch, ended, cu, **options)
@@ -73,7 +100,9 @@ def test_gae(device, lengths, dtype):
     case = trajectories(lengths, dtype, seed=1)
     rewards, values, _, _, _, ended, cu, bootstrap, _ = double(case)
     r, v, _, _, _, t, c, b, _ = (x.to(device) for x in case)
-    expected = reference.gae(rewards, values, ended, cu, bootstrap=bootstrap, gamma=0.75, lambda_=0.5)
+    expected = reference.gae(
+        rewards, values, ended, cu, bootstrap=bootstrap, gamma=0.75, lambda_=0.5
+    )
     assert_close(gae(r, v, t, c, b, 0.75, 0.5), torch.stack(expected), dtype)
     expected = reference.gae(rewards, values, ended, cu)
     assert_close(gae(r, v, t, c, None, 1.0, 1.0), torch.stack(expected), dtype)
@@ -81,7 +110,9 @@ def test_gae(device, lengths, dtype):
 
 def test_several_trajectories_in_a_tile(device, interpreted, monkeypatch):
     lengths = [1, 0, 2, 70, 3, 130] if interpreted else [1, 0, 2, 70, 3, 130] * 200
-    monkeypatch.setattr("hiper_fast.kernels.hae.tile", lambda *_: {"ROWS": 4, "BLOCK": 64, "num_warps": 2})
+    monkeypatch.setattr(
+        "hiper_fast.kernels.hae.tile", lambda *_: {"ROWS": 4, "BLOCK": 64, "num_warps": 2}
+    )
     assert _scan.tile(1200, 1200)["ROWS"] == 4  # what is launched for so many
     case = trajectories(lengths, torch.float32)
     rewards, low, high, values_switch, switch, ended, cu, boot_low, boot_high = double(case)
@@ -101,7 +132,9 @@ def test_values_high_off_boundaries_are_not_read_and_nothing_leaks(device):
     rewards, low, high, values_switch, switch, *rest = case
     plain = hae(rewards, low, high, values_switch, switch, *rest, 1.0, 1.0, 1.0)
     broken = torch.where(plain[1], high, torch.nan)
-    torch.testing.assert_close(hae(rewards, low, broken, values_switch, switch, *rest, 1.0, 1.0, 1.0), plain)
+    torch.testing.assert_close(
+        hae(rewards, low, broken, values_switch, switch, *rest, 1.0, 1.0, 1.0), plain
+    )
     poisoned = rewards.clone()
     poisoned[:4] = torch.nan
     levels, _ = hae(poisoned, low, high, values_switch, switch, *rest, 1.0, 1.0, 1.0)
@@ -145,7 +178,9 @@ def test_moments_merge_associatively():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_normalize(device, turns, dtype):
     g = torch.Generator().manual_seed(turns)
-    values = 1000 + torch.randn(turns, generator=g, dtype=torch.float64).to(dtype)  # a mean far above the deviations
+    values = 1000 + torch.randn(turns, generator=g, dtype=torch.float64).to(
+        dtype
+    )  # a mean far above the deviations
     for share in (0.0, 0.6, 1.0):
         mask = torch.rand(turns, generator=g) < share
         result = normalize(torch.where(mask, values, torch.nan).to(device), mask.to(device), 1e-8)
@@ -167,7 +202,9 @@ def test_scatter_with_and_without_normalisation(device, lengths):
     given = [x.to(device) for x in case]
 
     def expected(low, high, switch):
-        return reference.scatter_advantages(reference.HAE(low, low, high, high, switch, switch, boundary), roles, cu)
+        return reference.scatter_advantages(
+            reference.HAE(low, low, high, high, switch, switch, boundary), roles, cu
+        )
 
     advantages, mask = expected(low.double(), high.double(), switch.double())
     result = scatter_advantages(*given)
@@ -175,16 +212,24 @@ def test_scatter_with_and_without_normalisation(device, lengths):
     assert_close(result[0], advantages, torch.float32)
 
     turn = torch.arange(len(lengths)).repeat_interleave(cu.diff())
-    carried = [torch.zeros(len(lengths)).bool().index_fill_(0, turn[(roles & bit) > 0], True) for bit in (1, 2, 4)]
+    carried = [
+        torch.zeros(len(lengths)).bool().index_fill_(0, turn[(roles & bit) > 0], True)
+        for bit in (1, 2, 4)
+    ]
     carried[1] &= boundary
-    levels = [reference.normalize(x.double(), m) for x, m in zip((low, high, switch), carried, strict=True)]
+    levels = [
+        reference.normalize(x.double(), m)
+        for x, m in zip((low, high, switch), carried, strict=True)
+    ]
     result = normalize_and_scatter(*given)
     assert torch.equal(result[1].cpu(), mask)
     assert_close(result[0], expected(*levels)[0], torch.float32)
     assert_close(result[2], torch.stack(levels), torch.float32)
 
 
-@pytest.mark.parametrize("cu", [[0, 2, 9], [0, 4, 3], [1, 2, 5], [0, 2, 4], [-3, 2, 5], [0, -7, 5]], ids=str)
+@pytest.mark.parametrize(
+    "cu", [[0, 2, 9], [0, 4, 3], [1, 2, 5], [0, 2, 4], [-3, 2, 5], [0, -7, 5]], ids=str
+)
 def test_bad_prefix_sums_are_reported_and_nothing_outside_is_touched(device, cu):
     x, cu = torch.zeros(5, device=device), torch.tensor(cu, dtype=torch.int32, device=device)
     ended = torch.zeros(2, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""WebShop in one plain Python process: `Catalogue` is the shop, shared by all, and `WebShop` the environment."""
+"""WebShop in one Python process: `Catalogue` is the shop, `WebShop` the environment."""
 
 from __future__ import annotations
 
@@ -12,16 +12,31 @@ from .items import DataError
 from .reward import find_nouns
 from .shop import WebShop, is_admissible
 
-__all__ = ["Catalogue", "DataError", "Goals", "Product", "WebShop", "build", "find_nouns", "is_admissible", "load"]
+__all__ = [
+    "Catalogue",
+    "DataError",
+    "Goals",
+    "Product",
+    "WebShop",
+    "build",
+    "find_nouns",
+    "is_admissible",
+    "load",
+]
 
 
 def load(
-    data: str | os.PathLike | None = None, *, catalogue_seed: int = 0, size: str | None = None, nouns: str = "auto"
+    data: str | os.PathLike | None = None,
+    *,
+    catalogue_seed: int = 0,
+    size: str | None = None,
+    nouns: str = "auto",
 ) -> Catalogue:
     """The shop in the folder `data` (default: $WEBSHOP_DATA), or without either the embedded one.
 
-    The same arguments give the same object, so that all environments of a process share it. `catalogue_seed` draws
-    prices and limits, and makes the embedded shop; size and nouns are as in `Catalogue.load`.
+    The same arguments give the same object, so that all environments of a process share it.
+    `catalogue_seed` draws prices and limits, and makes the embedded shop; size and nouns are as in
+    `Catalogue.load`.
     """
     folder = data or os.environ.get("WEBSHOP_DATA")
     return _load(os.fspath(folder) if folder else None, catalogue_seed, size, nouns)
@@ -31,7 +46,9 @@ def load(
 def _load(folder: str | None, seed: int, size: str | None, nouns: str) -> Catalogue:
     if folder:
         return Catalogue.load(folder, seed, size=size, nouns=nouns)
-    return Catalogue.from_items(*generate(seed), seed=seed, nouns=nouns, name=f"embedded shop {seed}")
+    return Catalogue.from_items(
+        *generate(seed), seed=seed, nouns=nouns, name=f"embedded shop {seed}"
+    )
 
 
 def build(

@@ -1,4 +1,4 @@
-"""A shop: its products, prices, goals and search, read once, immutable, and shared by all environments of a process."""
+"""A shop: products, prices, goals and search; immutable, and shared by all environments."""
 
 from __future__ import annotations
 
@@ -21,19 +21,29 @@ from typing import Any
 from . import pages
 from .goals import Goals
 from .index import Index
-from .items import DataError, Record, document, encodable, read_items, read_object, records
+from .items import (
+    DataError,
+    Record,
+    make_document,
+    make_records,
+    read_items,
+    read_object,
+    replace_surrogates,
+)
 from .reward import Nouns, Reward, find_nouns
 from .store import Progress, Store
 
 HITS = 50  # products that a search finds at most
 _FORMAT = b"hiper_fast webshop 1"  # of the cache
 _KEPT_PRODUCTS, _KEPT_SEARCHES = 1 << 13, 1 << 13  # in memory, parsed or answered
+_CHUNK = 1 << 22  # bytes hashed at a time
+_TELL_EVERY = 2  # seconds
 _ENDINGS = (".json", ".json.gz", ".json.xz")
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One product and its pages. `price` is what buying it costs, also where `price_tag` shows a range."""
+    """One product and its pages. `price` is what it costs, also if `price_tag` shows a range."""
 
     number: int
     price: float
@@ -59,26 +69,27 @@ class Product:
 
     @cached_property
     def row(self) -> tuple[pages.Node, ...]:
-        return pages.row(self)
+        return pages.make_row(self)
 
     @cached_property
     def page(self) -> pages.Page:
-        return pages.item(self)
+        return pages.make_item(self)
 
     @cached_property
     def page_with_attributes(self) -> pages.Page:
-        return pages.item(self, show_attributes=True)
+        return pages.make_item(self, show_attributes=True)
 
     @cached_property
     def sub_pages(self) -> dict[str, pages.Page]:
-        return {name: pages.sub_page(self, name) for name in pages.SUB_PAGES}
+        return {name: pages.make_sub_page(self, name) for name in pages.SUB_PAGES}
 
 
 class Catalogue:
     """A shop. Build one with `Catalogue.load` or `Catalogue.from_items` and share it.
 
-    `seed` draws, once and before any split, the price of every product with a price range and then the price limits of
-    the goals. `prices` maps ASINs to prices that replace the draw. `nouns` is the reward's noun test (`find_nouns`).
+    `seed` draws, once and before any split, the price of every product with a price range and then
+    the price limits of the goals. `prices` maps ASINs to prices that replace the draw. `nouns` is
+    the reward's noun test (`find_nouns`).
     """
 
     def __init__(
@@ -100,10 +111,10 @@ class Catalogue:
                 self.prices[number] = rng.uniform(low, high)
         self._drawn = rng.getstate()
         for asin, price in (prices or {}).items():
-            self.prices[self._known(asin, "prices")] = _checked_price(asin, price)
+            self.prices[self._find_number(asin, "prices")] = _check_price(asin, price)
         self.prices.setflags(write=False)
-        self.product = lru_cache(maxsize=_KEPT_PRODUCTS)(self._product)
-        self.hits = lru_cache(maxsize=_KEPT_SEARCHES)(self._hits)
+        self.get_product = lru_cache(maxsize=_KEPT_PRODUCTS)(self._make_product)
+        self.find_hits = lru_cache(maxsize=_KEPT_SEARCHES)(self._search)
         self._goals: dict[str, Goals] = {}
 
     @classmethod
@@ -118,18 +129,19 @@ class Catalogue:
         cache: str | os.PathLike | None = None,
         progress: Progress | None = None,
     ) -> Catalogue:
-        """Reads WebShop's own files from `folder`; the parsed products and their index are cached on disk.
+        """Reads WebShop's own files from `folder`; what is made of them is cached on disk.
 
-        `items_shuffle*.json` and `items_ins_v2*.json`, and `items_human_ins.json` if it is there; each plain, .gz or
-        .xz. size: "1000", or "all", where the folder holds both sets. cache: the folder for caches (default:
-        $XDG_CACHE_HOME/hiper_fast/webshop, or ~/.cache/…); an entry belongs to the content of the files. progress:
-        called with what is being done and how many are done; the default tells stderr when it takes long.
+        `items_shuffle*.json` and `items_ins_v2*.json`, and `items_human_ins.json` if it is there;
+        each plain, .gz or .xz. size: "1000", or "all", where the folder holds both sets. cache: the
+        folder for caches (default: $XDG_CACHE_HOME/hiper_fast/webshop, or ~/.cache/…); an entry
+        belongs to the content of the files. progress: called with what is being done and how many
+        are done; the default tells stderr when it takes long.
 
         Raises DataError, a ValueError, naming the file, for what is missing or cannot be used.
         """
-        files = _find(Path(folder), size)
+        files = _find_files(Path(folder), size)
         progress = progress or _Patience()
-        store, index = _cached(files, _cache_folder(cache), progress)
+        store, index = _load_or_build(files, _find_cache_folder(cache), progress)
         return cls(store, index, seed=seed, prices=prices, nouns=nouns, name=files["items"].name)
 
     @classmethod
@@ -144,24 +156,33 @@ class Catalogue:
         nouns: str | Nouns = "auto",
         name: str = "items",
     ) -> Catalogue:
-        """A shop from items in memory, in the format of WebShop's files; nothing is cached on disk."""
-        store = Store.in_memory(records(items, attributes, human or {}, source=name), _silent)
-        return cls(store, _index(store, _silent), seed=seed, prices=prices, nouns=nouns, name=name)
+        """A shop from items in the format of WebShop's files; nothing is cached on disk."""
+        store = Store.build_in_memory(
+            make_records(items, attributes, human or {}, source=name), _ignore_progress
+        )
+        return cls(
+            store,
+            _build_index(store, _ignore_progress),
+            seed=seed,
+            prices=prices,
+            nouns=nouns,
+            name=name,
+        )
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitem__(self, asin: str) -> Product:
         """The product with this ASIN; KeyError if there is none."""
-        return self.product(self.store.number(asin))
+        return self.get_product(self.store.find_number(asin))
 
     def search(self, query: str, k: int = HITS) -> list[str]:
         """The ASINs of the at most `k` best products for `query`, best first."""
-        return [str(self.store.asins[number]) for number in self._hits(query, k)]
+        return [str(self.store.asins[number]) for number in self._search(query, k)]
 
     def reachable(self, goal: Mapping[str, Any]) -> bool:
-        """Whether a score of 1 can be had: by buying the goal's own product with the options that the goal names."""
-        product = self.product(self._known(goal["asin"], "goal"))
+        """Whether the goal's own product with the options that the goal names has a score of 1."""
+        product = self.get_product(self._find_number(goal["asin"], "goal"))
         options = goal["goal_options"]
         chosen = options.values() if isinstance(options, Mapping) else options
         return self.reward(product, goal, product.price, chosen)[0] == 1
@@ -174,127 +195,157 @@ class Catalogue:
             self._goals[kind] = Goals(self, kind, rng)
         return self._goals[kind]
 
-    def _product(self, number: int) -> Product:
-        """Product `number`, in file order. Products are parsed when they are needed, and the last ones are kept."""
-        return Product(number=number, price=float(self.prices[number]), **self.store.record(number))
+    def _make_product(self, number: int) -> Product:
+        """Product `number`, in file order, parsed when it is needed; the last ones are kept."""
+        return Product(
+            number=number, price=float(self.prices[number]), **self.store.read_record(number)
+        )
 
-    def _hits(self, query: str, k: int = HITS) -> tuple[int, ...]:
+    def _search(self, query: str, k: int = HITS) -> tuple[int, ...]:
         """As `search`, but product numbers. The last answers are kept."""
-        return tuple(self.store.by_asin[self.index.search(encodable(query), k)].tolist())
+        return tuple(self.store.by_asin[self.index.search(replace_surrogates(query), k)].tolist())
 
-    def _known(self, asin: str, argument: str) -> int:
+    def _find_number(self, asin: str, argument: str) -> int:
         try:
-            return self.store.number(asin)
+            return self.store.find_number(asin)
         except KeyError:
             raise ValueError(f"{argument}: there is no product {asin!r} in {self.name}") from None
 
 
-def _checked_price(asin: str, price: float) -> float:
+def _check_price(asin: str, price: float) -> float:
     if isinstance(price, bool) or not isinstance(price, (int, float)) or not 0 <= price < math.inf:
         raise ValueError(f"prices: {asin}: expected a price, got {price!r}")
     return price
 
 
-def _index(store: Store, progress: Progress) -> Index:
-    """The search index; its documents are in the order of their ASINs, for equal scores are ordered by ASIN."""
-    return Index.build(map(document, store.in_asin_order()), lambda done, *_: progress("indexing products", done))
+def _build_index(store: Store, progress: Progress) -> Index:
+    """The search index, in the order of the ASINs, for equal scores are ordered by ASIN."""
+    return Index.build(
+        map(make_document, store.read_in_asin_order()),
+        lambda done, *_: progress("indexing products", done),
+    )
 
 
-def _find(folder: Path, size: str | None) -> dict[str, Path]:
+def _find_files(folder: Path, size: str | None) -> dict[str, Path]:
     """The files of a shop in `folder`: items, attributes and, if there is one, human."""
     if size not in (None, "1000", "all"):
         raise ValueError(f"size: {size!r} is none of 1000, all")
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; give the one with WebShop's items_shuffle*.json")
+        raise DataError(
+            f"{folder}: there is no such folder; give the one with WebShop's items_shuffle*.json"
+        )
     found = {}
     for role, stem in [("items", "items_shuffle"), ("attributes", "items_ins_v2")]:
         suffixes = {None: ("_1000", ""), "1000": ("_1000",), "all": ("",)}[size]
         files = [folder / f"{stem}{suffix}{ending}" for suffix in suffixes for ending in _ENDINGS]
-        found[role] = _only([file for file in files if file.exists()], folder, f"{stem}{suffixes[0]}.json")
+        found[role] = _choose_only(
+            [file for file in files if file.exists()], folder, f"{stem}{suffixes[0]}.json"
+        )
     human = [folder / f"items_human_ins{ending}" for ending in _ENDINGS]
     if any(file.exists() for file in human):
-        found["human"] = _only([file for file in human if file.exists()], folder, "items_human_ins.json")
+        found["human"] = _choose_only(
+            [file for file in human if file.exists()], folder, "items_human_ins.json"
+        )
     return found
 
 
-def _only(files: list[Path], folder: Path, example: str) -> Path:
+def _choose_only(files: list[Path], folder: Path, example: str) -> Path:
     if not files:
         raise DataError(f"{folder}: there is no {example} (plain, .gz or .xz)")
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise DataError(f"{folder}: there are {names}; say which with size='1000' or 'all', or keep one")
+        raise DataError(
+            f"{folder}: there are {names}; say which with size='1000' or 'all', or keep one"
+        )
     return files[0]
 
 
-def _cache_folder(given: str | os.PathLike | None) -> Path:
+def _find_cache_folder(given: str | os.PathLike | None) -> Path:
     if given is not None:
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "hiper_fast" / "webshop"
+    return (
+        (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "hiper_fast" / "webshop"
+    )
 
 
-def _cached(files: Mapping[str, Path], folder: Path, progress: Progress) -> tuple[Store, Index]:
+def _load_or_build(
+    files: Mapping[str, Path], folder: Path, progress: Progress
+) -> tuple[Store, Index]:
     """The parsed products and their index from the cache, or built and put there."""
-    entry = folder / _digest(files, progress)
+    entry = folder / _hash_files(files, progress)
     if entry.exists():
         try:
             return Store.load(entry), Index.load(entry / "index")
         except Exception as error:  # whatever is wrong with a cache, building it again mends it
-            warnings.warn(f"{entry}: the cache cannot be used and is built again ({error})", stacklevel=3)
+            warnings.warn(
+                f"{entry}: the cache cannot be used and is built again ({error})", stacklevel=3
+            )
             shutil.rmtree(entry, ignore_errors=True)
     attributes = read_object(files["attributes"])
     human = read_object(files["human"]) if "human" in files else {}
 
     def source() -> Iterator[Record]:
-        return records(read_items(files["items"]), attributes, human, source=str(files["items"]))
+        return make_records(
+            read_items(files["items"]), attributes, human, source=str(files["items"])
+        )
 
     try:
         return _build(source(), entry, progress)
     except OSError as error:
-        warnings.warn(f"{folder}: nothing can be cached there ({error}); the shop is kept in memory", stacklevel=3)
-        store = Store.in_memory(source(), progress)
-        return store, _index(store, progress)
+        warnings.warn(
+            f"{folder}: nothing can be cached there ({error}); the shop is kept in memory",
+            stacklevel=3,
+        )
+        store = Store.build_in_memory(source(), progress)
+        return store, _build_index(store, progress)
 
 
 def _build(source: Iterator[Record], entry: Path, progress: Progress) -> tuple[Store, Index]:
-    """Builds a shop beside `entry` and moves it there, so that an entry is whole or not there at all."""
+    """Builds a shop beside `entry` and moves it there: an entry is whole or not there at all."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True) as fresh:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{entry.name}-", dir=entry.parent, ignore_cleanup_errors=True
+    ) as fresh:
         built = Path(fresh) / "entry"
         built.mkdir()
-        store = Store.on_disk(source, built, progress)
-        index = _index(store, progress)
+        store = Store.build_on_disk(source, built, progress)
+        index = _build_index(store, progress)
         index.save(built / "index")
         with suppress(OSError):  # another process was faster
             os.rename(built, entry)
         return store, index
 
 
-def _digest(files: Mapping[str, Path], progress: Progress) -> str:
+def _hash_files(files: Mapping[str, Path], progress: Progress) -> str:
     digest = hashlib.blake2b(_FORMAT, digest_size=16)
     for role, path in files.items():
         try:
             digest.update(f"{role} {path.suffix} {path.stat().st_size}\n".encode())
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-                    progress(f"looking at {path.name} (bytes)", file.tell())
+            _add_content(digest, path, progress)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     return digest.hexdigest()
 
 
-def _silent(stage: str, done: int) -> None:
+def _add_content(digest: hashlib.blake2b, path: Path, progress: Progress) -> None:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            progress(f"looking at {path.name} (bytes)", file.tell())
+
+
+def _ignore_progress(stage: str, done: int) -> None:
     pass
 
 
 class _Patience:
-    """Tells stderr how far it is, every two seconds."""
+    """Tells stderr how far it is, now and then."""
 
     def __init__(self):
         self._told = time.monotonic()
 
     def __call__(self, stage: str, done: int) -> None:
-        if time.monotonic() > self._told + 2:
+        if time.monotonic() > self._told + _TELL_EVERY:
             self._told = time.monotonic()
             print(f"webshop: {stage}: {done:,}", file=sys.stderr, flush=True)

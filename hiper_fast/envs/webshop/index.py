@@ -1,11 +1,12 @@
 """BM25 search over a fixed set of documents, with Lucene's scores and order to the last bit.
 
-    score(q, d) = sum over the terms t of q of  w - w / (1 + count_d(t) * inv(d))      w = count_q(t) * idf(t)
-    idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))      inv(d) = 1 / (k1 * (1 - b + b * length(d) / average length))
+    score(q, d) = sum over the terms t of q of  w - w / (1 + count_d(t) * inv(d))      w =
+    count_q(t) * idf(t) idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5))      inv(d) = 1 / (k1 * (1 - b
+    + b * length(d) / average length))
 
-k1 = 0.9 and b = 0.4 as Anserini sets them; N counts the documents that have a term at all. Every summand is float32,
-the sum is formed in double and returned as float32, and length(d) is what is left of it in the byte that Lucene keeps.
-Equal scores stand in order of document numbers.
+k1 = 0.9 and b = 0.4 as Anserini sets them; N counts the documents that have a term at all. Every
+summand is float32, the sum is formed in double and returned as float32, and length(d) is what is
+left of it in the byte that Lucene keeps. Equal scores stand in order of document numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from zlib import crc32
 
 import numpy as np
 
-from hiper_fast.envs.webshop.analyzer import tokens
+from hiper_fast.envs.webshop.analyzer import tokenize
 
 try:
     from hiper_fast import _C as extension
@@ -38,24 +39,26 @@ MAX_COUNT = 65_535  # a term's count in one document saturates here
 FORMAT, VERSION = "hiper_fast search index", 1
 
 
-def _length_table() -> np.ndarray:
+def _make_length_table() -> np.ndarray:
     """int64 [256]: the document length that each of Lucene's norm bytes stands for; rising."""
     steps = np.arange(256 - 24)
     shift = np.maximum(steps // 8 - 1, 0)
-    return np.concatenate([np.arange(24), 24 + np.where(steps < 8, steps, (steps % 8 + 8) << shift)])
+    return np.concatenate(
+        [np.arange(24), 24 + np.where(steps < 8, steps, (steps % 8 + 8) << shift)]
+    )
 
 
-LENGTHS = _length_table()
+LENGTHS = _make_length_table()
 
 
 class Index:
     """An immutable inverted index. Document numbers are positions in what it was built from.
 
-    Build it with `Index.build`, keep it with `save`, and share it between processes by `Index.load`, which maps the
-    file into memory, or by forking.
+    Build it with `Index.build`, keep it with `save`, and share it between processes by
+    `Index.load`, which maps the file into memory, or by forking.
     """
 
-    # In the order of the file: wide types first, so that each array is aligned (the header fills whole 64 bytes).
+    # In the order of the file: wide types first, so that each array is aligned.
     _ARRAYS = {
         "posting_offsets": np.int64,  # [terms + 1] into documents and counts
         "block_offsets": np.int64,  # [terms + 1] into block_bounds
@@ -74,7 +77,7 @@ class Index:
         self.total_tokens = total_tokens
         for name in self._ARRAYS:
             setattr(self, f"_{name}", arrays[name])
-        self._inverse = _inverse_lengths(filled, total_tokens)
+        self._inverse = _invert_lengths(filled, total_tokens)
         self._entry = lru_cache(maxsize=1 << 16)(self._find_entry)
         shared = (self._documents, self._counts, self._block_bounds, self._norms, self._inverse)
         self._addresses = [array.ctypes.data for array in shared]
@@ -84,7 +87,9 @@ class Index:
         return len(self._norms)
 
     @classmethod
-    def build(cls, documents: Iterable[str], progress: Callable[[int], None] | None = None) -> Index:
+    def build(
+        cls, documents: Iterable[str], progress: Callable[[int], None] | None = None
+    ) -> Index:
         """From the documents' texts, in the order in which equal scores are to stand.
 
         Args:
@@ -92,15 +97,17 @@ class Index:
             progress: called now and then with the number of documents read so far, and at the end.
         """
         vocabulary = _Vocabulary()
-        return cls.from_terms(_tokenised(documents, vocabulary, progress), vocabulary)
+        return cls.from_terms(_tokenize(documents, vocabulary, progress), vocabulary)
 
     @classmethod
-    def from_terms(cls, chunks: Iterable[tuple[np.ndarray, np.ndarray]], vocabulary: Iterable[str]) -> Index:
+    def from_terms(
+        cls, chunks: Iterable[tuple[np.ndarray, np.ndarray]], vocabulary: Iterable[str]
+    ) -> Index:
         """From documents that were tokenised before.
 
         Args:
-            chunks: pairs of term ids [tokens], all documents' one after another, and document lengths [documents].
-            vocabulary: the terms in order of their ids, without repetition; read after the last chunk.
+            chunks: pairs of term ids [tokens], document after document, and lengths [documents].
+            vocabulary: the terms in order of their ids, each once; read after the last chunk.
         """
         lengths, inverted = [np.empty(0, np.int64)], []
         first = 0
@@ -117,28 +124,33 @@ class Index:
         sizes = np.zeros(len(encoded), np.int64)
         for terms, runs, _, _ in inverted:
             sizes[terms] += runs
-        posting_offsets = _offsets(sizes[order])
+        posting_offsets = _add_up(sizes[order])
         arrays = {
             "posting_offsets": posting_offsets,
-            "block_offsets": _offsets(-(-sizes[order] // BLOCK)),
-            "term_offsets": _offsets(np.fromiter(map(len, encoded), np.int64, len(encoded))[order]),
+            "block_offsets": _add_up(-(-sizes[order] // BLOCK)),
+            "term_offsets": _add_up(np.fromiter(map(len, encoded), np.int64, len(encoded))[order]),
             "term_hashes": hashes[order],
             "norms": (np.searchsorted(LENGTHS, lengths, side="right") - 1).astype(np.uint8),
             "term_bytes": np.frombuffer(b"".join([encoded[i] for i in order]), np.uint8),
         }
         free = np.empty(len(encoded), np.int64)  # each term's next free posting
         free[order] = posting_offsets[:-1]
-        documents, counts = np.empty(posting_offsets[-1], np.int32), np.empty(posting_offsets[-1], np.uint16)
+        documents, counts = (
+            np.empty(posting_offsets[-1], np.int32),
+            np.empty(posting_offsets[-1], np.uint16),
+        )
         for terms, runs, chunk_documents, chunk_counts in inverted:
-            place = np.repeat(free[terms] - _offsets(runs)[:-1], runs) + np.arange(len(chunk_documents))
+            place = np.repeat(free[terms] - _add_up(runs)[:-1], runs) + np.arange(
+                len(chunk_documents)
+            )
             documents[place], counts[place] = chunk_documents, chunk_counts
             free[terms] += runs
         arrays |= {"documents": documents, "counts": counts}
-        arrays["block_bounds"] = _block_bounds(arrays, _inverse_lengths(filled, total_tokens))
+        arrays["block_bounds"] = _bound_blocks(arrays, _invert_lengths(filled, total_tokens))
         return cls(arrays, filled, total_tokens)
 
     def search(self, query: str, k: int = 50) -> np.ndarray:
-        """The numbers of the k best documents, best first, int32 [at most k]; only documents that share a term."""
+        """The k best documents that share a term, best first, int32 [at most k]."""
         return self.search_with_scores(query, k)[0]
 
     def search_with_scores(self, query: str, k: int = 50) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +161,11 @@ class Index:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        found = [(count, *entry) for term, count in Counter(tokens(query)).items() if (entry := self._entry(term))]
+        found = [
+            (count, *entry)
+            for term, count in Counter(tokenize(query)).items()
+            if (entry := self._entry(term))
+        ]
         if not found:
             return np.empty(0, np.int32), np.empty(0, np.float32)
         repeated, *places, idf = zip(*found, strict=True)
@@ -158,20 +174,22 @@ class Index:
         return search(self, *np.array(places, np.int64), weights, min(k, len(self)))
 
     def _find_entry(self, term: str) -> tuple[int, int, int, np.float32] | None:
-        """(first posting, end of the postings, first block, idf) of a term; None if no document has it."""
+        """(first posting, end, first block, idf) of a term; None if no document has it."""
         encoded = term.encode("utf-8", "surrogatepass")
         number = int(np.searchsorted(self._term_hashes, np.uint32(value := crc32(encoded))))
         while number < len(self._term_hashes) and self._term_hashes[number] == value:
             begin, end = self._term_offsets[number : number + 2]
             if self._term_bytes[begin:end].tobytes() == encoded:
                 begin, end = map(int, self._posting_offsets[number : number + 2])
-                idf = np.float32(math.log(1 + (self.filled - (end - begin) + 0.5) / (end - begin + 0.5)))
+                idf = np.float32(
+                    math.log(1 + (self.filled - (end - begin) + 0.5) / (end - begin + 0.5))
+                )
                 return begin, end, int(self._block_offsets[number]), idf
             number += 1
         return None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one file: a header and the arrays, each in the `.npy` format. It appears whole or not at all."""
+        """Write one file, header and arrays in `.npy` format. It appears whole or not at all."""
         path = Path(path)
         header = {
             "format": FORMAT,
@@ -179,13 +197,17 @@ class Index:
             "filled": self.filled,
             "total_tokens": self.total_tokens,
         }
-        header["digest"] = _digest(header, self._arrays)
+        header["digest"] = _hash_index(header, self._arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False)
+        file = tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+        )
         try:
             with file:
                 text = json.dumps(header)
-                np.save(file, np.frombuffer(text.ljust(-(-len(text) // 64) * 64).encode(), np.uint8))
+                np.save(
+                    file, np.frombuffer(text.ljust(-(-len(text) // 64) * 64).encode(), np.uint8)
+                )
                 for name in self._ARRAYS:
                     np.save(file, self._arrays[name])
             os.replace(file.name, path)
@@ -204,21 +226,17 @@ class Index:
         path = Path(path)
         mend = f"; delete {path} and build the index anew"
         try:
-            with path.open("rb") as file:
-                stored = np.asarray(np.memmap(path, np.uint8, "r"))
-                header = json.loads(_read_array(file, stored).tobytes())
-                if header["format"] != FORMAT:
-                    raise ValueError(f"its header says {header['format']!r}")
-                if current := header["version"] == VERSION:
-                    arrays = {name: _read_array(file, stored) for name in cls._ARRAYS}
-                    if file.tell() != len(stored) or header.pop("digest") != _digest(header, arrays):
-                        raise ValueError("its content does not fit its digest")
+            header, arrays = _read_index(path)
         except OSError:
             raise
         except Exception as error:  # damage shows in every way
-            raise ValueError(f"{path} is no search index, or it is damaged: {error}{mend}") from error
-        if not current:
-            raise ValueError(f"{path} is a search index of version {header['version']}, not {VERSION}{mend}")
+            raise ValueError(
+                f"{path} is no search index, or it is damaged: {error}{mend}"
+            ) from error
+        if header["version"] != VERSION:
+            raise ValueError(
+                f"{path} is a search index of version {header['version']}, not {VERSION}{mend}"
+            )
         return cls(arrays, header["filled"], header["total_tokens"])
 
 
@@ -230,12 +248,12 @@ class _Vocabulary(dict):
         return id
 
 
-def _tokenised(
+def _tokenize(
     documents: Iterable[str], vocabulary: _Vocabulary, progress: Callable[[int], None] | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     terms, lengths, done = array("i"), array("q"), 0
     for text in documents:
-        found = tokens(text)
+        found = tokenize(text)
         terms.extend(map(vocabulary.__getitem__, found))
         lengths.append(len(found))
         if len(lengths) == CHUNK:
@@ -250,42 +268,46 @@ def _tokenised(
 
 
 def _invert(terms: np.ndarray, lengths: np.ndarray, first: int) -> tuple[np.ndarray, ...]:
-    """A chunk's postings by term, then document: (terms, postings of each of them, documents, counts)."""
+    """A chunk's postings by term, then document: (terms, postings of each, documents, counts)."""
     documents = np.repeat(np.arange(first, first + len(lengths), dtype=np.int64), lengths)
     keys = np.sort(terms.astype(np.int64) << 32 | documents)
-    begins = _run_begins(keys)
+    begins = _find_run_begins(keys)
     counts = np.diff(begins, append=len(keys))
     keys = keys[begins]
     all_terms, documents = keys >> 32, keys.astype(np.int32)
-    begins = _run_begins(all_terms)
+    begins = _find_run_begins(all_terms)
     runs = np.diff(begins, append=len(keys))
     return all_terms[begins], runs, documents, np.minimum(counts, MAX_COUNT).astype(np.uint16)
 
 
-def _run_begins(values: np.ndarray) -> np.ndarray:
+def _find_run_begins(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(values, prepend=-1))
 
 
-def _offsets(sizes: np.ndarray) -> np.ndarray:
+def _add_up(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
-def _inverse_lengths(filled: int, total_tokens: int) -> np.ndarray:
-    """float32 [256]: inv of each norm; each operation rounded to float32 in the order in which Lucene has them."""
+def _invert_lengths(filled: int, total_tokens: int) -> np.ndarray:
+    """float32 [256]: inv of each norm; each operation is rounded, in Lucene's order."""
     average = np.float32(total_tokens / filled) if filled else np.float32(1)
     return np.float32(1) / (K1 * ((np.float32(1) - B) + B * LENGTHS.astype(np.float32) / average))
 
 
-def _block_bounds(arrays: dict[str, np.ndarray], inverse: np.ndarray) -> np.ndarray:
+def _bound_blocks(arrays: dict[str, np.ndarray], inverse: np.ndarray) -> np.ndarray:
     blocks, offsets = arrays["block_offsets"], arrays["posting_offsets"]
     if blocks[-1] == 0:
         return np.empty(0, np.float32)
     within = np.arange(blocks[-1]) - np.repeat(blocks[:-1], np.diff(blocks))
     begins = np.repeat(offsets[:-1], np.diff(blocks)) + BLOCK * within
-    return np.maximum.reduceat(arrays["counts"] * inverse[arrays["norms"][arrays["documents"]]], begins)
+    return np.maximum.reduceat(
+        arrays["counts"] * inverse[arrays["norms"][arrays["documents"]]], begins
+    )
 
 
-def _search_numpy(index: Index, begins, ends, blocks, weights, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_numpy(
+    index: Index, begins, ends, blocks, weights, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Adds up every posting of every term."""
     totals = np.zeros(len(index))
     for begin, end, weight in zip(begins, ends, weights, strict=True):
@@ -301,7 +323,9 @@ def _search_numpy(index: Index, begins, ends, blocks, weights, k: int) -> tuple[
     return found[best].astype(np.int32), scores[best]
 
 
-def _search_cpp(index: Index, begins, ends, blocks, weights, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_cpp(
+    index: Index, begins, ends, blocks, weights, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The same without the postings that cannot matter."""
     documents, scores = np.empty(k, np.int32), np.empty(k, np.float32)
     given = [array.ctypes.data for array in (begins, ends, blocks, weights, documents, scores)]
@@ -309,12 +333,28 @@ def _search_cpp(index: Index, begins, ends, blocks, weights, k: int) -> tuple[np
     return documents[:found], scores[:found]
 
 
-def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
+def _hash_index(header: dict, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(json.dumps(header).encode(), digest_size=16)
     for name in Index._ARRAYS:
         digest.update(f"{arrays[name].dtype.str} {arrays[name].shape}".encode())
         digest.update(arrays[name])
     return digest.hexdigest()
+
+
+def _read_index(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and arrays of a saved index; no arrays if it is one of another version."""
+    with path.open("rb") as file:
+        stored = np.asarray(np.memmap(path, np.uint8, "r"))
+        header = json.loads(_read_array(file, stored).tobytes())
+        if header["format"] != FORMAT:
+            raise ValueError(f"its header says {header['format']!r}")
+        if header["version"] != VERSION:
+            return header, {}
+        arrays = {name: _read_array(file, stored) for name in Index._ARRAYS}
+        whole = file.tell() == len(stored)
+    if not whole or header.pop("digest") != _hash_index(header, arrays):
+        raise ValueError("its content does not fit its digest")
+    return header, arrays
 
 
 def _read_array(file, stored: np.ndarray) -> np.ndarray:

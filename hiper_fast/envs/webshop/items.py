@@ -1,4 +1,4 @@
-"""WebShop's own files, read piece by piece: raw items -> a shop's records, or one error that names what is wrong."""
+"""WebShop's own files, read piece by piece: raw items -> records, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -12,63 +12,82 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..base import GameError
+
 Record = dict[str, Any]
 
 NO_ATTRIBUTES = ["DUMMY_ATTR"]
 LONGEST_ASIN = 10
 _CHUNK = 1 << 20  # characters read at a time
 _LARGEST_ITEM = 1 << 25  # characters; a longer "item" is a damaged file
+_WHITE_SPACE = " \t\r\n"
+_DECODER = json.JSONDecoder()
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _TEXTS = ("name", "category", "query", "product_category", "full_description")
 
 
-class DataError(ValueError):
+class DataError(GameError):
     """Shop data that cannot be used; the message names the file, the product and the key."""
 
 
 def read_items(path: Path) -> Iterator[Any]:
     """The objects in the JSON array in `path` (plain, .gz or .xz), one at a time."""
-    decoder, text, ended = json.JSONDecoder(), "", False
     with _open(path) as file:
-
-        def more() -> bool:
-            nonlocal text, ended
-            chunk = _read(file, path, _CHUNK)
-            text, ended = text + chunk, not chunk
-            return not ended
-
-        def next_character() -> str:
-            nonlocal text
-            text = text.lstrip(" \t\r\n")
-            while not text and more():
-                text = text.lstrip(" \t\r\n")
-            return text[:1]
-
-        if next_character() != "[":
+        text = _Text(file, path)
+        if text.peek() != "[":
             raise DataError(f"{path}: expected a JSON array of products")
         separator = "["
+        while separator != "]":
+            text.skip()
+            if separator == "[" and text.peek() == "]":
+                return
+            yield text.take_object()
+            separator = text.peek()
+            if separator not in ("]", ","):
+                wrong = f"not valid JSON (expected , or ] after a product, got {separator!r})"
+                state = wrong if separator else "truncated"
+                raise DataError(f"{path}: {state}; fetch the file again")
+
+
+class _Text:
+    """What is left of a file's text, read as it is needed."""
+
+    def __init__(self, file: TextIO, path: Path):
+        self.file, self.path = file, path
+        self.text, self.ended = "", False
+
+    def read_more(self) -> bool:
+        chunk = _read(self.file, self.path, _CHUNK)
+        self.text, self.ended = self.text + chunk, not chunk
+        return not self.ended
+
+    def peek(self) -> str:
+        """The next character but white space, "" at the end."""
+        self.text = self.text.lstrip(_WHITE_SPACE)
+        while not self.text and self.read_more():
+            self.text = self.text.lstrip(_WHITE_SPACE)
+        return self.text[:1]
+
+    def skip(self) -> None:
+        self.text = self.text[1:]
+
+    def take_object(self) -> Any:
+        if self.peek() not in "{":
+            got = repr(self.text[:20])
+            raise DataError(f"{self.path}: expected a JSON object for every product, got {got}")
         while True:
-            text = text[1:]
-            if separator == "[" and next_character() == "]":
-                return
-            if next_character() not in "{":
-                raise DataError(f"{path}: expected a JSON object for every product, got {text[:20]!r}")
-            while True:
-                try:
-                    item, end = decoder.raw_decode(text)
-                    break
-                except (json.JSONDecodeError, RecursionError) as error:
-                    if len(text) > _LARGEST_ITEM or isinstance(error, RecursionError) or not more():
-                        state = "truncated" if ended else "not valid JSON"
-                        raise DataError(f"{path}: {state} ({error}); fetch the file again") from None
-            yield item
-            text = text[end:]
-            separator = next_character()
-            if separator == "]":
-                return
-            if separator != ",":
-                state = f"not valid JSON (expected , or ] after a product, got {separator!r})"
-                raise DataError(f"{path}: {state if separator else 'truncated'}; fetch the file again")
+            try:
+                item, end = _DECODER.raw_decode(self.text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                hopeless = len(self.text) > _LARGEST_ITEM or isinstance(error, RecursionError)
+                if hopeless or not self.read_more():
+                    state = "truncated" if self.ended else "not valid JSON"
+                    raise DataError(
+                        f"{self.path}: {state} ({error}); fetch the file again"
+                    ) from None
+            else:
+                self.text = self.text[end:]
+                return item
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -77,7 +96,9 @@ def read_object(path: Path) -> dict[str, Any]:
         try:
             content = json.loads(_read(file, path, -1))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}: not valid JSON, perhaps truncated ({error}); fetch the file again") from None
+            raise DataError(
+                f"{path}: not valid JSON, perhaps truncated ({error}); fetch the file again"
+            ) from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, product by product")
     return content
@@ -97,14 +118,18 @@ def _read(file: TextIO, path: Path, size: int) -> str:
         raise DataError(f"{path}: damaged or truncated ({error}); fetch the file again") from None
 
 
-def records(
-    items: Iterable[Any], attributes: Mapping[str, Any], human: Mapping[str, Any], source: str = "items"
+def make_records(
+    items: Iterable[Any],
+    attributes: Mapping[str, Any],
+    human: Mapping[str, Any],
+    source: str = "items",
 ) -> Iterator[Record]:
-    """One record per product, in file order. ASINs that are "nan", longer than 10 characters or repeated are skipped.
+    """One record per product, in file order, without ASINs that are "nan", too long or repeated.
 
-    A record has `asin name category query product_category description bullets prices price_tag options attributes
-    instruction instruction_attributes human`; `prices` holds one price or the two ends of a range.
-    Raises DataError naming `source`, the product and the key for what is missing or of another type.
+    A record has `asin name category query product_category description bullets prices price_tag
+    options attributes instruction instruction_attributes human`; `prices` holds one price or the
+    two ends of a range. Raises DataError naming `source`, the product and the key for what is
+    missing or of another type.
     """
     seen = set()
     for position, item in enumerate(items):
@@ -115,15 +140,15 @@ def records(
             continue
         seen.add(asin)
         try:
-            yield _record(asin, item, attributes.get(asin, {}), human.get(asin, []))
+            yield _make_record(asin, item, attributes.get(asin, {}), human.get(asin, []))
         except DataError as error:
             raise DataError(f"{source}: product {asin}: {error}") from None
 
 
-def _record(asin: str, item: dict[str, Any], attributes: Any, human: Any) -> Record:
-    texts = {key: _typed(item, key, str) for key in _TEXTS}
+def _make_record(asin: str, item: dict[str, Any], attributes: Any, human: Any) -> Record:
+    texts = {key: _get_typed(item, key, str) for key in _TEXTS}
     bullets = item.get("small_description")
-    prices, price_tag = _prices(item.get("pricing"))
+    prices, price_tag = _read_prices(item.get("pricing"))
     if not isinstance(attributes, dict):
         raise DataError("its attributes are no JSON object")
     instruction = attributes.get("instruction")
@@ -134,18 +159,22 @@ def _record(asin: str, item: dict[str, Any], attributes: Any, human: Any) -> Rec
         "query": texts["query"].lower().strip(),
         "product_category": texts["product_category"],
         "description": texts["full_description"],
-        "bullets": [bullets] if isinstance(bullets, str) else _strings(item, "small_description"),
+        "bullets": [bullets]
+        if isinstance(bullets, str)
+        else _get_strings(item, "small_description"),
         "prices": prices,
         "price_tag": price_tag,
-        "options": _options(item.get("customization_options")),
-        "attributes": _strings(attributes, "attributes") if "attributes" in attributes else NO_ATTRIBUTES,
-        "instruction": None if instruction is None else _typed(attributes, "instruction", str),
-        "instruction_attributes": [] if instruction is None else _asked(attributes),
-        "human": _human(human),
+        "options": _read_options(item.get("customization_options")),
+        "attributes": _get_strings(attributes, "attributes")
+        if "attributes" in attributes
+        else NO_ATTRIBUTES,
+        "instruction": None if instruction is None else _get_typed(attributes, "instruction", str),
+        "instruction_attributes": [] if instruction is None else _get_asked(attributes),
+        "human": _read_human(human),
     }
 
 
-def _typed(record: Mapping[str, Any], key: str, kind: type) -> Any:
+def _get_typed(record: Mapping[str, Any], key: str, kind: type) -> Any:
     if key not in record:
         raise DataError(f"{key!r} is missing")
     if not isinstance(record[key], kind):
@@ -153,21 +182,21 @@ def _typed(record: Mapping[str, Any], key: str, kind: type) -> Any:
     return record[key]
 
 
-def _strings(record: Mapping[str, Any], key: str) -> list[str]:
-    values = _typed(record, key, list)
+def _get_strings(record: Mapping[str, Any], key: str) -> list[str]:
+    values = _get_typed(record, key, list)
     if not all(isinstance(value, str) for value in values):
         raise DataError(f"{key!r} must hold texts only")
     return values
 
 
-def _asked(record: Mapping[str, Any]) -> list[str]:
-    asked = _strings(record, "instruction_attributes")
+def _get_asked(record: Mapping[str, Any]) -> list[str]:
+    asked = _get_strings(record, "instruction_attributes")
     if not asked:
         raise DataError("'instruction_attributes' is empty, though there is an instruction")
     return asked
 
 
-def _prices(pricing: Any) -> tuple[list[float], str]:
+def _read_prices(pricing: Any) -> tuple[list[float], str]:
     """The price or the ends of its range, and the price as shown."""
     if not pricing:
         return [100.0], "$100.0"
@@ -178,11 +207,13 @@ def _prices(pricing: Any) -> tuple[list[float], str]:
     except InvalidOperation:
         prices = []
     if not prices:
-        raise DataError(f"'pricing' is {pricing!r}, expected prices such as '$9.99' or '$9.99 - $19.99'")
+        raise DataError(
+            f"'pricing' is {pricing!r}, expected prices such as '$9.99' or '$9.99 - $19.99'"
+        )
     return prices, " to ".join(f"${price}" for price in prices)
 
 
-def _options(customization: Any) -> dict[str, list[str]]:
+def _read_options(customization: Any) -> dict[str, list[str]]:
     """Option name -> its values, as a page shows them."""
     if not customization:
         return {}
@@ -193,35 +224,46 @@ def _options(customization: Any) -> dict[str, list[str]]:
         if contents is None:
             continue
         if not isinstance(contents, list) or not all(
-            isinstance(content, dict) and isinstance(content.get("value"), str) for content in contents
+            isinstance(content, dict) and isinstance(content.get("value"), str)
+            for content in contents
         ):
-            raise DataError(f"'customization_options': {name!r} must list objects with a text 'value'")
-        options[name.lower()] = [content["value"].strip().replace("/", " | ").lower() for content in contents]
+            raise DataError(
+                f"'customization_options': {name!r} must list objects with a text 'value'"
+            )
+        options[name.lower()] = [
+            content["value"].strip().replace("/", " | ").lower() for content in contents
+        ]
     return options
 
 
-def _human(instructions: Any) -> list[Record]:
+def _read_human(instructions: Any) -> list[Record]:
     """What people asked for; instructions without attributes are left out."""
-    if not isinstance(instructions, list) or not all(isinstance(entry, dict) for entry in instructions):
+    if not isinstance(instructions, list) or not all(
+        isinstance(entry, dict) for entry in instructions
+    ):
         raise DataError("its human instructions are no list of objects")
     return [
         {
-            "instruction": _typed(entry, "instruction", str),
-            "attributes": _strings(entry, "instruction_attributes"),
-            "options": _strings(entry, "instruction_options"),
+            "instruction": _get_typed(entry, "instruction", str),
+            "attributes": _get_strings(entry, "instruction_attributes"),
+            "options": _get_strings(entry, "instruction_options"),
         }
         for entry in instructions
-        if _strings(entry, "instruction_attributes")
+        if _get_strings(entry, "instruction_attributes")
     ]
 
 
-def document(record: Record) -> str:
-    """What the search reads of a product: title, description, first bullet and options, in lower case."""
-    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in record["options"].items())
+def make_document(record: Record) -> str:
+    """What the search reads: title, description, first bullet and options, in lower case."""
+    options = ", and ".join(
+        f"{name}: {', '.join(values)}" for name, values in record["options"].items()
+    )
     bullet = record["bullets"][0] if record["bullets"] else ""
-    return encodable(" ".join([record["name"], record["description"], bullet, options]).lower())
+    return replace_surrogates(
+        " ".join([record["name"], record["description"], bullet, options]).lower()
+    )
 
 
-def encodable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """`text` with a `?` for each lone surrogate."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,10 +1,11 @@
-"""WebShop: a customer's wish, a search bar, pages, options, and one purchase. As the original, without a server."""
+"""WebShop: a customer's wish, a search bar, pages, options, one purchase; without a server."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from ..base import WON_REWARD, Info, check_options
@@ -12,23 +13,26 @@ from . import pages
 from .catalogue import Catalogue, Product
 from .goals import Goal, check_goal
 from .pages import PER_PAGE, SUB_PAGES, Page
-from .reward import name_of
+from .reward import get_name
 
 OBSERVATIONS = ("text", "text_rich")
 
 
 class WebShop:
-    """`reset(seed=s)` draws a goal of the split, `reset()` the next one; `options={"goal": goal}` plays that one.
+    """`reset(seed=s)` draws a goal, `reset()` the next; `options={"goal": …}` gives it.
 
-    A command is `search[words]`, on any page, or `click[x]` with x of `info["available_actions"]["clickables"]`;
-    anything else leaves the page as it is. Buying ends the episode: it pays 10 for a score of exactly 1, else 0.
+    A command is `search[words]`, on any page, or `click[x]` with x of
+    `info["available_actions"]["clickables"]`; anything else leaves the page as it is. Buying ends
+    the episode: it pays 10 for a score of exactly 1, else 0.
 
-    `info` holds `available_actions` (`has_search_bar` and `clickables`, as the original gives them),
-    `admissible_commands` (the same as commands, the search bar as `search[<your query>]`), `task`, `task_type` (the
-    goal's category), `won`, `task_score` (0 until the purchase) and, after it, `reward_parts` (see `reward.Reward`).
+    `info` holds `available_actions` (`has_search_bar` and `clickables`, as the original gives
+    them), `admissible_commands` (the same as commands, the search bar as `search[<your query>]`),
+    `task`, `task_type` (the goal's category), `won`, `task_score` (0 until the purchase) and, after
+    it, `reward_parts` (see `reward.Reward`).
 
-    goals: "synthetic" or "human". split: train, validation, test, all. split_by: "goal", as the original, or "product".
-    observation: "text" or "text_rich". `provenance` says what a figure was made with.
+    goals: "synthetic" or "human". split: train, validation, test, all. split_by: "goal", as the
+    original, or "product". observation: "text" or "text_rich". `provenance` says what a figure was
+    made with.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class WebShop:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What goes beside a figure: catalogue, its seed, goals, split, how it was split, and the reward's nouns."""
+        """What goes beside a figure: catalogue, its seed, goals, split, and the reward's nouns."""
         return {
             "catalogue": self.catalogue.name,
             "products": len(self.catalogue),
@@ -62,7 +66,7 @@ class WebShop:
             "goals": self.kind,
             "split": self.split,
             "split_by": self.split_by,
-            "nouns": name_of(self.catalogue.reward.nouns),
+            "nouns": get_name(self.catalogue.reward.nouns),
         }
 
     @property
@@ -72,11 +76,13 @@ class WebShop:
 
     @property
     def reachable(self) -> bool:
-        """Whether this episode's goal can be met to the full (6.6 % of the 1,000 products' goals cannot)."""
-        self._begun()
+        """Whether this episode's goal can be met to the full (6.6 % of 1,000 products' cannot)."""
+        self._check_begun()
         return self.catalogue.reachable(self.goal)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, Info]:
         options = check_options(options, {"goal"})
         if seed is not None:
             self._random = random.Random(seed)
@@ -85,34 +91,36 @@ class WebShop:
         else:
             self.goal = self.goals[int(self.indices[self._random.randrange(len(self.indices))])]
         instruction = self.goal["instruction_text"]
-        self._heads = pages.search_head(instruction), pages.head(instruction)
-        self._head_texts = [pages.joined(node.text for node in head) + pages.SEPARATOR for head in self._heads]
+        self._heads = pages.make_search_head(instruction), pages.make_head(instruction)
+        self._head_texts = [
+            pages.join_texts(map(itemgetter(0), head)) + pages.SEPARATOR for head in self._heads
+        ]
         self._score, self._parts = 0.0, None
-        self._to_search()
-        return self._observation(), self._info()
+        self._go_to_search()
+        return self._observe(), self._make_info()
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
-        self._begun()
+        self._check_begun()
         if not isinstance(command, str):
             raise TypeError(f"command: expected str, got {type(command).__name__}")
         name, argument = parse(command)
         if self._parts is not None:
-            return self._observation(), 0.0, True, False, self._info()
+            return self._observe(), 0.0, True, False, self._make_info()
         if name == "search":
-            self._to_results(argument.split(" "), 1)
+            self._go_to_results(argument.split(" "), 1)
         elif name == "click" and argument in self.page.targets and argument != "search":
             self._click(argument)
         bought = self._parts is not None
         reward = WON_REWARD if bought and self._score == 1 else 0.0
-        return self._observation(), reward, bought, False, self._info()
+        return self._observe(), reward, bought, False, self._make_info()
 
-    def _begun(self) -> None:
+    def _check_begun(self) -> None:
         if self.goal is None:
             raise RuntimeError("call reset first: no goal has been drawn")
 
     # Where the customer is. The state has the original's names; `where` is the page's kind.
 
-    def _to_search(self) -> None:
+    def _go_to_search(self) -> None:
         self.keywords: list[str] | None = None
         self.page_number: int | None = None
         self.product: Product | None = None
@@ -120,60 +128,72 @@ class WebShop:
         self.seen: set[str] = set()
         self.where, self.page = "search", pages.SEARCH
 
-    def _to_results(self, keywords: list[str], number: int) -> None:
+    def _go_to_results(self, keywords: list[str], number: int) -> None:
         self.keywords, self.page_number, self.product, self.options = keywords, number, None, {}
-        hits = self.catalogue.hits(" ".join(keywords))
-        shown = [self.catalogue.product(hit) for hit in hits[(number - 1) * PER_PAGE : number * PER_PAGE]]
-        self.where, self.page = "results", pages.results(shown, number, len(hits))
+        hits = self.catalogue.find_hits(" ".join(keywords))
+        shown = [
+            self.catalogue.get_product(hit)
+            for hit in hits[(number - 1) * PER_PAGE : number * PER_PAGE]
+        ]
+        self.where, self.page = "results", pages.make_results(shown, number, len(hits))
 
-    def _to_item(self) -> None:
+    def _go_to_item(self) -> None:
         self.where = "item"
-        self.page = self.product.page_with_attributes if self._show_attributes else self.product.page
+        self.page = (
+            self.product.page_with_attributes if self._show_attributes else self.product.page
+        )
 
     def _click(self, name: str) -> None:
-        """The original asks for the name first, so an option value that reads like a button is one."""
+        """The name counts first, as in the original: an option that reads like a button is one."""
         target = self.page.targets[name]
         if name == "buy now":
             self._buy()
         elif name == "back to search":
-            self._to_search()
+            self._go_to_search()
         elif name == "next >" and self.where == "results":
-            self._to_results(self.keywords, self.page_number + 1)
+            self._go_to_results(self.keywords, self.page_number + 1)
         elif name == "< prev" and self.where == "results":
-            self._to_results(self.keywords, self.page_number - 1)
+            self._go_to_results(self.keywords, self.page_number - 1)
         elif name == "< prev" and self.where == "item":
-            self._to_results(self.keywords, self.page_number)
+            self._go_to_results(self.keywords, self.page_number)
         elif name == "< prev":
-            self._to_item()
+            self._go_to_item()
         elif name in SUB_PAGES:
             self.where, self.page = "sub-page", self.product.sub_pages[name]
         elif isinstance(target, int):
-            self.product = self.catalogue.product(target)
+            self.product = self.catalogue.get_product(target)
             self.seen.add(self.product.asin)
-            self._to_item()
+            self._go_to_item()
         else:
             self.options[target] = name
-            self._to_item()
+            self._go_to_item()
 
     def _buy(self) -> None:
         product = self.product
-        self._score, self._parts = self.catalogue.reward(product, self.goal, product.price, self.options.values())
-        self.where, self.page = "done", pages.done(product.asin, self.options, self._score)
+        self._score, self._parts = self.catalogue.reward(
+            product, self.goal, product.price, self.options.values()
+        )
+        self.where, self.page = "done", pages.make_done(product.asin, self.options, self._score)
 
     # What the customer sees.
 
-    def _observation(self) -> str:
+    def _observe(self) -> str:
         searching, done = self.where == "search", self.where == "done"
         if not self._rich:
-            return self.page.text if done else self._head_texts[0 if searching else 1] + self.page.text
+            return (
+                self.page.text if done else self._head_texts[0 if searching else 1] + self.page.text
+            )
         head = [] if done else self._heads[0 if searching else 1]
         address = f"{'+'.join(self.keywords)} {json.dumps(self.options)}" if self.keywords else ""
-        return pages.rich([*head, *self.page.nodes], address, self.seen)
+        return pages.render_rich([*head, *self.page.nodes], address, self.seen)
 
-    def _info(self) -> Info:
+    def _make_info(self) -> Info:
         page: Page = self.page
         info = {
-            "available_actions": {"has_search_bar": self.where == "search", "clickables": list(page.clickables)},
+            "available_actions": {
+                "has_search_bar": self.where == "search",
+                "clickables": list(page.clickables),
+            },
             "admissible_commands": list(page.commands),
             "task": self.goal["instruction_text"],
             "task_type": self.goal["category"],
@@ -186,10 +206,10 @@ class WebShop:
 
 
 def parse(command: str) -> tuple[str | None, str | None]:
-    """(name, argument in lower case) of a command, or (None, None): `(.+)\\[(.+)\\]` from the start of its first line.
+    """(name, argument in lower case) of a command's first line, or (None, None): `(.+)\\[(.+)\\]`.
 
-    Greedy, so the argument begins after the last bracket that leaves one; written without a regular expression, which
-    would take quadratic time on a line of brackets.
+    Greedy, so the argument begins after the last bracket that leaves one; written without a regular
+    expression, which would take quadratic time on a line of brackets.
     """
     line = command.partition("\n")[0]
     closing = line.rfind("]")

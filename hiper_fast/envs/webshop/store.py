@@ -1,4 +1,4 @@
-"""The products of a shop, compactly: their records as lines of JSON, in memory or mapped, and small tables."""
+"""The products of a shop, compactly: records as lines of JSON, mapped, and small tables."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ _LINES, _TABLES, _SUMMARY = "products.jsonl", "tables.npz", "summary.json"
 class Store:
     """n products in file order.
 
-    `combinations` counts the synthetic goals of a product, one per combination of its options, and `human` its human
-    ones. `attribute_counts` says in how many synthetic goals an attribute is asked for.
+    `combinations` counts the synthetic goals of a product, one per combination of its options, and
+    `human` its human ones. `attribute_counts` says in how many synthetic goals an attribute is
+    asked for.
     """
 
     lines: bytes | mmap.mmap
@@ -43,13 +44,13 @@ class Store:
     def __len__(self) -> int:
         return len(self.asins)
 
-    def record(self, number: int) -> Record:
+    def read_record(self, number: int) -> Record:
         return json.loads(self.lines[self.offsets[number] : self.offsets[number + 1]])
 
-    def in_asin_order(self) -> Iterator[Record]:
-        return map(self.record, self.by_asin)
+    def read_in_asin_order(self) -> Iterator[Record]:
+        return map(self.read_record, self.by_asin)
 
-    def number(self, asin: str) -> int:
+    def find_number(self, asin: str) -> int:
         """The product with this ASIN; KeyError if there is none."""
         place = np.searchsorted(self.asins, asin, sorter=self.by_asin)
         if place == len(self) or self.asins[self.by_asin[place]] != asin:
@@ -57,40 +58,40 @@ class Store:
         return int(self.by_asin[place])
 
     @classmethod
-    def in_memory(cls, records: Iterable[Record], progress: Progress) -> Store:
+    def build_in_memory(cls, records: Iterable[Record], progress: Progress) -> Store:
         lines = io.BytesIO()
         tables, counts = _write(records, lines, progress)
         return cls(lines.getvalue(), **tables, attribute_counts=counts)
 
     @classmethod
-    def on_disk(cls, records: Iterable[Record], folder: Path, progress: Progress) -> Store:
+    def build_on_disk(cls, records: Iterable[Record], folder: Path, progress: Progress) -> Store:
         """Writes the records into `folder` as they come and maps them."""
         with open(folder / _LINES, "wb") as lines:
             tables, counts = _write(records, lines, progress)
         np.savez(folder / _TABLES, **tables)
-        mapped = _mapped(folder / _LINES)
-        summary = {"attribute_counts": counts, "digest": _digest(mapped)}
+        mapped = _map_file(folder / _LINES)
+        summary = {"attribute_counts": counts, "digest": _hash_lines(mapped)}
         (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
         return cls(mapped, **tables, attribute_counts=counts)
 
     @classmethod
     def load(cls, folder: Path) -> Store:
-        """Maps what `on_disk` wrote, after a check; ValueError, OSError, KeyError or TypeError if it is damaged."""
+        """Maps what `build_on_disk` wrote; ValueError, OSError, KeyError, TypeError if damaged."""
         with np.load(folder / _TABLES, allow_pickle=False) as saved:
             tables = dict(saved)
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        lines = _mapped(folder / _LINES)
-        if summary["digest"] != _digest(lines):
+        lines = _map_file(folder / _LINES)
+        if summary["digest"] != _hash_lines(lines):
             raise ValueError(f"{folder / _LINES} is not what was written")
         return cls(lines, **tables, attribute_counts=summary["attribute_counts"])
 
 
-def _mapped(path: Path) -> bytes | mmap.mmap:
+def _map_file(path: Path) -> bytes | mmap.mmap:
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
-def _digest(lines: bytes | mmap.mmap) -> str:
+def _hash_lines(lines: bytes | mmap.mmap) -> str:
     return hashlib.blake2b(lines, digest_size=16).hexdigest()
 
 
@@ -104,7 +105,9 @@ def _write(
         asins.append(record["asin"])
         prices.append((*record["prices"], math.nan)[:2])
         instructed.append(record["instruction"] is not None)
-        combinations.append(math.prod(map(len, record["options"].values())) if instructed[-1] else 0)
+        combinations.append(
+            math.prod(map(len, record["options"].values())) if instructed[-1] else 0
+        )
         human.append(len(record["human"]))
         for attribute in record["instruction_attributes"]:
             attribute_counts[attribute] += combinations[-1]

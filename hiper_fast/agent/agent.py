@@ -1,0 +1,160 @@
+"""The agent's networks: the language model, its tokenizer, and a critic with three heads."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hiper_fast import ops
+from hiper_fast.agent import attention
+from hiper_fast.agent.layers import compile_layers, find_layers
+from hiper_fast.config import ModelConfig
+from hiper_fast.distributed import ALONE, World, call_inside
+from hiper_fast.options import ConfigError
+from hiper_fast.packing import Microbatch
+
+HEADS = 3  # low, high, switch
+
+
+class Critic(nn.Module):
+    """A value of each head at a position, from a trunk of its own (paper) or the policy's."""
+
+    def __init__(self, trunk: nn.Module | None, hidden_size: int, device: torch.device):
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.Linear(hidden_size, HEADS, device=device)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., h] -> float32 [..., 3]."""
+        # Of more dimensions a linear layer returns a view: FSDP warns of them.
+        rows = hidden.float().flatten(0, -2)  # [rows, h]
+        return self.heads(rows).unflatten(0, hidden.shape[:-1])
+
+
+class Agent:
+    """Policy, critic and frozen reference, with the passes that rollouts and updates need."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModelConfig,
+        *,
+        tiny: bool,
+        world: World = ALONE,
+    ):
+        attention.use(model)
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.world, self.tiny = world, tiny
+        self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
+        self.critic: Critic | None = None
+        self.reference: PreTrainedModel | None = None
+        self.lora = hasattr(model, "peft_config")
+        self.stop_ids = find_stop_ids(model, tokenizer)
+        if not self.stop_ids:
+            raise ConfigError(
+                f"model.path: {config.path} names no end-of-sequence token; set one in its "
+                "tokenizer's configuration"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def add_critic(self) -> Critic:
+        """The critic, its trunk from the policy's present weights; its heads start at zero."""
+        separate = self.config.critic == "separate"
+        trunk = self._copy_network(self.model.base_model) if separate else None
+        self.critic = Critic(trunk, self.model.get_input_embeddings().embedding_dim, self.device)
+        self.world.shard(self.critic.heads)
+        return self.critic
+
+    def freeze_reference(self) -> None:
+        """Keeps the present policy as the KL term's reference. LoRA's base is not copied."""
+        self.reference = self._copy_network(self.model, frozen=True)
+        if self.lora:
+            factors = [p for name, p in self.reference.named_parameters() if "lora_B" in name]
+            if not any(factor.any() for factor in factors):
+                self.reference.disable_adapters()  # not trained yet: the base model itself
+
+    def shard(self) -> None:
+        """Spreads the policy over the processes, after reference and critic were copied from it."""
+        self.world.shard(self.model, find_layers(self.model))
+
+    def _copy_network(self, module: nn.Module, *, frozen: bool = False) -> nn.Module:
+        """A copy that shares the frozen weights alone, spread over the processes."""
+        shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+        copied = copy.deepcopy(module, shared)
+        if frozen:
+            copied.eval().requires_grad_(False)
+        if self.config.compile:
+            compile_layers(copied)
+        return self.world.shard(copied, find_layers(copied))
+
+    def eager(self) -> contextlib.AbstractContextManager:
+        """For generation: compiled layers would be compiled anew for every layer's KV cache."""
+        if self.config.compile:
+            return torch.compiler.set_stance("force_eager")
+        return contextlib.nullcontext()
+
+    def decode(self, ids: list[int]) -> bytes:
+        """The text of a response, special tokens left out; the same bytes `find_roles` reads."""
+        return b"".join(self.pieces[i] for i in ids)
+
+    def find_roles(self, response_ids: Tensor, cu_tokens: Tensor):
+        return ops.find_roles(response_ids, cu_tokens, self.pieces)
+
+    def trunk(self, batch: Microbatch, *, reference: bool = False) -> Tensor:
+        """Last hidden states [tokens, h] of packed sequences."""
+        return run_trunk(self.reference if reference else self.model, batch)
+
+    def critic_hidden(self, batch: Microbatch, policy_hidden: Tensor | None = None) -> Tensor:
+        """The hidden states [tokens, h] that the critic's heads read."""
+        if self.critic.trunk is not None:
+            return run_trunk(self.critic.trunk, batch)
+        return self.trunk(batch) if policy_hidden is None else policy_hidden
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, temperature: float, *, reference: bool = False
+    ) -> Tensor:
+        """Log-probs, float32 [n], of `targets` [n]; `hidden` [n, h] predicts them."""
+        model = self.reference if reference else self.model
+        options = {"targets": targets, "temperature": temperature}
+        return call_inside(
+            model, lambda: ops.linear_logprobs(hidden, **options, **take_head(model))
+        )
+
+    def ppo_loss(
+        self, hidden: Tensor, *data: Tensor, **options
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`ops.linear_ppo` through the head; `data`: targets, old log-probs, advantages, [n]."""
+        names = "targets", "old_logprobs", "advantages"
+        options |= zip(names, data, strict=True)
+        model = self.model
+        return call_inside(model, lambda: ops.linear_ppo(hidden, **options, **take_head(model)))
+
+
+def take_head(model: PreTrainedModel) -> dict[str, Tensor | None]:
+    head = model.get_output_embeddings()
+    return {"weight": head.weight, "bias": getattr(head, "bias", None)}
+
+
+def run_trunk(model: PreTrainedModel, batch: Microbatch) -> Tensor:
+    """A trunk's last hidden states [tokens, h] of packed sequences, each read as if alone."""
+    options = attention.describe_packing(batch, model.dtype)
+    options |= {"position_ids": batch.position_ids[None], "use_cache": False}
+    out = call_inside(model, lambda: model.base_model(batch.input_ids[None], **options))
+    return out.last_hidden_state[0]
+
+
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a response: the model's and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    return tuple(dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None))

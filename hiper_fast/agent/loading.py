@@ -1,0 +1,111 @@
+"""From `model.path` to an agent: the tiny model, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hiper_fast.agent import layers, lora, tiny
+from hiper_fast.agent.agent import Agent
+from hiper_fast.config import ModelConfig
+from hiper_fast.distributed import ALONE, World
+from hiper_fast.options import ConfigError
+
+LOAD_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError
+SCALES = "final_logit_softcapping", "logit_scale", "logits_scaling"  # what changes logits
+
+
+def load_agent(
+    config: ModelConfig, seed: int, tokenizer_file: Path | None = None, world: World = ALONE
+) -> Agent:
+    """The policy of `model.path`, any causal LM; "tiny" is built here with random weights.
+
+    `tokenizer_file` is the tiny model's, of a family of games. One of many processes keeps the
+    model in the CPU's memory, until `Agent.shard` spreads it over them.
+    """
+    device = find_device(config, world)
+    is_tiny = config.path == "tiny"
+    if is_tiny:
+        model, tokenizer = build_tiny(config, seed, tokenizer_file)
+    else:
+        model, tokenizer = load_pretrained(config)
+        check_logits(model, config)
+        if not lora.load_adapters(model) and config.lora_rank:
+            lora.add_lora(model, config, seed)
+    model.to(device)
+    if config.gradient_checkpointing:
+        layers.recompute(model.base_model)
+    if config.compile:
+        layers.check_compiler(device)
+        layers.keep_attention_eager()
+        layers.compile_layers(model.base_model)
+    return Agent(model, tokenizer, config, tiny=is_tiny, world=world)
+
+
+def find_device(config: ModelConfig, world: World) -> torch.device:
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.device: {config.device} asked for, but torch sees no GPU; "
+            "use --model.device cpu"
+        )
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(
+            f"model.device: {config.device!r} is no device; use cpu, cuda or auto"
+        ) from None
+    return device if world.size == 1 else torch.device("cpu")
+
+
+def build_tiny(
+    config: ModelConfig, seed: int, tokenizer_file: Path | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if config.lora_rank:
+        raise ConfigError(
+            "model.lora_rank: the tiny model has no trained base to adapt; give a --model, or 0"
+        )
+    tokenizer = tiny.load_tokenizer(tokenizer_file)
+    return tiny.build_model(tokenizer, seed).to(getattr(torch, config.dtype)), tokenizer
+
+
+def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A folder's or hub id's model and tokenizer; ConfigError with the reason and the mend."""
+    folder = Path(config.path)
+    if (folder / "adapter_config.json").exists():
+        lora.import_peft("model.path")
+    try:
+        options = {"local_files_only": config.local_files_only}
+        tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
+        if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
+            raise ValueError("it holds no tokenizer; save the model's own beside its weights")
+        path = str(folder.absolute()) if folder.exists() else config.path  # adapters store it
+        dtype = getattr(torch, config.dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    except LOAD_ERRORS as error:
+        where, mend = config.path, ""
+        if not folder.exists():
+            where += " (no such folder here, so taken as a hub id)"
+            if config.local_files_only:
+                mend = "; to download it, add --model.local_files_only=false"
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
+    return model, tokenizer
+
+
+def check_logits(model: PreTrainedModel, config: ModelConfig) -> None:
+    """ConfigError for a model whose logits are not what its head gives."""
+    for name in SCALES:
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"model.path: {config.path} changes logits after the head ({name}); the fused "
+                "log-probs cannot"
+            )

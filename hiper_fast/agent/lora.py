@@ -1,0 +1,47 @@
+"""LoRA: the model frozen, small adapters in its layers trained."""
+
+from __future__ import annotations
+
+import textwrap
+from types import ModuleType
+
+import torch
+from transformers import PreTrainedModel
+
+from hiper_fast.config import ModelConfig
+from hiper_fast.options import ConfigError
+
+
+def import_peft(option: str) -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            f"{option}: LoRA needs peft ({error}); pip install 'hiper_fast[lora]'"
+        ) from error
+    return peft
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
+    """Freezes the model; its layers get adapters, drawn from `seed`, that change nothing yet."""
+    lora = import_peft("model.lora_rank").LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.lora_targets or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(lora)
+        except ValueError as error:
+            option = "model.lora_targets" if config.lora_targets else "model.lora_rank"
+            raise ConfigError(f"{option}: {textwrap.shorten(str(error), 300)}") from error
+
+
+def load_adapters(model: PreTrainedModel) -> bool:
+    """Makes those active that the model came with, saved by a run with LoRA; False without."""
+    has_adapters = hasattr(model, "peft_config")
+    if has_adapters:
+        model.set_adapter("default")
+    return has_adapters

@@ -1,0 +1,207 @@
+"""From YAML files and the command line to one configuration: layered, typed, `auto` resolved, checked.
+
+Defaults, those of the environment over them, every `--config FILE` in turn, `--section.option VALUE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hiper_fast import estimators
+from hiper_fast.config import SHORT, Config
+from hiper_fast.envs.family import Family, families
+from hiper_fast.options import ConfigError, list_options, set_option, suggest
+from hiper_fast.runs.folder import find_run_folder
+
+RECIPES = Path(__file__).parent / "recipes"
+COMMAND_LINE = "command line"
+ENVIRONMENT = "env.name"
+
+Setting = tuple[str, str, Any]  # where it is said, a dotted option, its value
+
+
+def parse(
+    argv: Sequence[str] | None, *, program: str, description: str, run: Path | None = None
+) -> Config:
+    """The configuration that a command line asks for; `run`: a run's config.yaml, below all files.
+
+    Errors end the program with one line that names the option (exit status 2); `--help` lists every
+    option of the chosen environment.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m hiper_fast.{program}",
+        usage="%(prog)s [--config FILE ...] [--section.option VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    try:
+        return read_command_line(parser, argv, run)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def read_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, run: Path | None
+) -> Config:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--env", f"--{ENVIRONMENT}", dest=ENVIRONMENT)
+    chosen, _ = first.parse_known_args(argv)
+    own = list(read_file(run, local=False)) if run else []
+    family = find_family([*own, *read_files(chosen.config)], vars(chosen))
+    add_options(parser, Config(env=family.Options()))
+    arguments, unknown = parser.parse_known_args(argv)
+    given = {name: value for name, value in vars(arguments).items() if name != "config"}
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        if unknown[0].startswith("-"):
+            known = [*list_options(Config(env=family.Options())), *SHORT]
+            raise ConfigError(f"{COMMAND_LINE}: unknown option {name!r}; {suggest(name, known)}")
+        raise ConfigError(
+            f"{COMMAND_LINE}: unexpected argument {unknown[0]!r}; options are --section.option VALUE"
+        )
+    config = resolve(chosen.config, given, own)
+    if config.run.resume:
+        config = resolve(
+            [], given, list(read_file(find_run_folder(config) / "config.yaml", local=False))
+        )
+    return config
+
+
+def add_options(parser: argparse.ArgumentParser, config: Config) -> None:
+    """Gives the parser `--config`, `--help` and every option of `config`."""
+    parser.add_argument("-h", "--help", action="help", help="show this and leave")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML file of options, or a shipped recipe's name; a later one goes over it, the command "
+        "line over all",
+    )
+    short = {long: name for name, long in SHORT.items()}
+    for option in list_options(config).values():
+        names = [f"--{name}" for name in (short.get(option.name), option.name) if name]
+        default = "none" if option.default is None else option.default
+        parser.add_argument(
+            *names,
+            dest=option.name,
+            metavar=option.name.split(".")[1].upper(),
+            help=f"{option.help} [{default}]".replace("%", "%%"),
+            **({"nargs": "?", "const": True} if option.kind is bool else {}),
+        )
+
+
+def resolve(
+    files: Sequence[str | Path] = (),
+    given: Mapping[str, Any] | None = None,
+    own: Sequence[Setting] = (),
+) -> Config:
+    """Defaults, the environment's, a run's `own` settings, `files`, then `given`; checked, no `auto` left."""
+    settings = [*own, *read_files(files)]
+    settings += [(COMMAND_LINE, name, value) for name, value in (given or {}).items()]
+    family = find_family(settings, {})
+    if family.defaults:
+        settings = [*read_file(family.defaults), *settings]
+    config = Config(env=family.Options())
+    for source, name, value in settings:
+        set_option(config, name, value, source, SHORT)
+    choose_automatic(config, family)
+    check(config, family)
+    return config
+
+
+def find_family(settings: Sequence[Setting], given: Mapping[str, Any]) -> type[Family]:
+    """The environment's family, as the last of `settings`, or `given`, names it."""
+    names = [value for _, name, value in settings if SHORT.get(name, name) == ENVIRONMENT]
+    return families.find(name_environment(given.get(ENVIRONMENT) or (names or ["auto"])[-1]))
+
+
+def name_environment(name: str) -> str:
+    if name != "auto":
+        return str(name)
+    return "alfworld" if os.environ.get("ALFWORLD_DATA") else "household"
+
+
+def choose_automatic(config: Config, family: type[Family]) -> None:
+    """Puts what it means here in place of every `auto` but the run's name, which the folders decide."""
+    tiny = config.model.path == "tiny"
+    config.env.name = name_environment(config.env.name)
+    if config.agent.style == "auto":
+        config.agent.style = "compact" if tiny and "compact" in family.styles else "reference"
+    if config.model.device == "auto":
+        config.model.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.warm_start.enabled == "auto":
+        config.warm_start.enabled = "yes" if tiny else "no"
+    if config.warm_start.imitate_noise == "auto":
+        config.warm_start.imitate_noise = "yes" if tiny else "no"
+    if config.run.display == "auto":
+        config.run.display = "panel" if sys.stdout.isatty() else "plain"
+
+
+def check(config: Config, family: type[Family]) -> None:
+    """ConfigError for names that nothing has, and for values that do not go together."""
+    estimators.find(config.advantage.estimator)
+    if config.agent.style not in family.styles:
+        raise ConfigError(
+            f"agent.style: {config.agent.style!r} is none of {', '.join(family.styles)}"
+        )
+    if config.train.episodes % config.train.group:
+        raise ConfigError(
+            f"train.group: {config.train.episodes} episodes (train.episodes) do not make whole groups "
+            f"of {config.train.group}"
+        )
+
+
+def read_files(files: Sequence[str | Path]) -> list[Setting]:
+    return [setting for file in files for setting in read_file(file)]
+
+
+def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
+    """The settings of a YAML file of sections (`env: {size: medium}`), or of the recipe of that name.
+
+    local: with those options that belong to the machine.
+    """
+    source = f"--config {path}"
+    content = load_yaml(path, source)
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise ConfigError(f"{source}: expected sections such as 'train:' with options below them")
+    skipped = set() if local else {o.name for o in list_options(Config()).values() if o.local}
+    for section, entries in content.items():
+        for key, value in entries.items():
+            if f"{section}.{key}" not in skipped:
+                yield source, f"{section}.{key}", value
+
+
+def load_yaml(path: str | Path, source: str) -> Any:
+    names = list_recipes()
+    file = names[str(path)] if str(path) in names and not Path(path).is_file() else Path(path)
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(str(path), names, n=1)
+        hint = (
+            f"did you mean the recipe {near[0]}?" if near else f"the recipes are {', '.join(names)}"
+        )
+        raise ConfigError(f"{source}: cannot be read ({error.strerror}); {hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not valid YAML ({str(error).splitlines()[0]})") from None
+
+
+def list_recipes() -> dict[str, Path]:
+    """Name -> file of the shipped recipes."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}

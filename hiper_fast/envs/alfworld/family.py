@@ -1,0 +1,62 @@
+"""The official games of ALFWorld as `hiper_fast` trains on them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hiper_fast.config import EnvConfig
+from hiper_fast.options import option
+
+from .. import family
+from ..player import Player
+from . import prompts
+from .game import games
+from .player import make_player
+from .split import AlfWorldSplit
+
+HERE = Path(__file__).parent
+
+
+@dataclass(slots=True)
+class RoomOptions(EnvConfig):
+    engine: Literal["native", "textworld"] = option(
+        "native", "native, or textworld: the same games through the real TextWorld"
+    )
+
+
+class RoomFamily(family.Family):
+    """What official and generated games share."""
+
+    styles = prompts.STYLES
+    tokenizer = HERE / "tokenizer.json"
+    opening = staticmethod(prompts.strip_opening)
+
+    def player(self, kind: str, env, rng: random.Random) -> Player:
+        return make_player(kind, env.game, rng)
+
+
+@dataclass(slots=True)
+class Options(RoomOptions):
+    split: str = option("train", "the split to train on")
+    eval_split: str = option("valid_seen", "the split to evaluate on")
+    max_turns: int = option(50, "turns after which an episode is truncated", above=0)
+
+
+class Family(RoomFamily):
+    Options = Options
+    environment = AlfWorldSplit
+    defaults = HERE / "defaults.yaml"
+
+    def make(self) -> AlfWorldSplit:
+        return AlfWorldSplit(self.options.split, self.options.engine)
+
+    def panel(self, count: int) -> list[family.Task]:
+        every = games(self.options.eval_split)
+        drawn = random.Random("panel").sample(every, min(count, len(every)))
+        return [{"options": {"game": game}} for game in drawn]
+
+    def named(self, name: str) -> family.Task:
+        return {"options": {"game": name}}

@@ -1,0 +1,89 @@
+"""What an environment brings to training: games, options, prompts, a scripted player, words."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hiper_fast.config import EnvConfig
+from hiper_fast.options import ConfigError
+from hiper_fast.plugins import Plugins
+
+from . import prompts
+from .base import Environment
+from .player import Player
+
+Task = dict[str, Any]  # the keyword arguments of `env.reset`
+
+PANEL = 2**31  # seeds below it are for training, from it on for evaluation
+
+
+class Family:
+    """The games of one `env.name`. A subclass says what differs: often `environment` alone."""
+
+    Options: type[EnvConfig] = EnvConfig  # of `env.*`
+    environment: Callable[..., Environment]  # what `envs.make(name, **options)` calls
+    styles: Mapping[str, prompts.Style] = prompts.STYLES
+    tokenizer: Path | None = None  # tokenizer.json of the tiny model; None: one is made
+    defaults: Path | None = None  # a YAML file that lies over the general defaults
+
+    def __init__(self, options: EnvConfig):
+        self.options = options
+
+    def make(self) -> Environment:
+        """An environment; all of a family share what is immutable."""
+        return type(self).environment()
+
+    def panel(self, count: int) -> list[Task]:
+        """At most `count` evaluation games, the same for every seed of a run, each once."""
+        return [{"seed": PANEL + i} for i in range(count)]
+
+    def named(self, name: str) -> Task:
+        """The game a person asks for; ValueError if there is none."""
+        return {"seed": parse_number(name)}
+
+    def player(self, kind: str, env: Environment, rng: random.Random) -> Player:
+        """The player that `warm_start.demonstrations` names, for the game being played in `env`."""
+        raise ConfigError(
+            f"{self.options.name} has no scripted player; use --warm_start.enabled no"
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """What a figure was made with, beyond the configuration."""
+        return {}
+
+    def opening(self, observation: str) -> str:
+        """The first observation without what the prompt gives in its own place."""
+        return observation.strip()
+
+    def is_listed(self, action: str, commands: list[str]) -> bool:
+        """Whether `action` is among the commands."""
+        return action in commands
+
+    def lines(self, observation: str, commands: list[str]) -> list[tuple[str, bool]]:
+        """The observation as a person reads it: each line, and whether it can be clicked."""
+        return [(line, False) for line in observation.splitlines()]
+
+    @classmethod
+    def vocabulary(cls) -> tuple[list[str], list[str]]:
+        """The tokens of the tiny tokenizer: words, most general first, and command openings."""
+        return [], []
+
+
+families = Plugins(
+    "environment",
+    "env.name",
+    package="hiper_fast.envs",
+    module="family",
+    attribute="Family",
+    group="hiper_fast.families",
+)
+
+
+def parse_number(name: str) -> int:
+    """A game's number; ValueError for anything else."""
+    if not name.isdecimal():
+        raise ValueError(f"games have numbers from 0 on, got {name!r}")
+    return int(name)

@@ -1,0 +1,31 @@
+"""Generated games as `hiper_fast` trains on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hiper_fast.options import option
+
+from ..alfworld.family import RoomFamily, RoomOptions
+from ..alfworld.prompts import COMPACT_WORDS
+from . import generator
+from .environment import Household
+
+
+@dataclass(slots=True)
+class Options(RoomOptions):
+    size: Literal["small", "medium", "large"] = option("small", "small, medium or large rooms")
+    task_types: list[str] | None = option(None, "only these task types (default: all six)")
+
+
+class Family(RoomFamily):
+    Options = Options
+    environment = Household
+
+    def make(self) -> Household:
+        return Household(self.options.size, self.options.task_types, self.options.engine)
+
+    @classmethod
+    def vocabulary(cls) -> tuple[list[str], list[str]]:
+        return [*COMPACT_WORDS, *generator.vocabulary()], []

@@ -1,0 +1,80 @@
+"""Credit for turns. Each file of this folder is one estimator: `estimate(turns, values, config) -> Credit`.
+
+`advantage.estimator` names one: a file here, a name given to `register`, an entry point of the group
+hiper_fast.estimators, or package.module:function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hiper_fast.plugins import Plugins
+
+LOW, HIGH, SWITCH = range(3)  # the critic's heads: columns of values
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """All that an estimator may know of a batch of episodes."""
+
+    rewards: Tensor  # float32 [turns], shaping included
+    switch: Tensor  # bool [turns], the response opens a segment
+    valid: Tensor  # bool [turns], it keeps the format
+    roles: Tensor  # uint8 [turns], the roles that its tokens have: ACTION | SUBGOAL | SWITCH of ops.reference
+    state: Tensor  # int64 [turns]; equal in a group: the same observation and commands
+    cu_turns: Tensor  # int32 [trajectories + 1]
+    terminated: Tensor  # bool [trajectories]; the others were truncated
+    group: Tensor  # int64 [trajectories]; equal: episodes of the same game
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What the critic says of them."""
+
+    turns: Tensor  # float32 [turns, 3], columns LOW, HIGH, SWITCH
+    bootstrap: Tensor  # float32 [trajectories], V_high after the last turn; 0 where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Credit on one scale of time, for the tokens of some roles."""
+
+    name: str
+    roles: int  # whose tokens take the advantage; a token of several of them takes it once
+    advantages: Tensor  # float32 [turns]
+    carried: Tensor  # bool [turns]: whose tokens it trains
+    returns: Tensor | None = (
+        None  # float32 [turns], what the value should have been; None: no critic
+    )
+    learned: Tensor | None = None  # bool [turns]: from which the value's head learns
+    head: int = HIGH
+    raw: bool = True  # advantage.normalize applies; False: the advantages are as they are to be
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """What an estimator gives. The advantages of a token that is of several levels add up."""
+
+    levels: tuple[Level, ...]
+
+
+Estimator = Callable[..., Credit]  # (turns: Turns, values: Values | None, config: AdvantageConfig)
+
+_plugins = Plugins(
+    "estimator", "advantage.estimator",
+    package="hiper_fast.estimators", attribute="estimate", group="hiper_fast.estimators",
+)  # fmt: skip
+find, names, register = _plugins.find, _plugins.names, _plugins.register
+
+
+def critic_free(estimate: Estimator) -> Estimator:
+    """Marks an estimator that needs no values: no critic is made, and it gets None for them."""
+    estimate.needs_values = False
+    return estimate
+
+
+def needs_values(estimate: Estimator) -> bool:
+    return getattr(estimate, "needs_values", True)

@@ -1,0 +1,1 @@
+"""Learning from episodes: shaping, scoring, credit for tokens, the update; the warm start; optimisers."""

@@ -1,0 +1,178 @@
+"""The update: random minibatches, an optimiser step each, of PPO and value losses (arXiv 2602.16165)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from hiper_fast import ops
+from hiper_fast.agent.agent import Agent
+from hiper_fast.config import Config
+from hiper_fast.estimators import HIGH, LOW, SWITCH
+from hiper_fast.learn.credit import Targets
+from hiper_fast.learn.rows import Rows
+from hiper_fast.packing import BLANK, Microbatch, microbatches
+from hiper_fast.rollout.trajectory import Sequences, Trajectories
+
+HEADS = {LOW: "low", HIGH: "high", SWITCH: "switch"}
+
+
+def update(
+    agent: Agent,
+    optimizers: dict[str, Optimizer],
+    trajectories: Trajectories,
+    targets: Targets,
+    config: Config,
+    generator: torch.Generator,
+    *,
+    train_policy: bool = True,
+) -> dict[str, float]:
+    """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
+    sequences = trajectories.sequences()
+    order = torch.randperm(len(sequences), generator=generator)
+    steps = []
+    for index in order.tensor_split(config.train.minibatches):
+        if index.numel():
+            step = Step(agent, trajectories, sequences, targets, index, config, train_policy)
+            steps.append(step.take(optimizers))
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
+    taken = [metrics for metrics in steps if metrics is not None]
+    names = taken[0] if taken else {}
+    means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
+    return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
+
+
+def measure_critic(targets: Targets) -> dict[str, float]:
+    """1 - Var(returns - values) / Var(returns) of each head that learns: 1 is perfect, 0 a constant."""
+    metrics = {}
+    for head, name in HEADS.items() if targets.value_mask is not None else ():
+        mask = targets.value_mask[:, head]
+        if mask.any():
+            returns, values = targets.returns[mask, head], targets.old_values[mask, head]
+            spread = returns.var(unbiased=False).item()
+            left = (returns - values).var(unbiased=False).item()
+            known = spread > 0 and math.isfinite(left)
+            metrics[f"value/explained_{name}"] = 1 - left / spread if known else 0.0
+    return metrics
+
+
+class Step:
+    """One minibatch: its gradients, gathered over microbatches, and the optimiser step.
+
+    Every microbatch divides by the minibatch's loss tokens and values, those of all processes, so that
+    uneven ones add up to the whole.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        trajectories: Trajectories,
+        sequences: Sequences,
+        targets: Targets,
+        index: Tensor,
+        config: Config,
+        train_policy: bool,
+    ):
+        self.agent, self.trajectories, self.targets = agent, trajectories, targets
+        self.config, self.train_policy = config, train_policy
+        world, budget = agent.world, config.train.microbatch_tokens
+        whole = microbatches(sequences.ids, sequences.cu_seqlens, budget, index)
+        self.batches = [
+            (batch.to(agent.device), Rows(sequences, batch, targets.loss_mask))
+            for batch in world.deal(whole, BLANK)
+        ]
+        tokens = sum(rows.tokens.numel() for _, rows in self.batches)
+        self.tokens = world.sum(torch.tensor(tokens)).item()
+        self.counts = [0, 0, 0]  # values that train each head
+        if agent.critic is not None:
+            counts = sum(targets.value_mask[rows.turns].sum(0) for _, rows in self.batches)
+            self.counts = world.sum(counts).tolist()
+        names = ["loss/policy", "loss/value", "loss/kl", "loss/clip_fraction"]
+        names += ["loss/entropy"] if config.train.entropy_coef else []  # else none is computed
+        self.metrics = dict.fromkeys(names, 0.0)
+
+    def take(self, optimizers: dict[str, Optimizer]) -> dict[str, float] | None:
+        """The step's metrics; None, and no step, if anything was not finite."""
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        for batch, rows in self.batches:
+            self.add_gradients(batch, rows)
+        sums = self.agent.world.sum(torch.tensor([*self.metrics.values()], dtype=torch.float64))
+        metrics = dict(zip(self.metrics, sums.tolist(), strict=True))
+        limit = self.config.train.grad_clip or math.inf
+        for name, optimizer in optimizers.items():
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            key = "optim/grad_norm" if name == "policy" else f"optim/{name}_grad_norm"
+            metrics[key] = float(clip_grad_norm_(weights, limit))
+        if not all(math.isfinite(value) for value in metrics.values()):
+            return None
+        for name, optimizer in optimizers.items():
+            if self.train_policy or name == "critic":
+                optimizer.step()
+        return metrics
+
+    def add_gradients(self, batch: Microbatch, rows: Rows) -> None:
+        """Those of one microbatch's share of the loss."""
+        agent, critic = self.agent, self.agent.critic
+        loss, hidden = torch.zeros((), device=agent.device), None
+        if self.train_policy and self.tokens:
+            hidden = agent.trunk(batch)
+            loss = self.policy_loss(hidden[rows.token_rows], rows.tokens)
+            if critic is None or critic.trunk is not None:
+                # What one trunk keeps may go before the other's comes.
+                loss.backward()
+                loss, hidden = torch.zeros_like(loss), None
+        if critic is None:
+            return
+        # A shared trunk stays as it is while the critic trains alone.
+        with torch.set_grad_enabled(self.train_policy or critic.trunk is not None):
+            critic_hidden = agent.critic_hidden(batch, hidden)
+        values = rows.take_values(critic(critic_hidden[rows.value_rows]))  # [turns, 3]
+        (loss + self.value_loss(values, rows.turns)).backward()
+
+    def policy_loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Of response tokens `tokens` [n], predicted by hidden states [n, h]; 0-d."""
+        options, device = self.config.train, self.agent.device
+        trajectories, targets = self.trajectories, self.targets
+        data = trajectories.response_ids, trajectories.old_logprobs, targets.advantages
+        ids, old_logprobs, advantages = (x[tokens].to(device) for x in data)
+        ref = targets.ref_logprobs
+        loss, parts = self.agent.ppo_loss(
+            hidden,
+            ids,
+            old_logprobs,
+            advantages,
+            ref_logprobs=None if ref is None else ref[tokens].to(device),
+            temperature=self.config.agent.temperature,
+            clip_low=options.clip_low,
+            clip_high=options.clip_high,
+            dual_clip=options.dual_clip,
+            kl_coef=options.kl_coef,
+            entropy_coef=options.entropy_coef,
+            denominator=self.tokens,
+        )
+        self.metrics["loss/policy"] += loss.item()
+        for name in ("kl", "entropy", "clip_fraction"):
+            if name in parts:
+                self.metrics[f"loss/{name}"] += parts[name].item()
+        return loss
+
+    def value_loss(self, values: Tensor, turns: Tensor) -> Tensor:
+        """Of the values [turns, 3] of `turns`, each head over what trains it; 0-d."""
+        options, targets = self.config.train, self.targets
+        total = torch.zeros((), device=values.device)
+        for head, count in enumerate(self.counts):
+            if count:
+                data = targets.old_values, targets.returns, targets.value_mask
+                columns = (x[turns, head].to(values.device) for x in data)
+                loss, _ = ops.value_loss(
+                    values[:, head], *columns, clip=options.value_clip, denominator=count
+                )
+                total = total + options.value_coef[head] * loss
+                self.metrics["loss/value"] += options.value_coef[head] * loss.item()
+        return total

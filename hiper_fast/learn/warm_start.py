@@ -1,0 +1,196 @@
+"""Imitation of scripted episodes, so that a model from scratch speaks the format and knows the commands."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from hiper_fast.agent.agent import Agent
+from hiper_fast.config import Config
+from hiper_fast.envs.family import Family
+from hiper_fast.envs.player import Move, Player
+from hiper_fast.estimators import HIGH
+from hiper_fast.learn import optim
+from hiper_fast.learn.rows import Rows
+from hiper_fast.packing import microbatches
+from hiper_fast.rollout.engines import Answer
+from hiper_fast.rollout.episode import Play
+from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import play_in_step
+from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.trajectory import Sequences, Trajectories, pack
+from hiper_fast.runs.metrics import Logger
+
+AT_ONCE = 128  # scripted episodes played in step: a large room with all it can do takes megabytes
+RISE = 20  # the learning rate is at its height after a twentieth of the steps
+ROWS = 20  # metrics of a warm start
+
+
+class Imitation(NamedTuple):
+    """One step of it."""
+
+    step: int
+    steps: int
+    loss: float  # nats per token
+    accuracy: float  # share of tokens given more than a half
+
+
+def warm_start(
+    agent: Agent, games: Games, prompter: Prompter, config: Config, logger: Logger
+) -> None:
+    """Demonstrations, then imitation, the run's first stage."""
+    with logger.stage("demonstrations"):
+        trajectories, imitated = demonstrate(agent, games, prompter, config)
+    won, episodes = trajectories.won.float().mean().item(), len(trajectories.won)
+    logger.message(f"{episodes} scripted episodes, {trajectories.turns} turns, {won:.0%} won")
+    began = time.perf_counter()
+    for step, steps, loss, accuracy in imitate(agent, trajectories, imitated, config):
+        if step % max(1, steps // ROWS) == 0 or step == steps:
+            metrics = {
+                "loss/imitation": loss,
+                "warm_start/accuracy": accuracy,
+                "time/total": time.perf_counter() - began,
+            }
+            logger.log(step, "warm_start", metrics)
+
+
+def write_response(move: Move, subgoal: str | None) -> str:
+    """The response that makes `move` while `subgoal` is the current one."""
+    switch = "KEEP" if move.subgoal == subgoal else "SWITCH"
+    blocks = ("switch", switch), ("subgoal", move.subgoal), ("action", move.action)
+    return "".join(f"<{name}>{text}</{name}>" for name, text in blocks)
+
+
+def demonstrate(
+    agent: Agent, games: Games, prompter: Prompter, config: Config
+) -> tuple[Trajectories, Tensor]:
+    """Scripted episodes and bool [turns]: which turns are to be imitated.
+
+    On a share `warm_start.noise` of the turns the expert stumbles, so that imitation also sees how to go
+    on from a mistake; those turns are stored, and imitated with `warm_start.imitate_noise`.
+    """
+    tasks = games.draw("warm start", config.warm_start.episodes)
+    envs = games.make(min(len(tasks), AT_ONCE))
+    rng = random.Random(f"{config.run.seed} demonstrations")
+    episodes, imitated = [], []
+    for start in range(0, len(tasks), AT_ONCE):
+        some = zip(envs, tasks[start : start + AT_ONCE], strict=False)
+        plays = [Play(env, task, games.family, config) for env, task in some]
+        teacher = Teacher(agent, games.family, plays, config, rng)
+        episodes += play_in_step(plays, prompter, teacher.respond, agent.decode)
+        imitated += teacher.marks()
+    return pack(episodes, agent.find_roles), torch.tensor(imitated)
+
+
+class Teacher:
+    """The scripted players of some plays, at the engine's place."""
+
+    def __init__(
+        self, agent: Agent, family: Family, plays: list[Play], config: Config, rng: random.Random
+    ):
+        self.agent, self.config, self.rng, self.plays = agent, config.warm_start, rng, plays
+        self.players: dict[int, Player] = {}
+        self.imitated: dict[int, list[bool]] = {}  # a mark a turn
+        for play in plays:
+            own = random.Random(rng.random())
+            self.players[id(play)] = family.player(self.config.demonstrations, play.env, own)
+            self.imitated[id(play)] = []
+
+    def respond(self, plays: list[Play]) -> list[Answer]:
+        texts = [self.speak(play) for play in plays]
+        ids = self.agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        stop = self.agent.stop_ids[0]
+        return [Answer(row + [stop], [0.0] * (len(row) + 1)) for row in ids]
+
+    def speak(self, play: Play) -> str:
+        player, state = self.players[id(play)], play.state
+        last = state.history[-1][1] if state.history else None
+        player.observe(last, state.observation, state.commands)
+        move = player.move(state.commands)
+        stumbles = self.config.demonstrations == "search" and self.rng.random() < self.config.noise
+        self.imitated[id(play)].append(self.config.imitate_noise == "yes" or not stumbles)
+        if stumbles:
+            move = player.stumble(move, state.commands, self.rng)
+        return write_response(move, state.subgoal)
+
+    def marks(self) -> list[bool]:
+        """Of all turns, play by play: whether it is to be imitated."""
+        return [mark for play in self.plays for mark in self.imitated[id(play)]]
+
+
+def imitate(
+    agent: Agent, trajectories: Trajectories, imitated: Tensor, config: Config
+) -> Iterator[Imitation]:
+    """Trains the policy on the responses of the turns `imitated`, a step at a time.
+
+    Where turns continue each other a step takes whole trajectories, as many as have about `batch_turns`
+    such turns.
+    """
+    options = config.warm_start
+    optimizers = optim.build_imitation_optimizers(agent, config.train)
+    loss_mask = imitated.repeat_interleave(trajectories.cu_tokens.diff())  # [tokens]
+    sequences = trajectories.sequences()
+    parts = draw_parts(sequences, imitated, config)
+    for number, part in enumerate(parts, 1):
+        progress = number / len(parts)
+        rise = min(1.0, RISE * progress)
+        lr = options.lr * rise * (0.55 + 0.45 * math.cos(math.pi * progress))
+        agent.model.zero_grad(set_to_none=True)
+        loss, accuracy = add_gradients(agent, trajectories, sequences, loss_mask, part, config)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"imitation: the loss became {loss} in step {number}; lower warm_start.lr ({options.lr})"
+            )
+        clip_grad_norm_(agent.model.parameters(), config.train.grad_clip or math.inf)
+        for optimizer, share in optimizers:
+            optim.set_lr(optimizer, share * lr)
+            optimizer.step()
+        yield Imitation(number, len(parts), loss, accuracy)
+
+
+def draw_parts(sequences: Sequences, imitated: Tensor, config: Config) -> list[Tensor]:
+    """The sequences of each step, drawn from the run's seed."""
+    options = config.warm_start
+    generator = torch.Generator().manual_seed(config.run.seed)
+    positions = sequences.value_index[imitated, HIGH]
+    owners = torch.searchsorted(sequences.cu_seqlens.long(), positions, right=True) - 1
+    chosen = owners.unique()
+    size = max(1, options.batch_turns * len(chosen) // max(1, len(owners)))
+    parts = []
+    for _ in range(options.epochs):
+        parts += chosen[torch.randperm(len(chosen), generator=generator)].split(size)
+    return parts
+
+
+def add_gradients(
+    agent: Agent,
+    trajectories: Trajectories,
+    sequences: Sequences,
+    loss_mask: Tensor,
+    part: Tensor,
+    config: Config,
+) -> tuple[float, float]:
+    """Those of one step's loss per token; returns it and the share of tokens given more than a half."""
+    budget = config.train.microbatch_tokens
+    batches = [
+        (batch, Rows(sequences, batch, loss_mask))
+        for batch in microbatches(sequences.ids, sequences.cu_seqlens, budget, part)
+    ]
+    tokens = sum(rows.tokens.numel() for _, rows in batches)
+    total, correct = 0.0, 0
+    for batch, rows in batches:
+        hidden = agent.trunk(batch.to(agent.device))[rows.token_rows]
+        targets = trajectories.response_ids[rows.tokens].to(agent.device)
+        logprobs = agent.logprobs(hidden, targets, 1.0)
+        loss = -logprobs.sum() / tokens
+        loss.backward()
+        total += loss.item()
+        correct += int((logprobs.detach() > math.log(0.5)).sum())
+    return total, correct / tokens

@@ -1,0 +1,176 @@
+"""Options as fields of dataclasses: each field says its type, choices, range and help; nothing else is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+BOUNDS = {  # name of a bound -> (the words of its error, whether a value keeps it)
+    "above": ("above", lambda value, bound: value > bound),
+    "least": ("at least", lambda value, bound: value >= bound),
+    "below": ("below", lambda value, bound: value < bound),
+    "most": ("at most", lambda value, bound: value <= bound),
+}
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
+NONE = ("none", "null")
+
+
+class ConfigError(ValueError):
+    """A bad option, value or configuration file; the message names it and how to mend it."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    count: int | None = None,
+    local: bool = False,
+    unbounded: bool = False,
+    **bounds,
+):
+    """A dataclass field that is an option.
+
+    Args:
+        help: the line that `--help` prints.
+        bounds: above, least, below, most: each number has one, or is `unbounded`: any finite number will do.
+        count: how many items a list has.
+        local: it belongs to the machine, not to the run: a run that goes on elsewhere does not take it along.
+    """
+    metadata = {
+        "help": help,
+        "bounds": bounds,
+        "count": count,
+        "local": local,
+        "unbounded": unbounded,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as its field declares it."""
+
+    name: str  # dotted
+    kind: Any  # its type hint
+    default: Any
+    help: str
+    bounds: dict[str, float]
+    count: int | None
+    local: bool
+    unbounded: bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+
+def list_options(config: Any) -> dict[str, Option]:
+    """Dotted name -> option, of a dataclass of sections, in the order of its fields."""
+    table = {}
+    for section in dataclasses.fields(config):
+        cls = type(getattr(config, section.name))
+        hints, defaults = typing.get_type_hints(cls), cls()
+        for entry in dataclasses.fields(cls):
+            name = f"{section.name}.{entry.name}"
+            table[name] = Option(
+                name, hints[entry.name], getattr(defaults, entry.name), **entry.metadata
+            )
+    return table
+
+
+def set_option(config: Any, name: str, value: Any, source: str, short: dict[str, str]) -> None:
+    """Sets one dotted option; ConfigError names `source` (a file, or "command line") with what is wrong."""
+    table = list_options(config)
+    name = short.get(name, name)
+    if name not in table:
+        raise ConfigError(f"{source}: unknown option {name!r}; {suggest(name, [*table, *short])}")
+    try:
+        value = convert(table[name], table[name].kind, value)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    section, key = name.split(".")
+    setattr(getattr(config, section), key, value)
+
+
+def suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "see --help for all options"
+
+
+def convert(option: Option, kind: Any, value: Any) -> Any:
+    """`value`, of YAML or the command line, as `kind`, the option's type or a part of it; ConfigError if it is not."""
+    if isinstance(kind, types.UnionType):
+        if value is None or value in NONE:
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        return convert_list(option, kind, value)
+    if typing.get_origin(kind) is Literal:
+        return convert_choice(option, value)
+    if kind is bool:
+        return convert_bool(option, value)
+    if kind in (int, float):
+        return convert_number(option, kind, value)
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise wrong_type(option, "text", value)
+
+
+def convert_list(option: Option, kind: Any, value: Any) -> list:
+    items = [item for item in value.split(",") if item] if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise wrong_type(option, "a list (a,b,c)", value)
+    if option.count is not None and len(items) != option.count:
+        raise wrong_type(option, f"{option.count} values (a,b,c)", value)
+    [item_kind] = typing.get_args(kind)
+    return [convert(option, item_kind, item) for item in items]
+
+
+def convert_choice(option: Option, value: Any) -> str:
+    if isinstance(value, bool):  # YAML reads a bare yes as true
+        value = "yes" if value else "no"
+    if value not in option.choices:
+        raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(option.choices)}")
+    return value
+
+
+def convert_bool(option: Option, value: Any) -> bool:
+    word = str(value).lower()
+    if word not in YES + NO:
+        raise wrong_type(option, "true or false", value)
+    return word in YES
+
+
+def convert_number(option: Option, kind: type, value: Any) -> int | float:
+    try:
+        number = kind(value)
+        whole = isinstance(value, str) or number == value  # int(1.5) is 1
+        fits = whole and math.isfinite(number) and not isinstance(value, bool)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise wrong_type(option, "a whole number" if kind is int else "a finite number", value)
+    for name, bound in option.bounds.items():
+        words, keeps = BOUNDS[name]
+        if not keeps(number, bound):
+            raise ConfigError(f"{option.name}: must be {words} {bound}, got {value}")
+    return number
+
+
+def wrong_type(option: Option, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{option.name}: expected {expected}, got {value!r}")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted option -> value."""
+    sections = dataclasses.asdict(config).items()
+    return {
+        f"{section}.{key}": value for section, entries in sections for key, value in entries.items()
+    }

@@ -1,0 +1,71 @@
+"""Things that an option names: those of a folder, those registered, those of other packages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from hiper_fast.options import ConfigError
+
+
+class Plugins:
+    """All of one kind, by name. A new file (or folder) of `package` is one, with no table to enter it in."""
+
+    def __init__(
+        self, kind: str, option: str, *, package: str, module: str = "", attribute: str, group: str
+    ):
+        """package, module, attribute: NAME is `attribute` of `package`.NAME[.module]. group: of entry points."""
+        self.kind, self.option, self.package = kind, option, package
+        self.module, self.attribute, self.group = f".{module}" if module else "", attribute, group
+        self.registered: dict[str, Any] = {}
+
+    def register(self, name: str, thing: Any) -> Any:
+        """Gives `thing` a name for this process; returns it. ValueError if another has that name."""
+        if name in self.names() and self.registered.get(name) is not thing:
+            raise ValueError(f"there is an {self.kind} {name!r} already; choose another name")
+        self.registered[name] = thing
+        return thing
+
+    def names(self) -> list[str]:
+        """Every name that `find` knows, beside package.module:NAME."""
+        paths = importlib.import_module(self.package).__path__
+        modules = (entry.name for entry in pkgutil.iter_modules(paths))
+        built_in = {name for name in modules if self._has_module(name)}
+        return sorted(built_in | self.registered.keys() | entry_points(group=self.group).names)
+
+    def find(self, name: str) -> Any:
+        """What `name` stands for. ConfigError, naming the option and the nearest name, if there is none."""
+        if name in self.registered:
+            return self.registered[name]
+        if ":" in name:
+            return self._load(name)
+        if name.isidentifier() and self._has_module(name):
+            return getattr(
+                importlib.import_module(f"{self.package}.{name}{self.module}"), self.attribute
+            )
+        for entry in entry_points(group=self.group, name=name):
+            return self._load(entry.value)
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(self.names())}"
+        raise ConfigError(
+            f"{self.option}: there is no {self.kind} {name!r}; {known} or package.module:NAME"
+        )
+
+    def _has_module(self, name: str) -> bool:
+        try:
+            return importlib.util.find_spec(f"{self.package}.{name}{self.module}") is not None
+        except ModuleNotFoundError:  # a file where a folder would have it
+            return False
+
+    def _load(self, path: str) -> Any:
+        module, _, attribute = path.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.option}: {path} cannot be loaded ({error}); give package.module:NAME, importable from here"
+            ) from error

@@ -1,0 +1,1 @@
+"""Playing episodes: the games of a run, prompts, one episode being played, engines, trajectories."""

@@ -1,0 +1,283 @@
+"""Packed attention against every sequence alone through transformers' own sdpa, in float64, gradients too."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import scaled_dot_product_attention
+
+from hiper_fast.agent import attention
+from hiper_fast.agent.agent import run_trunk
+from hiper_fast.options import ConfigError
+from hiper_fast.packing import microbatches, prefix_sums
+from hiper_fast.rollout.generate import generate
+
+SIZES = dict(
+    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, eos_token_id=1, pad_token_id=0, bos_token_id=None, initializer_range=0.2,
+)  # fmt: skip
+MODELS = {
+    "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2 untied": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
+    "qwen2 sliding": (
+        transformers.Qwen2Config,
+        dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "qwen3": (transformers.Qwen3Config, dict(tie_word_embeddings=True)),
+    "qwen3 untied": (transformers.Qwen3Config, dict(tie_word_embeddings=False)),
+    "llama": (transformers.LlamaConfig, dict(tie_word_embeddings=True, attention_bias=True)),
+    "llama untied": (transformers.LlamaConfig, dict(tie_word_embeddings=False)),
+    "mistral sliding": (transformers.MistralConfig, dict(sliding_window=5)),
+    "olmo2": (transformers.Olmo2Config, {}),
+}
+LENGTHS = {
+    "mixed": [7, 1, 12, 5, 1, 30, 2, 11],
+    "one sequence": [9],
+    "one token": [1],
+    "ones": [1, 1, 1],
+}
+
+
+def build(name, dtype=torch.float64):
+    """(the model with packed attention, the same one as transformers made it)."""
+    config_class, options = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**SIZES | options)).to(dtype)
+    plain = copy.deepcopy(model)
+    attention.use(model)
+    return model, plain
+
+
+def sequences(lengths):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, 60, (sum(lengths),), generator=generator), prefix_sums(lengths)
+
+
+def gradients(model, hidden, direction):
+    """Of a loss that reads every hidden state through the head, like the log-probs do."""
+    logits = model.get_output_embeddings()(hidden)
+    grads = torch.autograd.grad(
+        (logits.softmax(-1) * direction).sum(), list(model.parameters()), allow_unused=True
+    )
+    return [torch.zeros(()) if g is None else g for g in grads]
+
+
+def add(sums, grads):
+    return grads if sums is None else [a + b for a, b in zip(sums, grads, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_equals_unpacked(name):
+    check_packed_equals_unpacked(name, LENGTHS["mixed"], 40)
+
+
+@pytest.mark.parametrize("budget", [3, 1000])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_packed_equals_unpacked_at_the_edges(lengths, budget):
+    check_packed_equals_unpacked("qwen2", lengths, budget)
+
+
+def check_packed_equals_unpacked(name, lengths, budget, checkpointing=False):
+    model, plain = build(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    ids, cu = sequences(lengths)
+    direction = torch.randn(
+        len(ids), 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    spans = list(zip(cu.tolist(), cu.tolist()[1:], strict=False))
+    packed = alone = None
+    for batch in microbatches(ids, cu, budget):
+        hidden = run_trunk(model.base_model, batch)
+        parts = [slice(*spans[i]) for i in batch.index.tolist()]
+        for part, rows in zip(parts, hidden.split(batch.cu_seqlens.diff().tolist()), strict=True):
+            expected = plain.base_model(input_ids=ids[None, part]).last_hidden_state[0]
+            torch.testing.assert_close(rows, expected, atol=1e-12, rtol=1e-12)
+            alone = add(alone, gradients(plain, expected, direction[part]))
+        packed = add(
+            packed, gradients(model, hidden, torch.cat([direction[part] for part in parts]))
+        )
+    assert sum(float(g.abs().sum()) for g in packed) > 0.1
+    for mine, expected in zip(packed, alone, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3 untied", "llama"])
+def test_packed_equals_unpacked_with_gradient_checkpointing(name):
+    check_packed_equals_unpacked(name, LENGTHS["mixed"], 40, checkpointing=True)
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours():
+    model, _ = build("llama")
+    ids, cu = sequences([6, 5, 7])
+    other = ids.clone()
+    other[6:11] = (ids[6:11] + 1) % 60
+    (a,), (b,) = (list(microbatches(x, cu, 100)) for x in (ids, other))
+    before, after = (run_trunk(model.base_model, x) for x in (a, b))
+    changed = ((before - after).abs().amax(1) > 0).split(a.cu_seqlens.diff().tolist())
+    assert [bool(x.any()) for x in changed] == [i == 1 for i in a.index.tolist()]
+
+
+def test_groups_hold_little_padding_and_lead_back():
+    lengths = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0))
+    cu = prefix_sums(lengths)
+    groups = attention.group_lengths(cu)
+    assert torch.equal(groups.rows[groups.places], torch.arange(int(cu[-1]))), (
+        "each token stands where it is sought"
+    )
+    places = sum(n * longest for n, longest in groups.shapes)
+    assert len(groups.rows) == places <= (1 + attention.PADDING) * int(cu[-1])
+    assert len(groups.shapes) < 40, "few calls"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral sliding", "llama"])
+def test_generation_goes_on_as_before_and_its_logprobs_are_the_packed_ones(name):
+    model, plain = build(name, torch.float32)
+    prompts = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+    options = dict(max_new_tokens=6, temperature=1.0, stop_ids=(1,))
+    mine, theirs = (
+        generate(m, prompts, **options, generator=torch.Generator().manual_seed(0))
+        for m in (model, plain)
+    )
+    assert [ids for ids, _ in mine] == [ids for ids, _ in theirs]
+    rows = [p + ids for p, (ids, _) in zip(prompts, mine, strict=True)]
+    (batch,) = microbatches(torch.tensor(sum(rows, [])), prefix_sums([len(r) for r in rows]), 1000)
+    logits = model.get_output_embeddings()(run_trunk(model.base_model, batch))
+    for i, part in zip(
+        batch.index.tolist(), logits.split(batch.cu_seqlens.diff().tolist()), strict=True
+    ):
+        ids, sampled = mine[i]
+        logprobs = (
+            part[len(prompts[i]) - 1 : -1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor(ids)[:, None])[:, 0]
+        )
+        torch.testing.assert_close(logprobs, torch.tensor(sampled), atol=2e-5, rtol=0)
+
+
+def test_unpacked_calls_are_transformers_own():
+    model, plain = build("mistral sliding", torch.float32)
+    ids = torch.arange(2, 26).view(2, 12)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_exported_configuration_does_not_name_our_attention(tmp_path):
+    model, _ = build("llama")
+    model.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_models_that_mix_tokens_otherwise_are_refused():
+    bloom = transformers.BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2)
+    mamba = transformers.MambaConfig(
+        vocab_size=20, hidden_size=16, state_size=4, num_hidden_layers=1
+    )
+    conv = transformers.Lfm2Config(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], bos_token_id=None, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    cases = (
+        (bloom, "other than plain attention"),
+        (mamba, "type linear_attention"),
+        (conv, "type conv"),
+    )
+    for config, match in cases:
+        with pytest.raises(ConfigError, match=f"^model.path: .*{match}"):
+            attention.use(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_attention_with_soft_caps_or_dropout_is_refused():
+    ids, cu = sequences([4, 3])
+    (batch,) = microbatches(ids, cu, 10)
+    capped = transformers.Gemma2Config(
+        **SIZES, query_pre_attn_scalar=8, final_logit_softcapping=None
+    )
+    dropping = transformers.Qwen2Config(**SIZES, attention_dropout=0.1)
+    for config, match in ((capped, "softcap"), (dropping, "attention_dropout")):
+        model = transformers.AutoModelForCausalLM.from_config(config).train()
+        attention.use(model)
+        with pytest.raises(ConfigError, match=f"^model.path: .*{match}"):
+            run_trunk(model.base_model, batch)
+
+
+def test_the_window_is_felt():
+    model, plain = build("mistral sliding")
+    ids, cu = sequences([20])
+    (batch,) = microbatches(ids, cu, 100)
+    hidden = run_trunk(model.base_model, batch)
+    torch.testing.assert_close(hidden, plain.base_model(input_ids=ids[None]).last_hidden_state[0])
+    model.config.sliding_window = None
+    for layer in model.base_model.layers:
+        layer.self_attn.sliding_window = None
+    assert not torch.allclose(hidden, run_trunk(model.base_model, batch)), (
+        "the window is felt at all"
+    )
+
+
+def varlen_by_hand(query, key, value, cu, scale, window, gqa):
+    outs = []
+    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+        reach = torch.ones(b - a, b - a, dtype=torch.bool).tril()
+        if window[0] >= 0:
+            reach = reach.triu(-window[0])
+        q, k, v = (x[a:b].transpose(0, 1) for x in (query, key, value))
+        outs.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=reach, scale=scale, enable_gqa=gqa
+            ).transpose(0, 1)
+        )
+    return torch.cat(outs)
+
+
+def torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+):
+    assert query.shape == key.shape == value.shape and window_size[1] == 0
+    return varlen_by_hand(query, key, value, cu_seq_q, scale, window_size, False)
+
+
+def torch_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
+    assert enable_gqa and window_size[1] == 0
+    return varlen_by_hand(query, key, value, cu_seq_q, scale, window_size, True)
+
+
+def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False): ...
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("function", [torch_2_11, torch_2_13])
+def test_torch_varlen_is_called_as_its_version_wants(monkeypatch, function, window):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    cu = prefix_sums([7, 1, 12, 5])
+    query, key, value = (torch.randn(25, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    out = attention.find_torch_varlen_kernel()(query, key, value, cu, 12, 0.3, window)
+    expected = attention.attend_in_groups(
+        query, key, value, attention.group_lengths(cu), 0.3, window
+    )
+    torch.testing.assert_close(out, expected)
+
+
+def test_torch_varlen_too_old_or_as_installed(monkeypatch):
+    from torch.nn.attention import varlen
+
+    assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters) or (
+        attention.find_torch_varlen_kernel() is None
+    )
+    monkeypatch.setattr(varlen, "varlen_attn", torch_2_10)
+    assert attention.find_torch_varlen_kernel() is None

@@ -1,0 +1,142 @@
+"""linear_logprobs: no less exact than torch in the same dtype, in chunks, with its gradients."""
+
+import pytest
+import torch
+
+from hiper_fast import ops
+from hiper_fast.ops import _head
+
+
+def random_case(n, h, v, dtype=torch.float64, bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, dtype=torch.float64, generator=g).to(dtype)
+    weight = torch.randn(v, h, dtype=torch.float64, generator=g).to(dtype)
+    offset = torch.randn(v, dtype=torch.float64, generator=g).to(dtype) if bias else None
+    return hidden, weight, torch.randint(0, v, (n,), generator=g), offset
+
+
+def gradients(function, hidden, weight, targets, bias, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    given = dict(zip(("hidden", "weight", "bias"), leaves, strict=False))
+    logprobs, entropy = function(
+        given["hidden"], given["weight"], targets, bias=given.get("bias"), entropy=True, **options
+    )
+    g = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(len(x), dtype=torch.float64, generator=g)).sum()
+        for x in (logprobs, entropy)
+    )
+    return [logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.fixture(params=[1, 400, 2**27], ids=["row by row", "some rows", "at once"])
+def chunk(request, monkeypatch):
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", request.param)
+    monkeypatch.setattr(_head, "TILE_BYTES", request.param)
+
+
+@pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 1, 1), (1, 4, 7), (7, 5, 17), (33, 8, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_equals_the_reference_with_gradients(chunk, n, h, v, bias, temperature):
+    case = random_case(n, h, v, bias=bias)
+    result = gradients(ops.linear_logprobs, *case, temperature=temperature)
+    expected = gradients(ops.reference.linear_logprobs, *case, temperature=temperature)
+    for x, y in zip(result, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_against_float64_is_no_larger_than_torchs(chunk, dtype):
+    case = random_case(40, 16, 50, dtype)
+    wide = [x.double() if x.is_floating_point() else x for x in case]
+    truth = gradients(ops.reference.linear_logprobs, *wide)
+    ours = gradients(ops.linear_logprobs, *case)
+    torchs = gradients(ops.reference.linear_logprobs, *case)
+    assert ours[0].dtype == torch.float32 and ours[2].dtype == dtype
+    for x, y, exact in zip(ours, torchs, truth, strict=True):
+        error, allowed = (x - exact).abs().max(), (y - exact).abs().max()
+        assert error <= 1.2 * allowed + 1e-6
+
+
+@pytest.mark.parametrize(
+    "rows, count, held", [(0, 1, 0), (3, 1, 3), (10, 3, 4), (12, 3, 4), (13, 4, 4)]
+)
+def test_chunks_share_one_scratch_buffer(monkeypatch, rows, count, held):
+    """The first as the others, where the weight's gradient is wanted too; it is no larger than it must be."""
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", 4 * 7 * 8)  # 4 rows of 7 logits
+    hidden, weight, *_ = random_case(rows, 64, 7)
+    head = _head.Head(hidden, weight, None, need_weight=True)
+    parts, buffers = [], set()
+    for part, logits in head.iterate_chunks():
+        parts += range(rows)[part]
+        storage = logits.untyped_storage()
+        buffers.add((storage.data_ptr(), storage.nbytes()))
+        torch.testing.assert_close(logits, hidden[part] @ weight.T)
+        head.add_gradients(part, None, logits)
+        count -= 1
+    assert count == 0 and parts == list(range(rows))
+    assert [size for _, size in buffers] == [held * 7 * 8]
+    torch.testing.assert_close(head.grad_weight, (hidden @ weight.T).T @ hidden)
+
+
+def test_gradcheck():
+    hidden, weight, targets, bias = random_case(4, 3, 6)
+    for x in (hidden, weight, bias):
+        x.requires_grad_()
+
+    def function(hidden, weight, bias):
+        return ops.linear_logprobs(
+            hidden, weight, targets, bias=bias, temperature=0.7, entropy=True
+        )
+
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+def test_gradient_of_one_input_alone():
+    hidden, weight, targets, bias = random_case(4, 3, 6)
+    expected = gradients(ops.linear_logprobs, hidden, weight, targets, bias)[0]
+    for leaf in (hidden, weight, bias):
+        leaf.requires_grad_()
+        result = ops.linear_logprobs(hidden, weight, targets, bias=bias)
+        torch.testing.assert_close(result.detach(), expected)
+        assert torch.autograd.grad(result.sum(), leaf)[0].shape == leaf.shape
+        leaf.requires_grad_(False)
+
+
+def test_logprobs_never_exceed_zero():
+    hidden = torch.full((50, 8), 30.0) + torch.rand(50, 8)
+    weight = torch.stack([torch.full((8,), 30.0), *torch.randn(9, 8)])
+    assert (ops.linear_logprobs(hidden, weight, torch.zeros(50, dtype=torch.int64)) <= 0).all()
+
+
+def test_non_contiguous_inputs():
+    hidden, weight, targets, _ = random_case(6, 4, 9)
+    result = ops.linear_logprobs(hidden.T.contiguous().T, weight.T.contiguous().T, targets)
+    torch.testing.assert_close(result, ops.linear_logprobs(hidden, weight, targets))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("hidden", {"hidden": torch.zeros(3)}),
+        ("hidden", {"hidden": torch.zeros(3, 4, dtype=torch.int64)}),
+        ("weight", {"weight": torch.zeros(5, 3)}),
+        ("weight", {"weight": torch.zeros(0, 4)}),
+        ("weight", {"weight": torch.zeros(5, 4, device="meta")}),
+        ("targets", {"targets": torch.tensor([0, 1])}),
+        ("targets", {"targets": torch.tensor([0, 1, 2], dtype=torch.int32)}),
+        ("targets", {"targets": torch.tensor([0, 5, 1])}),
+        ("targets", {"targets": torch.tensor([0, -1, 1])}),
+        ("bias", {"bias": torch.zeros(4)}),
+        ("temperature", {"temperature": 0.0}),
+    ],
+)
+def test_bad_arguments_are_named(name, change):
+    given = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(5, 4),
+        "targets": torch.tensor([0, 1, 2]),
+    }
+    with pytest.raises(ValueError, match=name):
+        ops.linear_logprobs(**(given | change))

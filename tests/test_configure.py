@@ -1,0 +1,536 @@
+"""Options: from YAML and the command line into typed dataclasses, with an error that names the bad one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hiper_fast import configure
+from hiper_fast.config import SHORT, Config
+from hiper_fast.configure import RECIPES, resolve
+from hiper_fast.envs.family import families
+from hiper_fast.options import ConfigError, flatten, list_options
+from hiper_fast.runs.folder import find_run_folder, write_config
+
+OPTIONS = {
+    name: option
+    for family in ("household", "alfworld", "webshop")
+    for name, option in list_options(Config(env=families.find(family).Options())).items()
+}
+FAMILY = {
+    "env.size": "household",
+    "env.task_types": "household",
+    "env.data": "webshop",
+    "env.goals": "webshop",
+}
+FAMILY |= {"env.split_by": "webshop", "env.split": "webshop", "env.eval_split": "webshop"}
+
+
+def given(name, value):
+    """The options of a configuration that has `name`."""
+    return {"env.name": FAMILY.get(name, "household"), name: value}
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+
+
+def parse(*argv):
+    return configure.parse(list(argv), program="train", description="Trains.")
+
+
+def refused(capsys, *argv):
+    """The one line that a bad command line ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+# The command line.
+
+
+def test_no_options_give_the_defaults():
+    assert parse() == resolve() and resolve().train == Config().train
+
+
+def test_options_set_their_fields():
+    config = parse(
+        "--train.lr",
+        "1e-6",
+        "--train.updates=7",
+        "--env.size",
+        "medium",
+        "--reward.invalid",
+        "-0.5",
+    )
+    assert (config.train.lr, config.train.updates, config.env.size) == (1e-6, 7, "medium")
+    assert config.reward.invalid == -0.5
+
+
+def test_short_names():
+    config = parse(
+        *("--env", "household", "--model", "some/folder", "--seed", "5"),
+        *("--updates", "3", "--name", "mine"),
+    )
+    assert (config.env.name, config.model.path, config.run.seed) == ("household", "some/folder", 5)
+    assert (config.train.updates, config.run.name, config.run.resume) == (3, "mine", False)
+    assert set(SHORT) == {"env", "model", "seed", "updates", "name", "resume", "plan"}
+    assert parse("--run.seed", "5").run.seed == 5  # the long name stays
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        (["--advantage.normalize"], True),
+        (["--advantage.normalize", "false"], False),
+        (["--advantage.normalize=no"], False),
+        (["--advantage.normalize=0"], False),
+        (["--advantage.normalize", "YES"], True),
+    ],
+)
+def test_bool_flags(argv, value):
+    assert parse(*argv).advantage.normalize is value
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        (["--env.task_types", "look_at_obj_in_light,pick_two_obj_and_place"], 2),
+        (["--env.task_types=look_at_obj_in_light"], 1),
+        (["--env.task_types", "none"], None),
+    ],
+)
+def test_lists_and_none(argv, value):
+    task_types = parse(*argv).env.task_types
+    assert task_types is None if value is None else len(task_types) == value
+    assert parse("--train.value_coef", "1,0.5,2").train.value_coef == [1.0, 0.5, 2.0]
+
+
+def test_a_default_list_is_not_shared():
+    parse().train.value_coef.append(9.0)
+    assert len(parse().train.value_coef) == 3
+
+
+@pytest.mark.parametrize(
+    "argv, near",
+    [
+        (["--train.learning_rat", "1"], None),
+        (["--train.uptates", "1"], "train.updates"),
+        (["--env.sice=small"], "env.size"),
+        (["--updatse", "1"], "updates"),
+        (["stray"], None),
+        (["train.lr", "3"], None),
+    ],
+)
+def test_unknown_options_name_the_nearest(capsys, argv, near):
+    err = refused(capsys, *argv)
+    assert argv[0].lstrip("-").split("=")[0] in err and err.count("\n") == 1
+    assert "python -m hiper_fast.train:" in err
+    assert (f"did you mean {near}?" if near else "command line") in err
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("train.updates", "many", "a whole number"),
+        ("train.updates", "1.5", "a whole number"),
+        ("train.lr", "fast", "a finite number"),
+        ("train.lr", "nan", "a finite number"),
+        ("advantage.normalize", "perhaps", "true or false"),
+        ("train.value_coef", "1,two,3", "a finite number"),
+    ],
+)
+def test_wrong_types_name_option_and_type(capsys, name, value, expected):
+    err = refused(capsys, f"--{name}", value)
+    assert name in err and f"expected {expected}" in err and value.split(",")[-1][:3] in err + value
+    assert err.count("\n") == 1
+
+
+def test_a_missing_value_is_one_clear_line(capsys):
+    err = refused(capsys, "--train.lr")
+    assert "--train.lr" in err and "expected one argument" in err
+    assert len(err.splitlines()) <= 2, "the usage of all options buries the message"
+
+
+NUMBERS = [name for name, option in OPTIONS.items() if type(option.default) in (int, float)]
+
+
+def test_every_number_has_a_range_or_says_that_it_has_none():
+    for name in NUMBERS:
+        assert bool(OPTIONS[name].bounds) != OPTIONS[name].unbounded, name
+    unbounded = {name for name in NUMBERS if OPTIONS[name].unbounded}
+    rewards = ("success", "invalid", "inadmissible", "keep", "consistency")
+    assert unbounded == {*(f"reward.{name}" for name in rewards), "run.seed"}
+
+
+def test_every_list_of_numbers_has_a_range_and_a_length():
+    lists = [option for option in OPTIONS.values() if option.kind == list[float]]
+    assert lists and all(option.bounds and option.count for option in lists)
+
+
+def test_every_text_is_a_choice_or_known_to_be_free():
+    """What is neither is checked elsewhere: by the folder, the registry or the data that it names."""
+    free = {name for name, option in OPTIONS.items() if option.kind is str}
+    assert free == {
+        *("env.name", "env.split", "env.eval_split", "agent.style", "model.path", "model.device"),
+        *("rollout.engine", "advantage.estimator", "run.name", "run.folder"),
+    }
+
+
+def test_defaults_keep_their_own_rules():
+    for name in ("household", "alfworld", "webshop"):
+        assert resolve(given=flatten(resolve(given={"env.name": name}))) == resolve(
+            given={"env.name": name}
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if OPTIONS[name].bounds])
+def test_each_bound_is_kept(name):
+    option, step = OPTIONS[name], 1 if type(OPTIONS[name].default) is int else 1e-9
+    bounds = option.bounds
+    for bound, words in (
+        ("above", "above"),
+        ("least", "at least"),
+        ("below", "below"),
+        ("most", "at most"),
+    ):
+        if bound in bounds:
+            outside = bounds[bound] + {"least": -step, "most": step}.get(bound, 0)
+            with pytest.raises(ConfigError, match=f"command line: {name}: must be {words}"):
+                resolve(given=given(name, outside))
+    inside = {"least": 0, "above": step, "most": 0, "below": -step}
+    for bound, value in bounds.items():
+        resolve(given=given(name, value + inside[bound]))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["train.lr", "reward.success", "train.updates", "train.value_coef"]
+)
+def test_numbers_are_finite(name, value):
+    with pytest.raises(ConfigError, match=f"{name}: expected a"):
+        resolve(given={name: [value] * 3 if name == "train.value_coef" else value})
+
+
+def test_large_seeds_are_exact():
+    assert resolve(given={"run.seed": "9007199254740993"}).run.seed == 9007199254740993
+
+
+@pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option.choices])
+def test_choices_are_listed(name):
+    with pytest.raises(ConfigError, match=name) as caught:
+        resolve(given=given(name, "neither"))
+    choices = OPTIONS[name].choices
+    assert all(choice in str(caught.value) for choice in choices)
+    for choice in choices:
+        config = resolve(given=given(name, choice))
+        assert flatten(config)[name] == choice or choice == "auto"
+
+
+def test_value_coef_has_three_entries():
+    with pytest.raises(ConfigError, match="train.value_coef: expected 3 values"):
+        resolve(given={"train.value_coef": "1,2"})
+
+
+def test_whole_groups():
+    with pytest.raises(
+        ConfigError, match="train.group: 10 episodes .* do not make whole groups of 4"
+    ):
+        resolve(given={"train.episodes": 10, "train.group": 4})
+
+
+@pytest.mark.parametrize(
+    "name, value, near",
+    [
+        ("advantage.estimator", "hea", "did you mean hae"),
+        ("advantage.estimator", "nothing like it", "known: gae, hae"),
+        ("env.name", "webshp", "did you mean webshop"),
+        ("env.name", "no.such:Family", "no.such:Family cannot be loaded"),
+        ("agent.style", "terse", "none of reference, transcript, compact"),
+    ],
+)
+def test_names_that_nothing_has(name, value, near):
+    with pytest.raises(ConfigError, match=name) as caught:
+        resolve(given={name: value})
+    assert near in str(caught.value)
+
+
+def test_help_lists_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    flat = flatten(resolve(given={"env.name": "household"}))
+    for name in flat:
+        assert f"--{name}" in out and OPTIONS[name].help.split()[0] in out
+    assert all(f"--{short}" in out for short in SHORT) and "--config" in out
+    assert str(flat["train.lr"]) in out and "Trains." in out
+    assert "--env.goals" not in out
+
+
+def test_help_lists_the_options_of_the_chosen_environment(capsys):
+    with pytest.raises(SystemExit):
+        parse("--env", "webshop", "--help")
+    out = capsys.readouterr().out
+    assert "--env.goals" in out and "--env.size" not in out
+
+
+def test_an_option_of_another_environment_is_unknown(capsys):
+    err = refused(capsys, "--env", "household", "--env.goals", "human")
+    assert "unknown option 'env.goals'" in err and err.count("\n") == 1
+
+
+# YAML files.
+
+
+def test_the_command_line_goes_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = write(tmp_path / "a.yaml", "env: {size: large}\ntrain:\n  updates: 3\n  lr: 1e-5\n")
+    config = parse("--config", file, "--updates", "4")
+    assert (config.env.size, config.train.updates, config.train.lr) == ("large", 4, 1e-5)
+
+
+def test_later_files_go_over_earlier_ones(tmp_path):
+    first = write(tmp_path / "a.yaml", "env: {size: large}\ntrain: {updates: 3, lr: 1e-5}\n")
+    second = write(tmp_path / "b.yaml", "train: {updates: 4}\n")
+    config = parse("--config", first, f"--config={second}", "--train.lr", "2e-5")
+    assert (config.env.size, config.train.updates, config.train.lr) == ("large", 4, 2e-5)
+    assert parse("--config", second, "--config", first).train.updates == 3
+
+
+def test_the_bad_one_of_several_files_is_named(tmp_path, capsys):
+    good, bad = (
+        write(tmp_path / "a.yaml", "train: {updates: 3}"),
+        write(tmp_path / "b.yaml", "train: {uptates: 3}"),
+    )
+    err = refused(capsys, "--config", good, "--config", bad)
+    assert bad in err and good not in err and err.count("\n") == 1
+
+
+def test_shipped_recipes_are_found_by_name_and_files_win(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "webshop").mkdir()  # a folder of data, say, is no file
+    assert parse("--config", "alfworld").env.max_turns == 50
+    assert parse("--config", "alfworld", "--config", "webshop").env.max_turns == 15
+    write(tmp_path / "alfworld", "env: {max_turns: 7}")
+    assert parse("--config", "alfworld").env.max_turns == 7
+    err = refused(capsys, "--config", "alfwrold")
+    assert "cannot be read (No such file" in err and "did you mean the recipe alfworld?" in err
+    assert "default-webshop" not in refused(capsys, "--config", "nothing like it")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train: {uptates: 3}", "unknown option 'train.uptates'; did you mean train.updates"),
+        ("trian: {updates: 3}", "did you mean train.updates"),
+        ("train: {updates: soon}", "train.updates: expected a whole number, got 'soon'"),
+        ("train: {updates: 1.5}", "train.updates: expected a whole number"),
+        ("train: {updates: .inf}", "train.updates: expected a whole number"),
+        ("train: {updates: null}", "train.updates: expected a whole number"),
+        ("train: {updates: true}", "train.updates: expected a whole number"),
+        ("train: {updates: [1]}", "train.updates: expected a whole number"),
+        ("train: {value_coef: 3}", "train.value_coef: expected a list"),
+        ("advantage: {gamma: 1.5}", "advantage.gamma: must be at most 1, got 1.5"),
+        ("updates: 3", "expected sections"),
+        ("train:", "expected sections"),
+        ("- a\n- b", "expected sections"),
+        ("just words", "expected sections"),
+        ("train: {updates: 3", "not valid YAML"),
+        ("train: !!python/object:os.system {}", "not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path, capsys, text, message):
+    file = write(tmp_path / "bad.yaml", text)
+    err = refused(capsys, "--config", file)
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_bad_file_is_named(tmp_path, capsys):
+    file = write(tmp_path / "bad.yaml", "train: {uptates: 3}")
+    assert file in refused(capsys, "--config", file)
+
+
+def test_a_missing_file_and_a_folder(tmp_path, capsys):
+    assert "cannot be read (No such file" in refused(
+        capsys, "--config", str(tmp_path / "none.yaml")
+    )
+    assert "cannot be read (Is a directory" in refused(capsys, "--config", str(tmp_path))
+
+
+def test_bytes_that_are_no_text(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert "not valid YAML" in refused(capsys, "--config", str(tmp_path / "bad.yaml"))
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert parse("--config", write(tmp_path / "empty.yaml", "")) == parse()
+
+
+def test_yaml_null_lists_and_yes(tmp_path):
+    file = write(
+        tmp_path / "a.yaml",
+        "env: {task_types: null}\nwarm_start: {enabled: yes}\ntrain: {value_coef: [1, 2, 3]}\n",
+    )
+    config = parse("--config", file)
+    assert config.env.task_types is None
+    assert config.warm_start.enabled == "yes"  # YAML reads a bare yes as true
+    assert config.train.value_coef == [1.0, 2.0, 3.0]
+
+
+def test_the_written_file_reads_back_equal(tmp_path):
+    config = resolve(
+        given={
+            "train.lr": 1e-7,
+            "env.task_types": ["look_at_obj_in_light"],
+            "run.name": "Küche",
+            "reward.keep": -0.3,
+        },
+    )
+    write_config(config, tmp_path)
+    assert resolve([tmp_path / "config.yaml"]) == config
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == [
+        *(
+            "env",
+            "agent",
+            "model",
+            "rollout",
+            "reward",
+            "advantage",
+            "train",
+            "warm_start",
+            "eval",
+            "run",
+            "plan",
+        )
+    ]
+
+
+# What "auto" means.
+
+
+def test_auto_environment_and_style(monkeypatch):
+    config = resolve()
+    assert (config.env.name, config.agent.style) == ("household", "compact")
+    monkeypatch.setenv("ALFWORLD_DATA", "somewhere")
+    assert resolve().env.name == "alfworld"
+    pretrained = {"env.name": "household", "model.path": "some/model"}
+    assert resolve(given=pretrained).agent.style == "reference"
+    for style in ("compact", "transcript"):
+        assert resolve(given={"agent.style": style}).agent.style == style
+
+
+def test_only_the_tiny_model_is_warm_started_and_shown_mistakes():
+    options = resolve().warm_start
+    assert (options.enabled, options.imitate_noise) == ("yes", "yes")
+    options = resolve(given={"model.path": "some/model"}).warm_start
+    assert (options.enabled, options.imitate_noise) == ("no", "no")
+    options = resolve(
+        given={"warm_start.enabled": "no", "warm_start.imitate_noise": "no"}
+    ).warm_start
+    assert (options.enabled, options.imitate_noise) == ("no", "no")
+
+
+def test_no_auto_is_left_but_the_name_of_a_run_that_has_none_yet(monkeypatch):
+    for terminal, display in ((True, "panel"), (False, "plain")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
+        config = resolve()
+        left = [name for name, value in flatten(config).items() if value == "auto"]
+        assert left == ["run.name"] and config.run.display == display
+
+
+def test_what_belongs_to_the_machine_is_not_taken_from_a_run(tmp_path):
+    write_config(resolve(given={"run.display": "none", "train.updates": 3}), tmp_path)
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("device: cpu", "device: cuda:7"))
+    config = configure.parse([], program="eval", description="", run=tmp_path / "config.yaml")
+    assert (
+        config.train.updates == 3
+        and config.model.device != "cuda:7"
+        and config.run.display != "none"
+    )
+    assert resolve([tmp_path / "config.yaml"]).model.device == "cuda:7", (
+        "a file that is asked for counts whole"
+    )
+
+
+# Run folders.
+
+
+def run(tmp_path, name="auto", resume=False, seed=0):
+    return resolve(
+        given={
+            "run.folder": str(tmp_path),
+            "run.name": name,
+            "run.resume": resume,
+            "run.seed": seed,
+        }
+    )
+
+
+def begin(folder: Path, text=""):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(text)
+
+
+def test_automatic_names_are_numbered(tmp_path):
+    assert find_run_folder(run(tmp_path)) == tmp_path / "household-seed0"
+    begin(tmp_path / "household-seed0")
+    assert find_run_folder(run(tmp_path)) == tmp_path / "household-seed0-2"
+    begin(tmp_path / "household-seed0-2")
+    assert find_run_folder(run(tmp_path)) == tmp_path / "household-seed0-3"
+    assert find_run_folder(run(tmp_path, seed=1)) == tmp_path / "household-seed1"
+
+
+def test_a_folder_that_is_no_run_is_not_written_into(tmp_path):
+    (tmp_path / "household-seed0").mkdir()
+    assert find_run_folder(run(tmp_path)) == tmp_path / "household-seed0-2"
+    with pytest.raises(ConfigError, match="--resume: there is no run"):
+        find_run_folder(run(tmp_path, resume=True))
+
+
+def test_a_taken_name_is_refused_with_two_ways_out(tmp_path):
+    assert find_run_folder(run(tmp_path, "mine")) == tmp_path / "mine"
+    begin(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=r"--name: the run .*mine exists; .*--resume"):
+        find_run_folder(run(tmp_path, "mine"))
+
+
+def test_resume_finds_the_newest_automatic_run(tmp_path):
+    begin(tmp_path / "household-seed0")
+    assert find_run_folder(run(tmp_path, resume=True)) == tmp_path / "household-seed0"
+    begin(tmp_path / "household-seed0-2")
+    assert find_run_folder(run(tmp_path, resume=True)) == tmp_path / "household-seed0-2"
+    begin(tmp_path / "mine")
+    assert find_run_folder(run(tmp_path, "mine", resume=True)) == tmp_path / "mine"
+    with pytest.raises(ConfigError, match="there is no run .*household-seed7"):
+        find_run_folder(run(tmp_path, resume=True, seed=7))
+
+
+def test_resume_reads_the_runs_own_options_below_the_command_line(tmp_path, capsys):
+    begin(tmp_path / "mine", "train: {updates: 9, episodes: 3}\n")
+    config = parse("--resume", "--name", "mine", "--run.folder", str(tmp_path), "--updates", "12")
+    assert (config.train.updates, config.train.episodes) == (12, 3)
+    assert config.run.resume and find_run_folder(config) == tmp_path / "mine"
+    assert "there is no run" in refused(
+        capsys, "--resume", "--name", "other", "--run.folder", str(tmp_path)
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    sorted([*RECIPES.glob("*.yaml"), *RECIPES.parent.glob("envs/*/defaults.yaml")]),
+    ids=str,
+)
+def test_recipes_load(recipe):
+    environment = recipe.parent.name if recipe.stem == "defaults" else "auto"
+    resolve([recipe], {"env.name": environment} if environment != "auto" else {})

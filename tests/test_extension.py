@@ -1,0 +1,263 @@
+"""An estimator, an environment, an engine and an op from outside the package, which is left as it is."""
+
+import json
+import math
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from hiper_fast import envs, estimators, train
+from hiper_fast.envs.family import families
+from hiper_fast.options import ConfigError
+from hiper_fast.runs.metrics import read_metrics
+
+OUTSIDE = '''
+import random
+from dataclasses import dataclass
+
+import torch
+
+from hiper_fast.config import EnvConfig
+from hiper_fast.envs.family import Family
+from hiper_fast.envs.player import Move
+from hiper_fast.estimators import Credit, Level, critic_free
+from hiper_fast.ops import reference
+from hiper_fast.options import option
+from hiper_fast.rollout.engines import Answer
+
+
+class Lights:
+    """Two switches, up or down; won when both are as the task says."""
+
+    def __init__(self, switches=2):
+        self.switches = switches
+
+    def reset(self, *, seed=None, options=None):
+        rng = random.Random(seed)
+        self.wanted = [rng.random() < 0.5 for _ in range(self.switches)]
+        self.state = [not wanted for wanted in self.wanted]
+        return "All is wrong.", self.info()
+
+    def step(self, command):
+        for i in range(self.switches):
+            if command == f"press {i}":
+                self.state[i] = not self.state[i]
+        won = self.state == self.wanted
+        return "Lit." if won else "Dark.", 0.0, won, False, self.info()
+
+    def info(self):
+        commands = [f"press {i}" for i in range(self.switches)]
+        task = " ".join("on" if wanted else "off" for wanted in self.wanted)
+        won = self.state == self.wanted
+        return {"admissible_commands": commands, "won": won, "task": task, "task_type": "lights"}
+
+
+class Presser:
+    def __init__(self):
+        self.turn = -1
+
+    def observe(self, action, observation, commands):
+        self.turn += 1
+
+    def move(self, commands):
+        return Move(f"switch {self.turn}", commands[self.turn % len(commands)])
+
+    def stumble(self, move, commands, rng):
+        return Move(move.subgoal, rng.choice(commands))
+
+
+@dataclass(slots=True)
+class Options(EnvConfig):
+    switches: int = option(2, "how many switches", above=0)
+
+
+class MyFamily(Family):
+    Options = Options
+    environment = Lights
+
+    def make(self):
+        return Lights(self.options.switches)
+
+    def player(self, kind, env, rng):
+        return Presser()
+
+
+class PlainFamily(Family):
+    """The least that one can say."""
+
+    environment = Lights
+
+
+@critic_free
+def estimate(turns, values, config):
+    """The episode's return against the mean of its group."""
+    assert values is None
+    lengths = turns.cu_turns.diff().long()
+    episode = torch.arange(len(lengths)).repeat_interleave(lengths)
+    returns = torch.zeros(len(lengths)).index_add(0, episode, turns.rewards)
+    groups = int(turns.group.max()) + 1
+    count = torch.zeros(groups).index_add(0, turns.group, torch.ones_like(returns))
+    mean = torch.zeros(groups).index_add(0, turns.group, returns) / count
+    advantages = (returns - mean[turns.group])[episode]
+    roles = reference.ACTION | reference.SUBGOAL | reference.SWITCH
+    every = torch.ones_like(turns.switch)
+    assert {len(set(turns.state[episode == i].tolist())) for i in range(2)} != {0}
+    return Credit((Level("episode", roles, advantages, every, raw=False),))
+
+
+class FixedEngine:
+    """Says the same to everyone."""
+
+    made = []
+
+    def __init__(self, agent, config, *, temperature, seed):
+        self.made.append((temperature, seed))
+        text = "<switch>SWITCH</switch><subgoal>a</subgoal><action>press 0</action>"
+        self.ids = agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(self, requests):
+        return [Answer(list(self.ids), [-1.0] * len(self.ids)) for _ in requests]
+'''
+SMALL = [
+    *(
+        "--updates=2",
+        "--train.episodes=8",
+        "--train.group=4",
+        "--train.minibatches=2",
+        "--train.critic_updates=0",
+    ),
+    *(
+        "--env.max_turns=3",
+        "--agent.max_response_tokens=40",
+        "--warm_start.episodes=8",
+        "--eval.episodes=4",
+    ),
+    *("--run.display=none", "--run.threads=1"),
+]
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A module that the package knows nothing of."""
+    (tmp_path / "outside.py").write_text(textwrap.dedent(OUTSIDE))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("outside", None)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+def install(monkeypatch, folder, group, name, value):
+    """A distribution with one entry point, as pip would leave it."""
+    info = folder / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+
+
+def run(folder, *options):
+    status = train.main([*SMALL, f"--run.folder={folder}", "--name=run", *options])
+    return status, read_metrics(folder / "run" / "metrics.jsonl")
+
+
+def test_an_estimator_an_environment_and_an_engine_train_together(outside):
+    status, rows = run(
+        outside, "--env=outside:MyFamily", "--env.switches=1", "--advantage.estimator=outside:estimate",
+        "--rollout.engine=outside:FixedEngine",
+    )  # fmt: skip
+    assert status == 0
+    last = [row for row in rows if row["stage"] == "train"][-1]
+    assert last["optim/skipped_steps"] == 0 and math.isfinite(last["loss/policy"])
+    assert "value/explained_high" not in last and last["loss/value"] == 0, "it has no critic"
+    assert last["rollout/success"] == 1 and last["rollout/turns"] == 1, "one switch, pressed once"
+    assert not (outside / "run/checkpoints/step-000002/critic.safetensors").exists()
+    import outside as module
+
+    temperatures = [temperature for temperature, _ in module.FixedEngine.made]
+    assert len(temperatures) == 2 + 2, "one for each update and each evaluation"
+    lines = (outside / "run/episodes/step-000002.jsonl").read_text().splitlines()
+    turn = next(e for e in map(json.loads, lines) if e["stage"] == "train")["turns"][0]
+    assert turn["value_high"] is None and turn["advantage_low"] == turn["advantage_switch"] == 0
+
+
+def test_it_resumes_without_a_critic(outside):
+    options = [
+        "--env=outside:MyFamily",
+        "--advantage.estimator=outside:estimate",
+        "--run.save_every=1",
+    ]
+    assert run(outside / "whole", *options)[0] == 0
+    assert run(outside / "parts", *options, "--updates=1", "--train.final_lr=1")[0] == 0
+    assert (
+        train.main([f"--run.folder={outside / 'parts'}", "--name=run", "--resume", "--updates=2"])
+        == 0
+    )
+    steps = [
+        row["step"]
+        for row in read_metrics(outside / "parts/run/metrics.jsonl")
+        if row["stage"] == "train"
+    ]
+    assert steps == [1, 2]
+
+
+def test_the_least_environment_trains_with_hae(outside):
+    status, rows = run(
+        outside, "--env=outside:PlainFamily", "--warm_start.enabled=no", "--agent.style=transcript"
+    )
+    assert status == 0 and rows[-1]["stage"] == "eval"
+    assert math.isfinite(
+        [row for row in rows if row["stage"] == "train"][-1]["value/explained_high"]
+    )
+
+
+def test_an_environment_without_a_player_says_so(outside, capsys):
+    assert run(outside, "--env=outside:PlainFamily")[0] == 2
+    err = capsys.readouterr().err
+    assert "has no scripted player; use --warm_start.enabled no" in err and err.count("\n") == 1
+
+
+def test_an_installed_package_brings_names(outside, monkeypatch):
+    install(monkeypatch, outside, "hiper_fast.families", "lights", "outside:MyFamily")
+    import outside as module
+
+    assert "lights" in families.names() and families.find("lights") is module.MyFamily
+    assert isinstance(envs.make("lights", switches=3), module.Lights)
+    with pytest.raises(ConfigError, match="did you mean lights"):
+        families.find("light")
+
+
+def test_an_estimator_is_registered_once(outside):
+    import outside as module
+
+    estimators.register("mean", module.estimate)
+    try:
+        assert estimators.find("mean") is module.estimate and "mean" in estimators.names()
+        estimators.register("mean", module.estimate)
+        for name in ("mean", "hae"):
+            with pytest.raises(ValueError, match=f"'{name}' already"):
+                estimators.register(name, lambda *_: None)
+    finally:
+        estimators._plugins.registered.clear()
+
+
+def test_an_op_of_ones_own_beside_ours():
+    """Ops are plain torch operators: another library's go with them under one compile."""
+    library = torch.library.Library("outside_ops", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+    torch.library.register_fake("outside_ops::twice", torch.empty_like, lib=library)
+    from hiper_fast import ops
+
+    mask = torch.tensor([True, True, False])
+    values = torch.tensor([1.0, 3.0, 7.0])
+    assert ops.normalize(torch.ops.outside_ops.twice(values), mask).tolist() == pytest.approx(
+        [-1, 1, 0]
+    )

@@ -1,0 +1,111 @@
+"""Microbatches: every sequence once, whole and unpadded, under a budget that is used."""
+
+import random
+
+import pytest
+import torch
+
+from hiper_fast.packing import choose_fill, fill_bins, microbatches, prefix_sums
+
+
+def packed(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 1000, (sum(lengths),), generator=generator), prefix_sums(lengths)
+
+
+CASES = {
+    "one": [5],
+    "one token": [1],
+    "equal": [4] * 9,
+    "odd": [7, 1, 300, 2, 2, 65, 31, 7, 1],
+    "with empty ones": [0, 3, 0, 0, 8, 0],
+    "long tail": [1] * 40 + [200],
+}
+
+
+@pytest.mark.parametrize("budget", [1, 8, 64, 10_000])
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
+def test_every_sequence_once_whole_and_under_the_budget(lengths, budget):
+    ids, cu = packed(lengths)
+    seen = []
+    for batch in microbatches(ids, cu, budget):
+        seen += batch.index.tolist()
+        sequences = [ids[cu[i] : cu[i + 1]] for i in batch.index.tolist()]
+        sizes = [len(s) for s in sequences]
+        assert torch.equal(batch.input_ids, torch.cat(sequences)), (
+            "concatenated, nothing between them"
+        )
+        assert torch.equal(batch.position_ids, torch.cat([torch.arange(n) for n in sizes]))
+        assert (
+            torch.equal(batch.cu_seqlens, prefix_sums(sizes))
+            and batch.cu_seqlens.dtype == torch.int32
+        )
+        assert batch.max_seqlen == max(sizes)
+        assert sum(sizes) <= budget or len(sizes) == 1
+    assert sorted(seen) == [i for i, length in enumerate(lengths) if length]
+
+
+def clipped(low, high, draw):
+    return lambda: int(min(high, max(low, draw())))
+
+
+rng = random.Random(0)
+MIXES = {  # tokens of a sequence as runs have them, and the budgets they are given
+    "tiny": (clipped(62, 170, lambda: rng.gauss(105, 16)), [4096, 8192]),
+    "alfworld": (clipped(380, 1700, lambda: rng.gauss(778, 160)), [4096, 8192, 16384]),
+    "alfworld, skewed": (
+        clipped(380, 1700, lambda: 380 + rng.lognormvariate(5.9, 0.5)),
+        [8192, 16384],
+    ),
+    "webshop": (clipped(500, 4096, lambda: rng.lognormvariate(7.2, 0.5)), [8192, 32768]),
+    "trajectories": (clipped(1500, 24000, lambda: rng.lognormvariate(8.8, 0.7)), [32768]),
+}
+
+
+@pytest.mark.parametrize("number", [256, 1500])
+@pytest.mark.parametrize("draw, budgets", MIXES.values(), ids=MIXES.keys())
+def test_full_bins_waste_less_than_two_percent(draw, budgets, number):
+    lengths = [draw() for _ in range(number)]
+    for budget in budgets:
+        loads = [sum(lengths[i] for i in bin) for bin in fill_bins(lengths, budget)]
+        *full, _ = loads
+        assert sum(full) >= 0.98 * budget * len(full)
+
+
+def test_like_lengths_meet():
+    """Where bins can hold many: attention without a varlen kernel pads to the longest of a group."""
+    ids, cu = packed([30, 90] * 60)
+    batches = list(microbatches(ids, cu, 900))
+    alike = sum(len(set(batch.cu_seqlens.diff().tolist())) == 1 for batch in batches)
+    assert alike >= 0.5 * len(batches)
+
+
+def test_the_chosen_fill_is_the_best_there_is():
+    for lengths, room in (
+        ([5, 4, 3], 7),
+        ([5, 4, 3], 2),
+        ([], 9),
+        ([9, 9, 2], 11),
+        ([6, 5, 5], 10),
+        ([3], 3),
+    ):
+        subsets = [
+            [k for k in range(len(lengths)) if bits >> k & 1] for bits in range(1 << len(lengths))
+        ]
+        best = max(s for s in (sum(lengths[k] for k in subset) for subset in subsets) if s <= room)
+        chosen = choose_fill(lengths, room)
+        assert sum(lengths[k] for k in chosen) == best and chosen == sorted(set(chosen))
+
+
+def test_only_the_chosen_sequences():
+    ids, cu = packed([5, 6, 7, 8])
+    seen = [i for b in microbatches(ids, cu, 14, torch.tensor([3, 0])) for i in b.index.tolist()]
+    assert sorted(seen) == [0, 3]
+
+
+def test_nothing_to_do():
+    ids, cu = packed([5, 6])
+    empty = torch.tensor([], dtype=torch.int64)
+    assert list(microbatches(ids, cu, 8, empty)) == []
+    assert list(microbatches(*packed([]), 8)) == []
+    assert list(microbatches(*packed([0, 0]), 8)) == []
