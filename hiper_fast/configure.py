@@ -110,9 +110,10 @@ def resolve(
     own: Sequence[Setting] = (),
 ) -> Config:
     """Defaults, the environment's, a run's `own` settings, `files`, then `given`; checked, no `auto` left."""
-    settings = [*own, *read_files(files)]
+    settings = [*read_files(files)]
     settings += [(COMMAND_LINE, name, value) for name, value in (given or {}).items()]
-    family = find_family(settings, {})
+    family = find_family([*own, *settings], {})
+    settings = [*select_own(own, family), *settings]
     if family.defaults:
         settings = [*read_file(family.defaults), *settings]
     config = Config(env=family.Options())
@@ -121,6 +122,17 @@ def resolve(
     choose_automatic(config, family)
     check(config, family)
     return config
+
+
+def select_own(own: Sequence[Setting], family: type[Family]) -> list[Setting]:
+    """A run's settings without those of `env` that are none here: of another environment or an older run."""
+    known = list_options(Config(env=family.Options()))
+    same = find_family(own, {}) is family
+    return [
+        setting
+        for setting in own
+        if not setting[1].startswith("env.") or (same and setting[1] in known)
+    ]
 
 
 def find_family(settings: Sequence[Setting], given: Mapping[str, Any]) -> type[Family]:

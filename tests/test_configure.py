@@ -463,6 +463,21 @@ def test_what_belongs_to_the_machine_is_not_taken_from_a_run(tmp_path):
     )
 
 
+def test_a_runs_own_environment_counts_where_it_is_played_again(tmp_path):
+    """And what a run knew that this environment does not have is left out."""
+    write_config(resolve(given={"env.name": "webshop", "env.max_turns": 4}), tmp_path)
+    file = tmp_path / "config.yaml"
+    own = list(configure.read_file(file, local=False))
+    assert resolve(own=own).env == resolve([file]).env and resolve(own=own).env.max_turns == 4
+    other = resolve(given={"env.name": "household"}, own=own)
+    assert other.env == resolve(given={"env.name": "household"}).env
+    assert other.agent == resolve([file]).agent
+    file.write_text(file.read_text().replace("env:", "env:\n  size: large"))
+    assert resolve(own=list(configure.read_file(file, local=False))).env.max_turns == 4
+    with pytest.raises(ConfigError, match="unknown option 'env.size'"):
+        resolve([file])
+
+
 # Run folders.
 
 
