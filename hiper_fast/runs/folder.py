@@ -1,0 +1,56 @@
+"""Where a run keeps its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import yaml
+
+from hiper_fast.config import Config
+from hiper_fast.options import ConfigError
+
+CONFIG = "config.yaml"
+MOST_RUNS = 999  # that may share an automatic name
+
+
+def find_run_folder(config: Config) -> Path:
+    """The run's folder: a new one, or with `run.resume` the existing one that is meant.
+
+    An automatic name is <environment>-seed<seed>, numbered when taken; resuming takes the newest.
+    """
+    root, name = Path(config.run.folder), config.run.name
+    environment = re.sub(r"\W+", "-", config.env.name)  # my_module:Family
+    stem = f"{environment}-seed{config.run.seed}"
+    numbered = [f"{stem}-{i}" for i in range(2, MOST_RUNS + 1)]
+    names = [name] if name != "auto" else [stem, *numbered]
+    if config.run.resume:
+        taken = [root / n for n in names if (root / n / CONFIG).exists()]
+        if not taken:
+            raise ConfigError(
+                f"--resume: there is no run {root / names[0]}; "
+                "leave --resume out to start it, or give --name"
+            )
+        return taken[-1]
+    free = next((root / n for n in names if not (root / n).exists()), None)
+    if free is None:
+        raise ConfigError(
+            f"--name: the run {root / name} exists; "
+            "continue it with --resume, or choose another name"
+        )
+    return free
+
+
+def find_config(checkpoint: Path) -> Path | None:
+    """The config.yaml of the checkpoint's run, if the checkpoint lies in one."""
+    file = checkpoint.resolve().parent.parent / CONFIG
+    return file if file.exists() else None
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Writes the resolved configuration into the run's folder; its readers do not resume."""
+    content = dataclasses.asdict(config)
+    content["run"]["resume"] = False
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
