@@ -106,8 +106,9 @@ class RewardConfig:
 class AdvantageConfig:
     estimator: str = option(
         "hae",
-        "hae: three levels (HiPER); gae: one flat level over turns, for comparison; another that is "
-        "installed, or package.module:function",
+        "hae: three levels (HiPER); hae_no_switch; gae: one flat level over turns; without a critic, with "
+        "train.group: grpo, dr_grpo, rloo, gigpo, group_hae; another that is installed, or "
+        "package.module:function",
     )
     gamma: float = option(0.98, "discount per turn (reference: 1)", least=0, most=1)
     lambda_turn: float = option(1.0, "lambda within a segment", least=0, most=1)

@@ -138,7 +138,13 @@ def select_own(own: Sequence[Setting], family: type[Family]) -> list[Setting]:
 def find_family(settings: Sequence[Setting], given: Mapping[str, Any]) -> type[Family]:
     """The environment's family, as the last of `settings`, or `given`, names it."""
     names = [value for _, name, value in settings if SHORT.get(name, name) == ENVIRONMENT]
-    return families.find(name_environment(given.get(ENVIRONMENT) or (names or ["auto"])[-1]))
+    name = name_environment(given.get(ENVIRONMENT) or (names or ["auto"])[-1])
+    family = families.find(name)
+    if not isinstance(family, type) or not issubclass(family, Family):
+        raise ConfigError(f"env.name: {name} is no class below hiper_fast.envs.family.Family")
+    if not hasattr(family, "environment"):
+        raise ConfigError(f"env.name: {name} has no `environment`: say which class is played")
+    return family
 
 
 def name_environment(name: str) -> str:
@@ -165,7 +171,12 @@ def choose_automatic(config: Config, family: type[Family]) -> None:
 
 def check(config: Config, family: type[Family]) -> None:
     """ConfigError for names that nothing has, and for values that do not go together."""
-    estimators.find(config.advantage.estimator)
+    estimate = estimators.find(config.advantage.estimator)
+    if estimators.needs_groups(estimate) and config.train.group < 2:
+        raise ConfigError(
+            f"train.group: {config.advantage.estimator} (advantage.estimator) compares episodes of one game; give "
+            "2 or more, 8 is usual"
+        )
     if config.agent.style not in family.styles:
         raise ConfigError(
             f"agent.style: {config.agent.style!r} is none of {', '.join(family.styles)}"

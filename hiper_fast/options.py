@@ -76,13 +76,42 @@ def list_options(config: Any) -> dict[str, Option]:
     table = {}
     for section in dataclasses.fields(config):
         cls = type(getattr(config, section.name))
+        check_declared(cls)
         hints, defaults = typing.get_type_hints(cls), cls()
         for entry in dataclasses.fields(cls):
-            name = f"{section.name}.{entry.name}"
-            table[name] = Option(
-                name, hints[entry.name], getattr(defaults, entry.name), **entry.metadata
-            )
+            name, default = f"{section.name}.{entry.name}", getattr(defaults, entry.name)
+            table[name] = Option(name, hints[entry.name], default, **entry.metadata)
+            check_kind(table[name], table[name].kind)
     return table
+
+
+def check_declared(cls: type) -> None:
+    """ConfigError, for whoever writes options of their own, where a class does not declare them."""
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
+        raise ConfigError(f"{where}: put @dataclass(slots=True) above the class")
+    for entry in dataclasses.fields(cls):
+        if "bounds" not in entry.metadata:
+            raise ConfigError(
+                f"{where}.{entry.name}: make it with hiper_fast.options.option(default, help)"
+            )
+
+
+def check_kind(option: Option, kind: Any) -> None:
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType) and len(parts) == 2 and types.NoneType in parts:
+        kind = parts[parts[0] is types.NoneType]
+    if typing.get_origin(kind) is list:
+        [kind] = typing.get_args(kind)
+    if kind not in (bool, int, float, str) and typing.get_origin(kind) is not Literal:
+        raise ConfigError(
+            f"{option.name}: a type of options is int, float, bool, str, Literal, a list of one of them, or "
+            f"any of these | None; not {kind}"
+        )
+    if kind in (int, float) and not option.bounds and not option.unbounded:
+        raise ConfigError(
+            f"{option.name}: a number needs a range (above, least, below, most) or unbounded=True"
+        )
 
 
 def set_option(config: Any, name: str, value: Any, source: str, short: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from hiper_fast.options import ConfigError
 
 
 class Plugins:
-    """All of one kind, by name. A new file (or folder) of `package` is one, with no table to enter it in."""
+    """All of one kind, by name. A new file (or folder) of `package` is one, with no table to enter it in; `_`: none."""
 
     def __init__(
         self, kind: str, option: str, *, package: str, module: str = "", attribute: str, group: str
@@ -34,7 +34,7 @@ class Plugins:
         """Every name that `find` knows, beside package.module:NAME."""
         paths = importlib.import_module(self.package).__path__
         modules = (entry.name for entry in pkgutil.iter_modules(paths))
-        built_in = {name for name in modules if self._has_module(name)}
+        built_in = {name for name in modules if name[0] != "_" and self._has_module(name)}
         return sorted(built_in | self.registered.keys() | entry_points(group=self.group).names)
 
     def find(self, name: str) -> Any:
@@ -43,7 +43,7 @@ class Plugins:
             return self.registered[name]
         if ":" in name:
             return self._load(name)
-        if name.isidentifier() and self._has_module(name):
+        if name.isidentifier() and name[0] != "_" and self._has_module(name):
             return getattr(
                 importlib.import_module(f"{self.package}.{name}{self.module}"), self.attribute
             )
@@ -67,5 +67,5 @@ class Plugins:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(
-                f"{self.option}: {path} cannot be loaded ({error}); give package.module:NAME, importable from here"
+                f"{self.option}: {path} cannot be loaded ({error}); give package.module:NAME that Python finds"
             ) from error

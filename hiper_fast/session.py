@@ -118,8 +118,11 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
     plan.check_here(config)
     games = Games(config)
     envs = games.make(len(world.share(range(config.train.episodes))))
-    agent = load_agent(config.model, config.run.seed, games.family.tokenizer, world)
-    prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
+    family = games.family
+    agent = load_agent(
+        config.model, config.run.seed, family.tokenizer, vocabulary=family.vocabulary, world=world
+    )
+    prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
     estimate = estimators.find(config.advantage.estimator)
     folder = world.first(lambda: find_run_folder(config))
     saved = None
@@ -132,7 +135,7 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
         config.run.name = folder.name
         if world.main:
             write_config(config, folder)
-        if provenance := games.family.provenance():
+        if provenance := family.provenance():
             logger.message(", ".join(f"{key}: {value}" for key, value in provenance.items()))
         start_policy(session)
         add_networks(session)

@@ -18,9 +18,8 @@ def build_tokenizers() -> Iterator[tuple[Path, PreTrainedTokenizerFast]]:
     """The file of each family that has words of its own, and what belongs there."""
     for name in families.names():
         family = families.find(name)
-        words, openings = family.vocabulary()
-        if words and family.tokenizer:
-            yield family.tokenizer, build_tokenizer(words, openings)
+        if "vocabulary" in vars(family) and family.tokenizer:
+            yield family.tokenizer, build_tokenizer(*family.vocabulary())
 
 
 if __name__ == "__main__":

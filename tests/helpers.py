@@ -1,9 +1,12 @@
 """What many tests begin with."""
 
+import torch
+
 from hiper_fast.agent.loading import load_agent
 from hiper_fast.config import ModelConfig
 from hiper_fast.configure import resolve
 from hiper_fast.envs.family import families
+from hiper_fast.estimators import Turns
 
 HOUSEHOLD = families.find("household")
 
@@ -17,3 +20,30 @@ def configure(name="household", **options):
     """A resolved configuration; `train__lr=1` is train.lr."""
     given = {key.replace("__", "."): value for key, value in options.items()}
     return resolve(given={"env.name": name, "model.device": "cpu", **given})
+
+
+def make_turns(rewards, switch=None, state=None, group=None, terminated=None):
+    """`estimators.Turns` of episodes, each a list of its turns' rewards; `switch` and `state` likewise."""
+    flat = [reward for episode in rewards for reward in episode]
+    count, episodes = len(flat), len(rewards)
+    cu_turns = [0]
+    for episode in rewards:
+        cu_turns.append(cu_turns[-1] + len(episode))
+
+    def join(lists, default):
+        return [x for one in lists for x in one] if lists is not None else default
+
+    return Turns(
+        rewards=torch.tensor(flat, dtype=torch.float32),
+        switch=torch.tensor(join(switch, [False] * count), dtype=torch.bool),
+        valid=torch.ones(count, dtype=torch.bool),
+        roles=torch.full((count,), 7, dtype=torch.uint8),
+        state=torch.tensor(join(state, list(range(count))), dtype=torch.int64),
+        cu_turns=torch.tensor(cu_turns, dtype=torch.int32),
+        terminated=torch.ones(episodes, dtype=torch.bool)
+        if terminated is None
+        else torch.tensor(terminated),
+        group=torch.tensor(
+            group if group is not None else list(range(episodes)), dtype=torch.int64
+        ),
+    )

@@ -242,6 +242,13 @@ def test_value_coef_has_three_entries():
         resolve(given={"train.value_coef": "1,2"})
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "gigpo", "group_hae"])
+def test_what_compares_episodes_needs_groups(name):
+    with pytest.raises(ConfigError, match=f"train.group: {name} .* compares episodes of one game"):
+        resolve(given={"advantage.estimator": name})
+    assert resolve(given={"advantage.estimator": name, "train.group": 8}).train.group == 8
+
+
 def test_whole_groups():
     with pytest.raises(
         ConfigError, match="train.group: 10 episodes .* do not make whole groups of 4"
@@ -253,7 +260,11 @@ def test_whole_groups():
     "name, value, near",
     [
         ("advantage.estimator", "hea", "did you mean hae"),
-        ("advantage.estimator", "nothing like it", "known: gae, hae"),
+        (
+            "advantage.estimator",
+            "nothing like it",
+            "known: dr_grpo, gae, gigpo, group_hae, grpo, hae",
+        ),
         ("env.name", "webshp", "did you mean webshop"),
         ("env.name", "no.such:Family", "no.such:Family cannot be loaded"),
         ("agent.style", "terse", "none of reference, transcript, compact"),

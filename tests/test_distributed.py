@@ -114,7 +114,7 @@ def test_a_world_of_one_has_all():
 def make_agent(world, critic="separate", tied=True, continued=False, **options):
     """As in test_update, of the tiny model, its head tied to its embeddings or not, its turns continued or not."""
     model = ModelConfig(device="cpu", critic=critic, **options)
-    agent = load_agent(model, 0, HOUSEHOLD.tokenizer, world)
+    agent = load_agent(model, 0, HOUSEHOLD.tokenizer, world=world)
     if not tied:
         agent.model.config.tie_word_embeddings = False
         agent.model.lm_head.weight = nn.Parameter(agent.model.lm_head.weight.detach() * 0.9)

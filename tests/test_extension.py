@@ -22,7 +22,7 @@ import torch
 from hiper_fast.config import EnvConfig
 from hiper_fast.envs.family import Family
 from hiper_fast.envs.player import Move
-from hiper_fast.estimators import Credit, Level, critic_free
+from hiper_fast.estimators import Credit, Level, requires
 from hiper_fast.ops import reference
 from hiper_fast.options import option
 from hiper_fast.rollout.engines import Answer
@@ -77,9 +77,6 @@ class MyFamily(Family):
     Options = Options
     environment = Lights
 
-    def make(self):
-        return Lights(self.options.switches)
-
     def player(self, kind, env, rng):
         return Presser()
 
@@ -90,7 +87,7 @@ class PlainFamily(Family):
     environment = Lights
 
 
-@critic_free
+@requires(values=False, groups=True)
 def estimate(turns, values, config):
     """The episode's return against the mean of its group."""
     assert values is None
@@ -126,7 +123,7 @@ SMALL = [
         "--train.episodes=8",
         "--train.group=4",
         "--train.minibatches=2",
-        "--train.critic_updates=0",
+        "--train.critic_updates=1",
     ),
     *(
         "--env.max_turns=3",
@@ -176,6 +173,8 @@ def test_an_estimator_an_environment_and_an_engine_train_together(outside):
     assert status == 0
     last = [row for row in rows if row["stage"] == "train"][-1]
     assert last["optim/skipped_steps"] == 0 and math.isfinite(last["loss/policy"])
+    first = next(row for row in rows if row["stage"] == "train")
+    assert first["optim/skipped_steps"] == 0, "without a critic nothing waits for it"
     assert "value/explained_high" not in last and last["loss/value"] == 0, "it has no critic"
     assert last["rollout/success"] == 1 and last["rollout/turns"] == 1, "one switch, pressed once"
     assert not (outside / "run/checkpoints/step-000002/critic.safetensors").exists()
@@ -222,6 +221,86 @@ def test_an_environment_without_a_player_says_so(outside, capsys):
     assert run(outside, "--env=outside:PlainFamily")[0] == 2
     err = capsys.readouterr().err
     assert "has no scripted player; use --warm_start.enabled no" in err and err.count("\n") == 1
+
+
+BROKEN = """
+import dataclasses
+from outside import *
+
+class NotBelow:
+    environment = Lights
+
+class Nothing(Family):
+    pass
+
+class Keyless(Lights):
+    def info(self):
+        return {key: value for key, value in super().info().items() if key != self.key}
+
+def family(environment, options=EnvConfig):
+    class Made(Family):
+        Options = options
+    Made.environment = environment
+    return Made
+
+def without(key):
+    return family(type("Without", (Keyless,), {"key": key}))
+
+NoTask, NoWon, NoCommands, NoType = map(without, ("task", "won", "admissible_commands", "task_type"))
+NoInfo = family(type("NoInfo", (Lights,), {"reset": lambda self, seed=None, options=None: "begun"}))
+NoSeed = family(type("NoSeed", (Lights,), {"reset": lambda self: ("begun", {})}))
+Four = family(type("Four", (Lights,), {"step": lambda self, command: ("", 0.0, False, self.info())}))
+Bytes = family(type("Bytes", (Lights,), {"reset": lambda self, seed=None: (b"", {})}))
+
+def declare(name, hint, default, decorate=True):
+    made = type("Options", (EnvConfig,), {"__annotations__": {name: hint}, name: default, "__module__": __name__})
+    return family(Lights, dataclasses.dataclass(made) if decorate else made)
+
+Tuple = declare("pair", tuple[int, int], option((1, 2), "a pair"))
+Unbounded = declare("size", int, option(3, "a size"))
+Plain = declare("size", int, 3)
+Undecorated = declare("size", int, option(3, "a size", above=0), False)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("NotBelow", "no class below hiper_fast.envs.family.Family"),
+        ("Nothing", "has no `environment`: say which class is played"),
+        ("NoTask", "reset's info must have 'task', a str"),
+        ("NoWon", "reset's info must have 'won', a bool"),
+        ("NoCommands", "reset's info must have 'admissible_commands', a list"),
+        ("NoType", "reset's info must have 'task_type', a str"),
+        ("NoInfo", "reset must return (observation, info)"),
+        ("NoSeed", "reset(seed=…) fails"),
+        ("Four", "step must return (observation, reward, terminated, truncated, info)"),
+        ("Bytes", "reset's observation must be str, got bytes"),
+        ("Tuple", "env.pair: a type of options is int, float"),
+        (
+            "Unbounded",
+            "env.size: a number needs a range (above, least, below, most) or unbounded=True",
+        ),
+        ("Plain", "Options.size: make it with hiper_fast.options.option"),
+        ("Undecorated", "put @dataclass(slots=True) above the class"),
+    ],
+)
+def test_mistakes_in_an_environment_are_named(outside, capsys, name, told):
+    (outside / "broken.py").write_text(BROKEN)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            raise SystemExit(run(outside, f"--env=broken:{name}", "--warm_start.enabled=no")[0])
+    finally:
+        sys.modules.pop("broken", None)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and told in err and err.count("\n") == 1, err
+
+
+def test_the_tiny_models_words_are_those_of_the_games(outside):
+    import outside as module
+
+    words, openings = module.MyFamily(module.Options(switches=1)).vocabulary()
+    assert {"press", "on", "off", "All", "wrong"} <= set(words) and openings == []
 
 
 def test_an_installed_package_brings_names(outside, monkeypatch):

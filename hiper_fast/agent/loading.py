@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,18 +25,29 @@ LOAD_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, TypeErro
 SCALES = "final_logit_softcapping", "logit_scale", "logits_scaling"  # what changes logits
 
 
+Words = tuple[list[str], list[str]]  # words, command openings
+
+
 def load_agent(
-    config: ModelConfig, seed: int, tokenizer_file: Path | None = None, world: World = ALONE
+    config: ModelConfig,
+    seed: int,
+    tokenizer_file: Path | None = None,
+    *,
+    vocabulary: Callable[[], Words] = lambda: ([], []),
+    world: World = ALONE,
 ) -> Agent:
     """The policy of `model.path`, any causal LM; "tiny" is built here with random weights.
 
-    `tokenizer_file` is the tiny model's, of a family of games. One of many processes keeps the
-    model in the CPU's memory, until `Agent.shard` spreads it over them.
+    The tiny model's tokenizer is that of a family of games: `tokenizer_file`, or without one made of its
+    `vocabulary` and of bytes. One of many processes keeps the model in the CPU's memory, until
+    `Agent.shard` spreads it over them.
     """
     device = find_device(config, world)
     is_tiny = config.path == "tiny"
     if is_tiny:
-        model, tokenizer = build_tiny(config, seed, tokenizer_file)
+        file = tokenizer_file
+        tokenizer = tiny.load_tokenizer(file) if file else tiny.build_tokenizer(*vocabulary())
+        model = build_tiny(config, seed, tokenizer)
     else:
         model, tokenizer = load_pretrained(config)
         check_logits(model, config)
@@ -67,14 +79,13 @@ def find_device(config: ModelConfig, world: World) -> torch.device:
 
 
 def build_tiny(
-    config: ModelConfig, seed: int, tokenizer_file: Path | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config: ModelConfig, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     if config.lora_rank:
         raise ConfigError(
             "model.lora_rank: the tiny model has no trained base to adapt; give a --model, or 0"
         )
-    tokenizer = tiny.load_tokenizer(tokenizer_file)
-    return tiny.build_model(tokenizer, seed).to(getattr(torch, config.dtype)), tokenizer
+    return tiny.build_model(tokenizer, seed).to(getattr(torch, config.dtype))
 
 
 def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -48,10 +48,8 @@ def build_tokenizer(words: list[str], openings: list[str]) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def load_tokenizer(file: Path | None) -> PreTrainedTokenizerFast:
-    """The tokenizer in a tokenizer.json; without one, the tags and the bytes."""
-    if file is None:
-        return build_tokenizer([], [])
+def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a tokenizer.json."""
     return PreTrainedTokenizerFast(
         tokenizer_file=str(file),
         eos_token=END,

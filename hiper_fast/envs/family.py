@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from .player import Player
 
 Task = dict[str, Any]  # the keyword arguments of `env.reset`
 
+SAMPLED = 64  # games whose first turns give the words of a tokenizer
 PANEL = 2**31  # seeds below it are for training, from it on for evaluation
 
 
@@ -33,8 +36,10 @@ class Family:
         self.options = options
 
     def make(self) -> Environment:
-        """An environment; all of a family share what is immutable."""
-        return type(self).environment()
+        """An environment, with the family's own options; all of a family share what is immutable."""
+        common = {field.name for field in dataclasses.fields(EnvConfig)}
+        own = dataclasses.asdict(self.options).items()
+        return type(self).environment(**{name: value for name, value in own if name not in common})
 
     def panel(self, count: int) -> list[Task]:
         """At most `count` evaluation games, the same for every seed of a run, each once."""
@@ -66,10 +71,13 @@ class Family:
         """The observation as a person reads it: each line, and whether it can be clicked."""
         return [(line, False) for line in observation.splitlines()]
 
-    @classmethod
-    def vocabulary(cls) -> tuple[list[str], list[str]]:
-        """The tokens of the tiny tokenizer: words, most general first, and command openings."""
-        return [], []
+    def vocabulary(self) -> tuple[list[str], list[str]]:
+        """The tokens of the tiny tokenizer: words, and command openings. Here of some first turns."""
+        env, texts = self.make(), [prompts.INSTRUCTIONS, prompts.FORMAT]
+        for seed in range(SAMPLED):
+            observation, info = env.reset(seed=seed)
+            texts += [observation, info["task"], *info["admissible_commands"]]
+        return sorted({word for text in texts for word in re.findall("[A-Za-z]+", text)}), []
 
 
 families = Plugins(

@@ -70,11 +70,20 @@ _plugins = Plugins(
 find, names, register = _plugins.find, _plugins.names, _plugins.register
 
 
-def critic_free(estimate: Estimator) -> Estimator:
-    """Marks an estimator that needs no values: no critic is made, and it gets None for them."""
-    estimate.needs_values = False
-    return estimate
+def requires(*, values: bool = True, groups: bool = False) -> Callable[[Estimator], Estimator]:
+    """Says what an estimator needs, where it is not the usual: without values no critic is made, and it
+    gets None for them; with groups a run must play each game several times (`train.group`)."""
+
+    def mark(estimate: Estimator) -> Estimator:
+        estimate.needs_values, estimate.needs_groups = values, groups
+        return estimate
+
+    return mark
 
 
 def needs_values(estimate: Estimator) -> bool:
     return getattr(estimate, "needs_values", True)
+
+
+def needs_groups(estimate: Estimator) -> bool:
+    return getattr(estimate, "needs_groups", False)

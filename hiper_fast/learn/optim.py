@@ -75,7 +75,8 @@ def build_adamw(
 
 def schedule(optimizers: dict[str, Optimizer], step: int, config: TrainConfig) -> bool:
     """Sets the learning rates of update `step`; returns whether the policy trains yet."""
-    updates = step - config.critic_updates  # the policy's so far, this one included
+    alone = config.critic_updates if "critic" in optimizers else 0  # updates of the critic
+    updates = step - alone  # the policy's so far, this one included
     share = 1 - (1 - config.final_lr) * step / config.updates
     rise = min(1.0, updates / max(1, config.warmup_updates))
     set_lr(optimizers["policy"], config.lr * share * rise)

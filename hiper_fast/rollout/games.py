@@ -17,7 +17,7 @@ class Games:
         self.config = config
         try:  # what is missing shows now, not in the middle of a run
             self.family = families.find(config.env.name)(config.env)
-            self.make(1)[0].reset(**self.panel()[0])
+            check_environment(config.env.name, self.make(1)[0], self.panel()[0])
         except ConfigError:
             raise
         except (ValueError, ImportError) as error:
@@ -39,3 +39,39 @@ class Games:
     def panel(self) -> list[Task]:
         """The evaluation games, the same for every seed, each exactly once."""
         return self.family.panel(self.config.eval.episodes)
+
+
+INFO = {"admissible_commands": list, "won": bool, "task": str, "task_type": str}
+
+
+def check_environment(name: str, env: Environment, task: Task) -> None:
+    """ConfigError if the first two calls do not give what `envs.base.Environment` promises."""
+    try:
+        began = env.reset(**task)
+    except TypeError as error:
+        raise ConfigError(f"env.name: {name}: reset({', '.join(task)}=…) fails: {error}") from error
+    if not isinstance(began, tuple) or len(began) != 2:
+        raise ConfigError(f"env.name: {name}: reset must return (observation, info)")
+    check_turn(name, "reset", *began)
+    stepped = env.step(began[1]["admissible_commands"][0])
+    if not isinstance(stepped, tuple) or len(stepped) != 5:
+        raise ConfigError(
+            f"env.name: {name}: step must return (observation, reward, terminated, truncated, info)"
+        )
+    check_turn(name, "step", stepped[0], stepped[-1])
+
+
+def check_turn(name: str, call: str, observation: str, info: dict) -> None:
+    if not isinstance(observation, str):
+        raise ConfigError(
+            f"env.name: {name}: {call}'s observation must be str, got {type(observation).__name__}"
+        )
+    for key, kind in INFO.items():
+        if not isinstance(info, dict) or not isinstance(info.get(key), kind):
+            raise ConfigError(
+                f"env.name: {name}: {call}'s info must have {key!r}, a {kind.__name__}"
+            )
+    if call == "reset" and not info["admissible_commands"]:
+        raise ConfigError(
+            f"env.name: {name}: reset's info has no admissible_commands: nothing can be done"
+        )
