@@ -20,6 +20,7 @@ from hiper_fast import estimators
 from hiper_fast.config import SHORT, Config
 from hiper_fast.envs.family import Family, families
 from hiper_fast.options import ConfigError, list_options, set_option, suggest
+from hiper_fast.rollout import engines
 from hiper_fast.runs.folder import find_run_folder
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -177,6 +178,7 @@ def check(config: Config, family: type[Family]) -> None:
             f"train.group: {config.advantage.estimator} (advantage.estimator) compares episodes of one game; give "
             "2 or more, 8 is usual"
         )
+    engines.find(config.rollout.engine)
     if config.agent.style not in family.styles:
         raise ConfigError(
             f"agent.style: {config.agent.style!r} is none of {', '.join(family.styles)}"

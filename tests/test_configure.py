@@ -265,6 +265,8 @@ def test_whole_groups():
             "nothing like it",
             "known: dr_grpo, gae, gigpo, group_hae, grpo, hae",
         ),
+        ("rollout.engine", "batch", "did you mean batched"),
+        ("rollout.engine", "no.such:Engine", "no.such:Engine cannot be loaded"),
         ("env.name", "webshp", "did you mean webshop"),
         ("env.name", "no.such:Family", "no.such:Family cannot be loaded"),
         ("agent.style", "terse", "none of reference, transcript, compact"),

@@ -8,6 +8,7 @@ from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.envs.base import Environment
 from hiper_fast.envs.family import Family, Task
+from hiper_fast.options import ConfigError
 from hiper_fast.rollout import engines
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
@@ -48,7 +49,16 @@ def play_tasks(
 
 
 def ask(engine: engines.Engine) -> Respond:
-    return lambda plays: engine.answer([play.request() for play in plays])
+    def respond(plays: list[Play]) -> list[Answer]:
+        answers = engine.answer([play.request() for play in plays])
+        if len(answers) != len(plays):
+            name = f"{type(engine).__module__}:{type(engine).__qualname__}"
+            raise ConfigError(
+                f"rollout.engine: {name} gave {len(answers)} answers to {len(plays)} requests"
+            )
+        return answers
+
+    return respond
 
 
 def play_in_step(

@@ -97,3 +97,16 @@ def test_an_engine_that_is_not_there():
         ConfigError, match="rollout.engine: there is no engine 'batch'; did you mean batched"
     ):
         engines.find("batch")
+
+
+def test_an_engine_that_loses_an_answer_is_named(agent, monkeypatch):
+    class Forgetful:
+        def __init__(self, agent, config, *, temperature, seed):
+            pass
+
+        def answer(self, requests):
+            return []
+
+    monkeypatch.setitem(engines._plugins.registered, "forgetful", Forgetful)
+    with pytest.raises(ConfigError, match="Forgetful gave 0 answers to 4 requests"):
+        play(agent, "forgetful")
