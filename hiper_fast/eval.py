@@ -32,7 +32,7 @@ def evaluate(
 ) -> tuple[dict, Trajectories]:
     """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's."""
     started = time.perf_counter()
-    tasks = games.panel()
+    tasks = games.list_panel()
     envs = games.make(len(agent.world.share(tasks)))
     trajectories = play_tasks(
         agent, envs, tasks, games.family, prompter, config,
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(format_table(metrics))
-    if provenance := games.family.provenance():
+    if provenance := games.family.describe_data():
         print(", ".join(f"{key}: {value}" for key, value in provenance.items()))
     return 0
 

@@ -86,7 +86,7 @@ def value_turn(
 def show_page(play: Play) -> Panel:
     """What the environment shows, with what can be clicked in bold."""
     text = Text()
-    for line, clickable in play.family.lines(play.state.observation, play.state.commands):
+    for line, clickable in play.family.split_lines(play.state.observation, play.state.commands):
         text.append(line + "\n", style="bold cyan" if clickable else "")
     text.rstrip()
     title = "the end" if play.over else f"turn {len(play.episode.responses) + 1}"
@@ -239,7 +239,9 @@ def open_game(arguments: argparse.Namespace, config: Config) -> tuple[Play, Mind
     else:
         config.env.max_turns = sys.maxsize  # a person may take all the time
     task = (
-        {"seed": arguments.seed} if arguments.game is None else games.family.named(arguments.game)
+        {"seed": arguments.seed}
+        if arguments.game is None
+        else games.family.find_task(arguments.game)
     )
     return Play(games.make(1)[0], task, games.family, config), mind
 

@@ -120,7 +120,7 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
     envs = games.make(len(world.share(range(config.train.episodes))))
     family = games.family
     agent = load_agent(
-        config.model, config.run.seed, family.tokenizer, vocabulary=family.vocabulary, world=world
+        config.model, config.run.seed, family.tokenizer, vocabulary=family.list_words, world=world
     )
     prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
     estimate = estimators.find(config.advantage.estimator)
@@ -135,7 +135,7 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
         config.run.name = folder.name
         if world.main:
             write_config(config, folder)
-        if provenance := family.provenance():
+        if provenance := family.describe_data():
             logger.message(", ".join(f"{key}: {value}" for key, value in provenance.items()))
         start_policy(session)
         add_networks(session)

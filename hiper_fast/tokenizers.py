@@ -18,8 +18,8 @@ def build_tokenizers() -> Iterator[tuple[Path, PreTrainedTokenizerFast]]:
     """The file of each family that has words of its own, and what belongs there."""
     for name in families.names():
         family = families.find(name)
-        if "vocabulary" in vars(family) and family.tokenizer:
-            yield family.tokenizer, build_tokenizer(*family.vocabulary())
+        if "list_words" in vars(family) and family.tokenizer:
+            yield family.tokenizer, build_tokenizer(*family.list_words())
 
 
 if __name__ == "__main__":

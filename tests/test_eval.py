@@ -76,12 +76,12 @@ def solver(wins):
 
 def test_the_panel_is_unseen_distinct_and_the_same_for_every_seed():
     config = settings(episodes=50)
-    panel = [task["seed"] for task in Games(config).panel()]
+    panel = [task["seed"] for task in Games(config).list_panel()]
     assert len(set(panel)) == 50 and min(panel) >= PANEL
     config.run.seed = 9
-    assert [task["seed"] for task in Games(config).panel()] == panel
+    assert [task["seed"] for task in Games(config).list_panel()] == panel
     config.eval.episodes = 8
-    assert [task["seed"] for task in Games(config).panel()] == panel[:8], (
+    assert [task["seed"] for task in Games(config).list_panel()] == panel[:8], (
         "a smaller panel is part of a larger one"
     )
 
@@ -110,11 +110,11 @@ def test_alfworld_panel_is_the_whole_split_at_most(tmp_path, monkeypatch):
             )
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     config = settings(episodes=100, name="alfworld")
-    panel = [task["options"]["game"] for task in Games(config).panel()]
+    panel = [task["options"]["game"] for task in Games(config).list_panel()]
     assert len(panel) == len(set(panel)) == 5
     assert all("valid_seen" in str(game) for game in panel)
     config.eval.episodes = 3
-    assert len(Games(config).panel()) == 3
+    assert len(Games(config).list_panel()) == 3
     config.env.eval_split = "valid_unseen"
     with pytest.raises(ConfigError, match="valid_unseen"):
         Games(config)

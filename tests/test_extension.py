@@ -77,7 +77,7 @@ class MyFamily(Family):
     Options = Options
     environment = Lights
 
-    def player(self, kind, env, rng):
+    def make_player(self, kind, env, rng):
         return Presser()
 
 
@@ -299,7 +299,7 @@ def test_mistakes_in_an_environment_are_named(outside, capsys, name, told):
 def test_the_tiny_models_words_are_those_of_the_games(outside):
     import outside as module
 
-    words, openings = module.MyFamily(module.Options(switches=1)).vocabulary()
+    words, openings = module.MyFamily(module.Options(switches=1)).list_words()
     assert {"press", "on", "off", "All", "wrong"} <= set(words) and openings == []
 
 

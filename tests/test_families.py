@@ -49,15 +49,15 @@ def test_a_family_plays(name):
     config = configure(name)
     family = families.find(name)(config.env)
     env = family.make()
-    env.reset(**family.named("3"))
-    player = family.player("search", env, random.Random(0))
-    observation, info = env.reset(**family.named("3"))
+    env.reset(**family.find_task("3"))
+    player = family.make_player("search", env, random.Random(0))
+    observation, info = env.reset(**family.find_task("3"))
     player.observe(None, observation, info["admissible_commands"])
     assert family.is_listed(
         player.move(info["admissible_commands"]).action, info["admissible_commands"]
     )
     with pytest.raises(ValueError, match="from 0 on"):
-        family.named("-1")
+        family.find_task("-1")
 
 
 # WebShop.
@@ -114,10 +114,10 @@ def test_the_papers_recipe():
 def test_the_panel_is_fixed_distinct_and_never_trained_on(by):
     config = settings(env__split_by=by, eval__episodes="500")
     games = Games(config)
-    panel = [task["options"]["goal"] for task in games.panel()]
+    panel = [task["options"]["goal"] for task in games.list_panel()]
     texts = {goal["instruction_text"] for goal in panel}
     config.run.seed = 5
-    assert [t["options"]["goal"] for t in Games(config).panel()] == panel and len(panel) >= 490
+    assert [t["options"]["goal"] for t in Games(config).list_panel()] == panel and len(panel) >= 490
     env = games.make(1)[0]
     trained = []
     for task in games.draw("update 1", 300):
@@ -159,7 +159,7 @@ def test_evaluation_gives_scores_and_reachable_goals(agent):
     metrics, t = evaluate(agent, games, prompter(agent, games, config), config)
     assert metrics["eval/score"] == 0 and metrics["eval/reachable"] == 1
     assert "score 0.000; over the 100.0% of goals" in format_table(metrics)
-    assert games.family.provenance()["split"] == "test"
+    assert games.family.describe_data()["split"] == "test"
 
 
 def test_scores_over_goals_that_can_be_met():
@@ -204,7 +204,7 @@ def test_an_episode_has_the_environments_score(agent):
     config = settings()
     games = Games(config)
     env = games.make(1)[0]
-    play = Play(env, games.panel()[0], games.family, config)
+    play = Play(env, games.list_panel()[0], games.family, config)
     goal = env.goal
     for action in (
         "search[x]",

@@ -41,25 +41,25 @@ class Family:
         own = dataclasses.asdict(self.options).items()
         return type(self).environment(**{name: value for name, value in own if name not in common})
 
-    def panel(self, count: int) -> list[Task]:
+    def list_panel(self, count: int) -> list[Task]:
         """At most `count` evaluation games, the same for every seed of a run, each once."""
         return [{"seed": PANEL + i} for i in range(count)]
 
-    def named(self, name: str) -> Task:
+    def find_task(self, name: str) -> Task:
         """The game a person asks for; ValueError if there is none."""
         return {"seed": parse_number(name)}
 
-    def player(self, kind: str, env: Environment, rng: random.Random) -> Player:
+    def make_player(self, kind: str, env: Environment, rng: random.Random) -> Player:
         """The player that `warm_start.demonstrations` names, for the game being played in `env`."""
         raise ConfigError(
             f"{self.options.name} has no scripted player; use --warm_start.enabled no"
         )
 
-    def provenance(self) -> dict[str, Any]:
+    def describe_data(self) -> dict[str, Any]:
         """What a figure was made with, beyond the configuration."""
         return {}
 
-    def opening(self, observation: str) -> str:
+    def strip_opening(self, observation: str) -> str:
         """The first observation without what the prompt gives in its own place."""
         return observation.strip()
 
@@ -67,11 +67,11 @@ class Family:
         """Whether `action` is among the commands."""
         return action in commands
 
-    def lines(self, observation: str, commands: list[str]) -> list[tuple[str, bool]]:
+    def split_lines(self, observation: str, commands: list[str]) -> list[tuple[str, bool]]:
         """The observation as a person reads it: each line, and whether it can be clicked."""
         return [(line, False) for line in observation.splitlines()]
 
-    def vocabulary(self) -> tuple[list[str], list[str]]:
+    def list_words(self) -> tuple[list[str], list[str]]:
         """The tokens of the tiny tokenizer: words, and command openings. Here of some first turns."""
         env, texts = self.make(), [prompts.INSTRUCTIONS, prompts.FORMAT]
         for seed in range(SAMPLED):

@@ -100,7 +100,7 @@ class Teacher:
         self.imitated: dict[int, list[bool]] = {}  # a mark a turn
         for play in plays:
             own = random.Random(rng.random())
-            self.players[id(play)] = family.player(self.config.demonstrations, play.env, own)
+            self.players[id(play)] = family.make_player(self.config.demonstrations, play.env, own)
             self.imitated[id(play)] = []
 
     def respond(self, plays: list[Play]) -> list[Answer]:

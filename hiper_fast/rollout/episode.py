@@ -18,7 +18,9 @@ class Play:
         self.env, self.family, self.config = env, family, config
         observation, info = env.reset(**task)
         self.info = info
-        self.state = State(info["task"], family.opening(observation), info["admissible_commands"])
+        self.state = State(
+            info["task"], family.strip_opening(observation), info["admissible_commands"]
+        )
         reachable = getattr(env, "reachable", True)
         self.episode = Episode(info["task"], info["task_type"], reachable=reachable)
         self.episode.continued = config.agent.style == "transcript"

@@ -17,7 +17,7 @@ class Games:
         self.config = config
         try:  # what is missing shows now, not in the middle of a run
             self.family = families.find(config.env.name)(config.env)
-            check_environment(config.env.name, self.make(1)[0], self.panel()[0])
+            check_environment(config.env.name, self.make(1)[0], self.list_panel()[0])
         except ConfigError:
             raise
         except (ValueError, ImportError) as error:
@@ -36,9 +36,9 @@ class Games:
         seeds = [rng.randrange(PANEL) for _ in range(count // group)]
         return [{"seed": seed} for seed in seeds for _ in range(group)]
 
-    def panel(self) -> list[Task]:
+    def list_panel(self) -> list[Task]:
         """The evaluation games, the same for every seed, each exactly once."""
-        return self.family.panel(self.config.eval.episodes)
+        return self.family.list_panel(self.config.eval.episodes)
 
 
 INFO = {"admissible_commands": list, "won": bool, "task": str, "task_type": str}

@@ -160,7 +160,7 @@ def test_history_and_admissible_commands_move_on(agent):
 
 def test_the_opening_is_the_room_alone():
     observation, info = Household().reset(seed=3)
-    text = HOUSEHOLD(configure().env).opening(observation)
+    text = HOUSEHOLD(configure().env).strip_opening(observation)
     assert text.startswith("You are in the middle of a room.")
     assert "Your task" not in text and info["task"] not in text and "TextWorld" not in text
 

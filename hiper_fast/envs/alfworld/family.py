@@ -32,9 +32,9 @@ class RoomFamily(family.Family):
 
     styles = prompts.STYLES
     tokenizer = HERE / "tokenizer.json"
-    opening = staticmethod(prompts.strip_opening)
+    strip_opening = staticmethod(prompts.strip_opening)
 
-    def player(self, kind: str, env, rng: random.Random) -> Player:
+    def make_player(self, kind: str, env, rng: random.Random) -> Player:
         return make_player(kind, env.game, rng)
 
 
@@ -53,10 +53,10 @@ class Family(RoomFamily):
     def make(self) -> AlfWorldSplit:
         return AlfWorldSplit(self.options.split, self.options.engine)
 
-    def panel(self, count: int) -> list[family.Task]:
+    def list_panel(self, count: int) -> list[family.Task]:
         every = games(self.options.eval_split)
         drawn = random.Random("panel").sample(every, min(count, len(every)))
         return [{"options": {"game": game}} for game in drawn]
 
-    def named(self, name: str) -> family.Task:
+    def find_task(self, name: str) -> family.Task:
         return {"options": {"game": name}}

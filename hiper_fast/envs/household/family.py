@@ -23,9 +23,6 @@ class Family(RoomFamily):
     Options = Options
     environment = Household
 
-    def make(self) -> Household:
-        return Household(self.options.size, self.options.task_types, self.options.engine)
-
     @classmethod
-    def vocabulary(cls) -> tuple[list[str], list[str]]:
+    def list_words(cls) -> tuple[list[str], list[str]]:
         return [*COMPACT_WORDS, *generator.vocabulary()], []

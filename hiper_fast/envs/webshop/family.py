@@ -50,27 +50,27 @@ class Family(family.Family):
             split_by=self.options.split_by,
         )
 
-    def panel(self, count: int) -> list[family.Task]:
+    def list_panel(self, count: int) -> list[family.Task]:
         goals = self.make(self.options.eval_split).panel[:count]
         return [{"options": {"goal": goal}} for goal in goals]
 
-    def named(self, name: str) -> family.Task:
+    def find_task(self, name: str) -> family.Task:
         goals = load(self.options.data).goals(self.options.goals)
         number = family.parse_number(name)
         if number >= len(goals):
             raise ValueError(f"there is no goal {name}; the shop has {len(goals)}, from 0 on")
         return {"options": {"goal": goals[number]}}
 
-    def player(self, kind: str, env, rng: random.Random) -> Player:
+    def make_player(self, kind: str, env, rng: random.Random) -> Player:
         return Shopper(env.goal["instruction_text"])
 
-    def provenance(self) -> dict[str, Any]:
+    def describe_data(self) -> dict[str, Any]:
         return self.make(self.options.eval_split).provenance
 
-    def lines(self, observation: str, commands: list[str]) -> list[tuple[str, bool]]:
+    def split_lines(self, observation: str, commands: list[str]) -> list[tuple[str, bool]]:
         lines = observation.replace(pages.SEPARATOR, "\n").splitlines()
         return [(line, f"{pages.CLICK}{line.lower()}]" in commands) for line in lines]
 
     @classmethod
-    def vocabulary(cls) -> tuple[list[str], list[str]]:
+    def list_words(cls) -> tuple[list[str], list[str]]:
         return [*prompts.COMPACT_WORDS, *vocabulary()], [pages.CLICK, "search["]
