@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hiper_fast import estimators
 from hiper_fast.agent.agent import HEADS
 from hiper_fast.agent.footprint import Footprint, count_pass, measure_model
 from hiper_fast.config import Config, PlanConfig
@@ -223,6 +224,15 @@ class Part:
     note: str = ""
 
 
+def has_critic(config: Config) -> bool:
+    return estimators.needs_values(estimators.find(config.advantage.estimator))
+
+
+def has_own_critic(config: Config) -> bool:
+    """A critic with a trunk of its own."""
+    return has_critic(config) and config.model.critic == "separate"
+
+
 def list_parts(config: Config) -> list[Part]:
     return [*list_trained(config), *list_rollout(config), *list_passes(config)]
 
@@ -238,8 +248,8 @@ def list_trained(config: Config) -> Iterator[Part]:
         frozen, how = whole, f"with LoRA of rank {model.lora_rank}"
         policy = trunk = footprint.adapters(model.lora_rank, model.lora_targets)
     yield from list_states(config, "policy", policy, 0, frozen, how)
-    trunk = () if model.critic == "shared" else trunk
-    heads = HEADS * footprint.width + HEADS
+    trunk = trunk if has_own_critic(config) else ()
+    heads = (HEADS * footprint.width + HEADS) * has_critic(config)
     yield from list_states(config, "critic", trunk, heads, 0.0, how if trunk else "heads alone")
     if config.train.kl_coef and not frozen:  # with LoRA it is the policy without its adapters
         yield Part("reference model", whole, KEPT, f"{model.dtype}{shards}")
@@ -308,7 +318,7 @@ def list_passes(config: Config) -> Iterator[Part]:
     yield Part("activations", max(trained, gradient), UPDATE, f"{tokens:,} tokens, {how}")
     yield Part("head: logits, its gradient", scratch + gradient, UPDATE)
     if count_processes(config) > 1:
-        trunks = 1 + (model.critic == "separate")
+        trunks = 1 + has_own_critic(config)
         whole = (2 * footprint.layer + trunks * footprint.outside) * dtype.itemsize
         summed = FLOAT32 * max(footprint.layer, footprint.outside)  # gradients on their way
         yield Part("layers out of their shards", whole, SCORING)
@@ -432,7 +442,7 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     head = 2 * footprint.head * turns * response / flops
     # Forward, and backward to inputs and weights: no gradients of frozen weights.
     passes = (2 if model.lora_rank else 3) + model.gradient_checkpointing
-    separate = model.critic == "separate"
+    separate = has_own_critic(config)
     references = bool(train.kl_coef) + (train.old_logprobs == "recomputed")
     policy_step, critic_step = (
         train.minibatches * estimate_step(config, machine, name) for name in ("policy", "critic")

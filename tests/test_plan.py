@@ -392,6 +392,17 @@ def test_the_cpus_memory_is_checked_for_offloading():
         plan.check(config, gpu(100 * GIB, host=32 * GIB))
 
 
+def test_without_a_critic_none_is_counted():
+    free = {"advantage.estimator": "grpo", "train.group": 8}
+    parts = {}
+    for name, options in (("hae", {}), ("grpo", free)):
+        config = resolve([], LARGE | options)
+        parts[name] = sum(part.size for part in plan.list_trained(config) if "critic" in part.name)
+        seconds = plan.estimate_seconds(config, plan.find_machine(config))
+        assert (seconds["critic update"] == 0) == (name == "grpo")
+    assert parts["grpo"] == 0 < parts["hae"]
+
+
 def test_several_processes_take_adamw_alone():
     config = resolve([], LARGE | {"train.optimizer": "offload", "plan.gpus": 4})
     with pytest.raises(
