@@ -449,6 +449,21 @@ def test_torchrun_starts_a_run_that_logs_once(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("size, late", [("1", True), ("2", False)])
+def test_one_of_many_leaves_at_once_and_loses_nothing_it_said(size, late):
+    code = "import atexit; atexit.register(print, 'late'); print('said')\n"
+    code += "from hiper_fast.distributed import leave; leave(3)"
+    environment = os.environ | {"WORLD_SIZE": size}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 3 and result.stdout.split() == ["said"] + ["late"] * late
+
+
 def test_fewer_episodes_than_processes(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert train.main(arguments(tmp_path, **{"train.episodes": 7})) == 2
