@@ -19,15 +19,13 @@ import yaml
 from hiper_fast import estimators
 from hiper_fast.config import SHORT, Config
 from hiper_fast.envs.family import Family, families
-from hiper_fast.options import ConfigError, list_options, set_option, suggest
+from hiper_fast.options import ConfigError, Setting, find_option, list_options, set_options
 from hiper_fast.rollout import engines
 from hiper_fast.runs.folder import find_run_folder
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "command line"
 ENVIRONMENT = "env.name"
-
-Setting = tuple[str, str, Any]  # where it is said, a dotted option, its value
 
 
 def parse(
@@ -67,10 +65,9 @@ def read_command_line(
     arguments, unknown = parser.parse_known_args(argv)
     given = {name: value for name, value in vars(arguments).items() if name != "config"}
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
         if unknown[0].startswith("-"):
-            known = [*list_options(Config(env=family.Options())), *SHORT]
-            raise ConfigError(f"{COMMAND_LINE}: unknown option {name!r}; {suggest(name, known)}")
+            name = unknown[0].lstrip("-").split("=")[0]
+            find_option(list_options(Config(env=family.Options())), name, COMMAND_LINE, SHORT)
         raise ConfigError(
             f"{COMMAND_LINE}: unexpected argument {unknown[0]!r}; options are --section.option VALUE"
         )
@@ -111,15 +108,14 @@ def resolve(
     own: Sequence[Setting] = (),
 ) -> Config:
     """Defaults, the environment's, a run's `own` settings, `files`, then `given`; checked, no `auto` left."""
-    settings = [*read_files(files)]
+    settings = read_files(files)
     settings += [(COMMAND_LINE, name, value) for name, value in (given or {}).items()]
     family = find_family([*own, *settings], {})
     settings = [*select_own(own, family), *settings]
     if family.defaults:
         settings = [*read_file(family.defaults), *settings]
     config = Config(env=family.Options())
-    for source, name, value in settings:
-        set_option(config, name, value, source, SHORT)
+    set_options(config, settings, SHORT)
     choose_automatic(config, family)
     check(config, family)
     return config
@@ -139,13 +135,7 @@ def select_own(own: Sequence[Setting], family: type[Family]) -> list[Setting]:
 def find_family(settings: Sequence[Setting], given: Mapping[str, Any]) -> type[Family]:
     """The environment's family, as the last of `settings`, or `given`, names it."""
     names = [value for _, name, value in settings if SHORT.get(name, name) == ENVIRONMENT]
-    name = name_environment(given.get(ENVIRONMENT) or (names or ["auto"])[-1])
-    family = families.find(name)
-    if not isinstance(family, type) or not issubclass(family, Family):
-        raise ConfigError(f"env.name: {name} is no class below hiper_fast.envs.family.Family")
-    if not hasattr(family, "environment"):
-        raise ConfigError(f"env.name: {name} has no `environment`: say which class is played")
-    return family
+    return families.find(name_environment(given.get(ENVIRONMENT) or (names or ["auto"])[-1]))
 
 
 def name_environment(name: str) -> str:

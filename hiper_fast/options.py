@@ -7,6 +7,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,10 @@ BOUNDS = {  # name of a bound -> (the words of its error, whether a value keeps 
 }
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 NONE = ("none", "null")
+
+Setting = tuple[
+    str, str, Any
+]  # where it is said (a file, or "command line"), a dotted option, its value
 
 
 class ConfigError(ValueError):
@@ -98,9 +103,7 @@ def check_declared(cls: type) -> None:
 
 
 def check_kind(option: Option, kind: Any) -> None:
-    parts = typing.get_args(kind)
-    if isinstance(kind, types.UnionType) and len(parts) == 2 and types.NoneType in parts:
-        kind = parts[parts[0] is types.NoneType]
+    kind = strip_none(kind)
     if typing.get_origin(kind) is list:
         [kind] = typing.get_args(kind)
     if kind not in (bool, int, float, str) and typing.get_origin(kind) is not Literal:
@@ -114,23 +117,36 @@ def check_kind(option: Option, kind: Any) -> None:
         )
 
 
-def set_option(config: Any, name: str, value: Any, source: str, short: dict[str, str]) -> None:
-    """Sets one dotted option; ConfigError names `source` (a file, or "command line") with what is wrong."""
+def strip_none(kind: Any) -> Any:
+    """`int` of `int | None`; anything else as it is."""
+    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return parts[0] if isinstance(kind, types.UnionType) and len(parts) == 1 else kind
+
+
+def set_options(config: Any, settings: Iterable[Setting], short: dict[str, str]) -> None:
+    """Sets dotted options in turn; ConfigError names where a bad one is said, with what is wrong."""
     table = list_options(config)
+    for source, name, value in settings:
+        option = find_option(table, name, source, short)
+        try:
+            value = convert(option, option.kind, value)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        section, key = option.name.split(".")
+        setattr(getattr(config, section), key, value)
+
+
+def find_option(table: dict[str, Option], name: str, source: str, short: dict[str, str]) -> Option:
     name = short.get(name, name)
     if name not in table:
-        raise ConfigError(f"{source}: unknown option {name!r}; {suggest(name, [*table, *short])}")
-    try:
-        value = convert(table[name], table[name].kind, value)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    section, key = name.split(".")
-    setattr(getattr(config, section), key, value)
+        near = suggest(name, [*table, *short], "see --help for all options")
+        raise ConfigError(f"{source}: unknown option {name!r}; {near}")
+    return table[name]
 
 
-def suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str], otherwise: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else "see --help for all options"
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def convert(option: Option, kind: Any, value: Any) -> Any:
@@ -138,7 +154,7 @@ def convert(option: Option, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):
         if value is None or value in NONE:
             return None
-        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        kind = strip_none(kind)
     if typing.get_origin(kind) is list:
         return convert_list(option, kind, value)
     if typing.get_origin(kind) is Literal:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import pkgutil
 from importlib.metadata import entry_points
 from typing import Any
 
-from hiper_fast.options import ConfigError
+from hiper_fast.options import ConfigError, suggest
 
 
 class Plugins:
@@ -49,10 +48,10 @@ class Plugins:
             )
         for entry in entry_points(group=self.group, name=name):
             return self._load(entry.value)
-        near = difflib.get_close_matches(name, self.names(), n=1)
-        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(self.names())}"
+        names = self.names()
+        near = suggest(name, names, f"known: {', '.join(names)}")
         raise ConfigError(
-            f"{self.option}: there is no {self.kind} {name!r}; {known} or package.module:NAME"
+            f"{self.option}: there is no {self.kind} {name!r}; {near} or package.module:NAME"
         )
 
     def _has_module(self, name: str) -> bool:

@@ -80,7 +80,18 @@ class Family:
         return sorted({word for text in texts for word in re.findall("[A-Za-z]+", text)}), []
 
 
-families = Plugins(
+class Families(Plugins):
+    def find(self, name: str) -> type[Family]:
+        """As of `Plugins`; ConfigError too for what is no family that can be played."""
+        family = super().find(name)
+        if not isinstance(family, type) or not issubclass(family, Family):
+            raise ConfigError(f"env.name: {name} is no class below hiper_fast.envs.family.Family")
+        if not hasattr(family, "environment"):
+            raise ConfigError(f"env.name: {name} has no `environment`: say which class is played")
+        return family
+
+
+families = Families(
     "environment",
     "env.name",
     package="hiper_fast.envs",

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hiper_fast.ops import reference
 from hiper_fast.plugins import Plugins
 
 LOW, HIGH, SWITCH = range(3)  # the critic's heads: columns of values
+EVERY_ROLE = reference.ACTION | reference.SUBGOAL | reference.SWITCH
 
 
 @dataclass(frozen=True, slots=True)

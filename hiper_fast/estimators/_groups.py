@@ -5,11 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiper_fast.estimators import Turns
-from hiper_fast.ops import gae, reference
+from hiper_fast.estimators import EVERY_ROLE, Credit, Level, Turns
+from hiper_fast.ops import gae
 
-EVERY_ROLE = reference.ACTION | reference.SUBGOAL | reference.SWITCH
 EPS = 1e-6  # beside a standard deviation, as verl and TRL have it
+
+
+def credit_all(name: str, turns: Turns, advantages: Tensor) -> Credit:
+    """One level for all tokens, its advantages [turns] as they are."""
+    every = torch.ones_like(turns.switch)
+    return Credit((Level(name, EVERY_ROLE, advantages, every, raw=False),))
+
+
+def compare_episodes(turns: Turns, *, scaled: bool) -> Tensor:
+    """Each episode's return compared in its group, float32 [turns]: the same for all of its turns."""
+    return compare(sum_rewards(turns), turns.group, scaled=scaled)[find_episodes(turns)]
+
+
+def find_anchors(turns: Turns) -> Tensor:
+    """int64 [turns]; equal: turns of one group at which the same was seen and could be done."""
+    states = torch.stack([turns.group[find_episodes(turns)], turns.state], 1)  # [turns, 2]
+    return states.unique(dim=0, return_inverse=True)[1]
 
 
 def sum_rewards(turns: Turns) -> Tensor:

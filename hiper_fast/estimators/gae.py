@@ -6,8 +6,7 @@ import torch
 
 from hiper_fast import ops
 from hiper_fast.config import AdvantageConfig
-from hiper_fast.estimators import HIGH, Credit, Level, Turns, Values
-from hiper_fast.ops import reference
+from hiper_fast.estimators import EVERY_ROLE, HIGH, Credit, Level, Turns, Values
 
 
 def estimate(turns: Turns, values: Values, config: AdvantageConfig) -> Credit:
@@ -22,5 +21,4 @@ def estimate(turns: Turns, values: Values, config: AdvantageConfig) -> Credit:
         lambda_=config.lambda_segment,
     )
     every = torch.ones_like(turns.switch)  # [turns]
-    roles = reference.ACTION | reference.SUBGOAL | reference.SWITCH
-    return Credit((Level("turn", roles, advantages, every, returns, every, HIGH),))
+    return Credit((Level("turn", EVERY_ROLE, advantages, every, returns, every, HIGH),))

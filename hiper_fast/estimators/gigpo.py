@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from hiper_fast.config import AdvantageConfig
-from hiper_fast.estimators import Credit, Level, Turns, requires
+from hiper_fast.estimators import Credit, Turns, requires
 from hiper_fast.estimators._groups import (
-    EVERY_ROLE,
     compare,
+    compare_episodes,
+    credit_all,
     discount_rewards,
-    find_episodes,
-    sum_rewards,
+    find_anchors,
 )
 
 STEP_WEIGHT = 1.0  # omega of the paper
@@ -25,12 +23,7 @@ def estimate(turns: Turns, values: None, config: AdvantageConfig) -> Credit:
     0.95) with those of all turns of the group at which the same was seen and could be done, scaled
     alike; a state that did not recur gives 0. Groups are made with `train.group`.
     """
-    episode = find_episodes(turns)
-    of_episode = compare(sum_rewards(turns), turns.group, scaled=True)[episode]  # [turns]
-    anchor = torch.stack([turns.group[episode], turns.state], 1).unique(dim=0, return_inverse=True)[
-        1
-    ]
-    of_step = compare(discount_rewards(turns, config.gamma), anchor, scaled=True)  # [turns]
-    every = torch.ones_like(turns.switch)
-    advantages = of_episode + STEP_WEIGHT * of_step
-    return Credit((Level("turn", EVERY_ROLE, advantages, every, raw=False),))
+    of_episode = compare_episodes(turns, scaled=True)
+    returns = discount_rewards(turns, config.gamma)
+    of_step = compare(returns, find_anchors(turns), scaled=True)
+    return credit_all("turn", turns, of_episode + STEP_WEIGHT * of_step)

@@ -6,7 +6,13 @@ import torch
 
 from hiper_fast.config import AdvantageConfig
 from hiper_fast.estimators import Credit, Level, Turns, requires
-from hiper_fast.estimators._groups import compare, discount_rewards, find_episodes
+from hiper_fast.estimators._groups import (
+    compare,
+    count_members,
+    discount_rewards,
+    find_anchors,
+    find_episodes,
+)
 from hiper_fast.ops import reference
 
 
@@ -24,10 +30,9 @@ def estimate(turns: Turns, values: None, config: AdvantageConfig) -> Credit:
     high = torch.zeros_like(returns)
     high[boundary] = compare(returns[boundary], group[boundary], scaled=True)
     switch = compare(returns, group, scaled=True)
-    _, anchor, count = torch.stack([group, turns.state], 1).unique(
-        dim=0, return_inverse=True, return_counts=True
-    )
-    low = torch.where(count[anchor] > 1, compare(returns, anchor, scaled=True), switch)
+    anchor = find_anchors(turns)
+    recurs = count_members(anchor) > 1  # [turns]
+    low = torch.where(recurs, compare(returns, anchor, scaled=True), switch)
     every = torch.ones_like(turns.switch)
     return Credit((
         Level("low", reference.ACTION, low, every, raw=False),

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-
 from hiper_fast.config import AdvantageConfig
-from hiper_fast.estimators import Credit, Level, Turns, requires
+from hiper_fast.estimators import Credit, Turns, requires
 from hiper_fast.estimators._groups import (
-    EVERY_ROLE,
-    compare,
+    compare_episodes,
     count_members,
+    credit_all,
     find_episodes,
-    sum_rewards,
 )
 
 
 @requires(values=False, groups=True)
 def estimate(turns: Turns, values: None, config: AdvantageConfig) -> Credit:
     """A = R - mean R of the n - 1 others = (R - mean of all n) n / (n - 1); 0 for one that is alone."""
-    count = count_members(turns.group)
-    centred = compare(sum_rewards(turns), turns.group, scaled=False)  # [trajectories]
-    advantages = (centred * count / (count - 1).clamp(min=1))[find_episodes(turns)]  # [turns]
-    every = torch.ones_like(turns.switch)
-    return Credit((Level("episode", EVERY_ROLE, advantages, every, raw=False),))
+    count = count_members(turns.group)[find_episodes(turns)]  # [turns]
+    centred = compare_episodes(turns, scaled=False)
+    return credit_all("episode", turns, centred * count / (count - 1).clamp(min=1))

@@ -41,9 +41,8 @@ def write_episodes(
     for index in range(min(count, len(trajectories.episodes))):
         record = build_record(trajectories, index, credit, values)
         lines.append(json.dumps(record | {"step": step, "stage": stage}))
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # a kill or a full disk never leaves half a line
+    # A kill or a full disk never leaves half a line.
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(line + "\n" for line in lines))
     temporary.replace(path)
 
