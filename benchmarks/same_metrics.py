@@ -89,7 +89,10 @@ def main() -> int:
 
 
 def metrics_of(checkout: Path, name: str, runs: Path) -> list[dict]:
-    """The rows of the run's metrics.jsonl without times; the run is made if it is not there."""
+    """The rows of the run's metrics.jsonl without times and single games, which older checkouts do not tell.
+
+    The run is made if it is not there.
+    """
     file = runs / name / "metrics.jsonl"
     processes = 2 if name.endswith("two-processes") else 1
     launcher = f"-m torch.distributed.run --nproc-per-node {processes} " * (processes > 1)
@@ -101,7 +104,7 @@ def metrics_of(checkout: Path, name: str, runs: Path) -> list[dict]:
             subprocess.run([sys.executable, *command.split()], cwd=checkout, check=True)
     rows = map(json.loads, file.read_text().splitlines())
     return [
-        {key: value for key, value in row.items() if not key.startswith("time/")} for row in rows
+        {key: row[key] for key in row if not key.startswith(("time/", "eval/won/"))} for row in rows
     ]
 
 

@@ -54,16 +54,32 @@ def parse(
 def read_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, run: Path | None
 ) -> Config:
+    own = list(read_file(run, local=False)) if run else []
+    given = read_arguments(parser, argv, own)
+    files = given.pop("config", [])
+    config = resolve(files, given, own)
+    if config.run.resume:
+        config = resolve(
+            [], given, list(read_file(find_run_folder(config) / "config.yaml", local=False))
+        )
+    return config
+
+
+def read_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, own: Sequence[Setting] = ()
+) -> dict[str, Any]:
+    """What a command line gives of the parser's arguments, `config` and the options of its environment.
+
+    own: settings below those of the command line, which may name the environment.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--env", f"--{ENVIRONMENT}", dest=ENVIRONMENT)
     chosen, _ = first.parse_known_args(argv)
-    own = list(read_file(run, local=False)) if run else []
     family = find_family([*own, *read_files(chosen.config)], vars(chosen))
     add_options(parser, Config(env=family.Options()))
     arguments, unknown = parser.parse_known_args(argv)
-    given = {name: value for name, value in vars(arguments).items() if name != "config"}
     if unknown:
         if unknown[0].startswith("-"):
             name = unknown[0].lstrip("-").split("=")[0]
@@ -71,12 +87,7 @@ def read_command_line(
         raise ConfigError(
             f"{COMMAND_LINE}: unexpected argument {unknown[0]!r}; options are --section.option VALUE"
         )
-    config = resolve(chosen.config, given, own)
-    if config.run.resume:
-        config = resolve(
-            [], given, list(read_file(find_run_folder(config) / "config.yaml", local=False))
-        )
-    return config
+    return vars(arguments)
 
 
 def add_options(parser: argparse.ArgumentParser, config: Config) -> None:
@@ -108,10 +119,19 @@ def resolve(
     own: Sequence[Setting] = (),
 ) -> Config:
     """Defaults, the environment's, a run's `own` settings, `files`, then `given`; checked, no `auto` left."""
-    settings = read_files(files)
-    settings += [(COMMAND_LINE, name, value) for name, value in (given or {}).items()]
+    settings = [*read_files(files), *name_source(given or {})]
     family = find_family([*own, *settings], {})
-    settings = [*select_own(own, family), *settings]
+    return settle([*select_own(own, family), *settings])
+
+
+def name_source(given: Mapping[str, Any]) -> list[Setting]:
+    """The settings of a command line."""
+    return [(COMMAND_LINE, name, value) for name, value in given.items()]
+
+
+def settle(settings: Sequence[Setting]) -> Config:
+    """Defaults, the environment's, then `settings`; checked, no `auto` left."""
+    family = find_family(settings, {})
     if family.defaults:
         settings = [*read_file(family.defaults), *settings]
     config = Config(env=family.Options())
@@ -190,14 +210,18 @@ def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
     local: with those options that belong to the machine.
     """
     source = f"--config {path}"
-    content = load_yaml(path, source)
+    skipped = set() if local else {o.name for o in list_options(Config()).values() if o.local}
+    settings = read_sections(load_yaml(path, source), source)
+    return (setting for setting in settings if setting[1] not in skipped)
+
+
+def read_sections(content: Any, source: str) -> Iterator[Setting]:
+    """The settings of sections with options below them."""
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise ConfigError(f"{source}: expected sections such as 'train:' with options below them")
-    skipped = set() if local else {o.name for o in list_options(Config()).values() if o.local}
     for section, entries in content.items():
         for key, value in entries.items():
-            if f"{section}.{key}" not in skipped:
-                yield source, f"{section}.{key}", value
+            yield source, f"{section}.{key}", value
 
 
 def load_yaml(path: str | Path, source: str) -> Any:

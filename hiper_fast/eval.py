@@ -55,6 +55,7 @@ def evaluate(
     for name, won in sorted(by_type.items()):
         metrics[f"eval/success/{name}"] = sum(won) / len(won)
         metrics[f"eval/episodes/{name}"] = len(won)
+        metrics[f"eval/won/{name}"] = "".join("01"[w] for w in won)  # in the panel's order
     return metrics, trajectories
 
 

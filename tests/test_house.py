@@ -29,8 +29,9 @@ ROOMS = [  # from the ground up; a room imports from those before it
     {"runs"},
     {"learn"},
     {"plan", "configure"},
-    {"session", "eval"},
+    {"session", "eval", "study"},
     COMMANDS,
+    {"compare"},
 ]
 MOST_LINES, MOST_LEVELS = 60, 3
 BLOCKS = ast.For | ast.While | ast.If | ast.With | ast.Try | ast.Match

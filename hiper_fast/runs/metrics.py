@@ -13,6 +13,8 @@ from typing import Any
 
 from hiper_fast.runs.display import DISPLAYS, build_display
 
+OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
+
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a success rate (Wilson 1927), (0, 1) for n = 0.
@@ -77,11 +79,12 @@ class Logger:
     def log(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """Record one row; the times collected by `stage(...)` since the last one go with it.
 
-        Values are numbers or 0-d tensors; what is not finite is stored as null.
+        Values are numbers or 0-d tensors, and text under `eval/won/`; what is not finite is stored as
+        null.
         """
         times = {f"time/{name}": seconds for name, seconds in self._times.items()}
         self._times.clear()
-        values = {key: _read_number(key, value) for key, value in {**times, **metrics}.items()}
+        values = {key: _read_value(key, value) for key, value in {**times, **metrics}.items()}
         row = {"step": step, "stage": stage, **values}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -131,9 +134,9 @@ class Muted:
     def __exit__(self, *exception: object) -> None: ...
 
 
-def _read_number(key: str, value: Any) -> int | float | None:
+def _read_value(key: str, value: Any) -> int | float | str | None:
     value = value.item() if hasattr(value, "item") else value
-    if value is None or isinstance(value, int):
+    if value is None or isinstance(value, str if key.startswith(OUTCOMES) else int):
         return value
     if not isinstance(value, float):
         raise TypeError(f"metric {key!r} must be a number, got {type(value).__name__}")
@@ -170,7 +173,7 @@ class TensorBoard:
             return
         writer = self._open_writer("warm_start" if row["stage"] == "warm_start" else "")
         for key, value in row.items():
-            if key not in ("step", "stage") and value is not None:
+            if key != "step" and isinstance(value, (int, float)):
                 writer.add_scalar(key, value, row["step"])
 
     def _open_writer(self, run: str) -> Any:

@@ -1,0 +1,237 @@
+"""Compare estimators, or any other options: arms x seeds at equal updates, their curves and what can be told.
+
+python -m hiper_fast.compare study.yaml                    # base, arms and seeds; the runs go to runs/study
+python -m hiper_fast.compare --arms hae,gae,grpo --seeds 3 --env household    # arms by their estimators' names
+python -m hiper_fast.compare --folder runs/study           # go on with it where it was stopped
+
+Options of a run (--train.updates 8) go over those of every arm. docs/compare.md says how results are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from hiper_fast import train
+from hiper_fast.configure import name_source, read_arguments, read_files
+from hiper_fast.options import ConfigError, flatten
+from hiper_fast.runs.formats import format_percent
+from hiper_fast.runs.metrics import read_metrics
+from hiper_fast.runs.report import select_evaluations
+from hiper_fast.study import (
+    STUDY,
+    Run,
+    Study,
+    load_study,
+    read_base,
+    read_study,
+    record_study,
+    select_arms,
+    write_arms,
+)
+
+LOGS, LOCK = "logs", ".lock"
+OPTIONS = "file", "arms", "seeds", "jobs", "folder"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hiper_fast.compare",
+        usage="%(prog)s [FILE] [--arms A,B] [--seeds N] [--jobs N] [--folder FOLDER] [--section.option VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="the study, YAML [that in the folder]")
+    add("--arms", metavar="A,B", help="those of the file's arms; without a file: estimators")
+    add("--seeds", metavar="N", help="how many, or a list of them: 3 is 0,1,2 [the file's, or 1]")
+    add("--jobs", metavar="N", type=int, help="runs at a time [as many as cores]")
+    add("--folder", metavar="FOLDER", type=Path, help="the study's [runs/<name of the file>]")
+    return parser
+
+
+def read_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[Study, dict[str, Any]]:
+    """The study, and the command's own arguments."""
+    first = argparse.ArgumentParser(parents=[parser], add_help=False, allow_abbrev=False)
+    own = vars(first.parse_known_args(argv)[0])
+    content, source, folder = find_content(own)
+    given = read_arguments(parser, argv, read_base(content, source))
+    own = {name: given.pop(name) for name in OPTIONS if name in given}
+    settings = [*read_files(given.pop("config", [])), *name_source(given)]
+    return read_study(content, source, folder, settings), own
+
+
+def find_content(own: dict[str, Any]) -> tuple[dict[str, Any], str, Path]:
+    """A study's content, where it was said, and its folder."""
+    names = own["arms"].split(",") if "arms" in own else []
+    folder, file = own.get("folder"), own.get("file")
+    if file is None and folder and not names:
+        file = folder / STUDY
+    if file is None and not names:
+        raise ConfigError("give a study's FILE, --arms A,B or the --folder of an old one")
+    if file is None:
+        content, source = write_arms(names), "--arms"
+        folder = folder or Path("runs", "compare-" + "-".join(names))
+    else:
+        content, source = load_study(Path(file)), str(file)
+        content = select_arms(content, names, source) if names else content
+        folder = folder or Path("runs", Path(file).stem)
+    if "seeds" in own:
+        content = {**content, "seeds": parse_seeds(own["seeds"])}
+    return content, source, folder
+
+
+def parse_seeds(text: str) -> int | list[int]:
+    try:
+        seeds = [int(seed) for seed in text.split(",") if seed]
+    except ValueError:
+        raise ConfigError(f"--seeds: expected a number, or some (0,1,2), got {text!r}") from None
+    return seeds if "," in text else seeds[0]
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """The folder, for this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another comparison is at work here") from None
+        yield
+
+
+def run_all(runs: Sequence[Run], jobs: int) -> dict[str, str]:
+    """Makes every run that is not finished, `jobs` at a time. Returns what failed: label -> why."""
+    unfinished = [run for run in runs if not run.is_finished]
+    starts = {run.start.folder: run.start for run in unfinished if run.start and not run.saved}
+    waiting = [*(start for start in starts.values() if not start.is_finished), *unfinished]
+    total, failed = len(waiting), {}
+    say(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished; {total} to make")
+    for number, (run, status) in enumerate(work_off(waiting, jobs), 1):
+        if status or not run.is_finished:
+            failed[run.label] = f"failed (exit status {status}): {read_last_line(run)}"
+        say(f"[{number}/{total}] {run.label}: {failed.get(run.label) or tell_success(run)}")
+    return failed | {run.label: f"not begun: {run.start.label} failed" for run in waiting}
+
+
+def work_off(waiting: list[Run], jobs: int) -> Iterator[tuple[Run, int]]:
+    """Begins runs as soon as they can; yields each with its exit status, and leaves what cannot begin."""
+    working: dict[SpawnProcess, Run] = {}
+    try:
+        while True:
+            for run in [run for run in waiting if is_ready(run)][: jobs - len(working)]:
+                waiting.remove(run)
+                working[begin(run)] = run
+            if not working:
+                return
+            wait([process.sentinel for process in working])
+            ended = [process for process in working if not process.is_alive()]
+            yield from [(working.pop(process), process.exitcode) for process in ended]
+    finally:
+        for process in working:
+            process.terminate()
+
+
+def is_ready(run: Run) -> bool:
+    return run.start is None or run.saved is not None or run.start.is_finished
+
+
+def begin(run: Run) -> SpawnProcess:
+    find_log(run).parent.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(run,), daemon=True)
+    process.start()
+    return process
+
+
+def work(run: Run) -> None:
+    """`hiper_fast.train`, in a process of its own that ends with the one that began it."""
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with find_log(run).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # that of a killed comparison may still be leaving
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+        if not run.saved:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        sys.exit(train.main([*spell(run), *(["--resume"] if run.saved else [])]))
+
+
+def leave_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def spell(run: Run) -> list[str]:
+    """The command line of a run."""
+    options = flatten(run.config) | {"run.display": "plain"}
+    del options["run.resume"]
+    return [f"--{name}={spell_value(value)}" for name, value in options.items()]
+
+
+def spell_value(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def find_log(run: Run) -> Path:
+    return run.folder.parent / LOGS / f"{run.folder.name}.log"
+
+
+def read_last_line(run: Run) -> str:
+    log = find_log(run)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["it said nothing"]
+    return f"{lines[-1]} (log: {log})"
+
+
+def tell_success(run: Run) -> str:
+    """Success at a finished run's start and end."""
+    rows = select_evaluations(read_metrics(run.folder / "metrics.jsonl"))
+    rates = [format_percent(row["eval/success"]) for row in (rows[0], rows[-1])]
+    return " → ".join(rates if run.config.train.updates else rates[:1])
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    try:
+        study, own = read_command_line(parser, argv)
+        jobs = own.get("jobs", os.cpu_count() or 1)
+        if jobs < 1:
+            raise ConfigError("--jobs: must be at least 1")
+        with hold(study.folder):
+            record_study(study)
+            os.environ["OMP_NUM_THREADS"] = "1"
+            failed = run_all(study.list_runs(), jobs)
+    except ConfigError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    for label, why in failed.items():
+        print(f"{parser.prog}: {label}: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
