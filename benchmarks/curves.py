@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hiper_fast.runs.charts import choose_ticks
-from hiper_fast.runs.metrics import read_metrics
+from hiper_fast.runs.metrics import add_minutes, read_metrics
 from hiper_fast.runs.report import select_evaluations
 
 WIDTH, HEIGHT, TOP, BOTTOM = 960, 400, 86, 44
@@ -64,7 +64,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
             f"{path}: there is no metrics.jsonl; give a run's folder or its metrics file"
         )
     logged = read_metrics(file)
-    rows = select_evaluations(with_minutes(logged))
+    rows = select_evaluations(add_minutes(logged))
     if not rows:
         raise CurveError(f"{path}: no evaluation in its metrics yet")
     points = [
@@ -75,23 +75,6 @@ def read_run(path: Path, label: str | None = None) -> Run:
     ]
     warm_started = points[0].update == 0 and any(row["stage"] == "warm_start" for row in logged)
     return Run(label or file.resolve().parent.name, warm_started, points)
-
-
-def with_minutes(rows: list[dict]) -> list[dict]:
-    """Each row with the run's wall time at its end, under `minutes`."""
-
-    def seconds(row: dict, name: str) -> float:
-        return row.get(f"time/{name}") or 0.0
-
-    past, imitation, timed = 0.0, 0.0, []
-    for row in rows:
-        if row["stage"] == "warm_start":
-            past += seconds(row, "demonstrations")
-            imitation = seconds(row, "total")  # counted from the beginning of imitation
-        else:
-            past += seconds(row, "eval" if row["stage"] == "eval" else "total")
-        timed.append({**row, "minutes": (past + imitation) / 60})
-    return timed
 
 
 def draw(runs: Sequence[Run]) -> str:

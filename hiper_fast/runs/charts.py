@@ -21,11 +21,12 @@ Format = Callable[[float | None], str]
 
 
 class Series(NamedTuple):
-    """A line: its label, its CSS class, and y (None: a gap) for each x of the chart."""
+    """A line: its label, its CSS class, y (None: a gap) for each x of the chart, and perhaps a band about it."""
 
     label: str
     kind: str
     values: list[float | None]
+    bounds: Sequence[tuple[float, float] | None] = ()
 
 
 class Point(NamedTuple):
@@ -59,16 +60,20 @@ class Frame:
 
 def draw_chart(
     title: str,
-    steps: list[int],
+    steps: Sequence[float],
     series: list[Series],
     form: Format,
     *,
+    name_step: Callable[[float], str] = "step {}".format,
     size: tuple[int, int] = SMALL,
     limits: tuple[float, float] | None = None,
     points: Sequence[Point] = (),
     stacked: bool = False,
 ) -> str:
-    """One figure: lines (or stacked areas) over steps, and points with their intervals."""
+    """One figure: lines (or stacked areas) over steps, and points with their intervals.
+
+    `name_step` says what the pointer calls an x.
+    """
     tops = _stack(series) if stacked else [line.values for line in series]
     shown = [value for values in tops for value in values if value is not None]
     limits = limits or _choose_limits([*shown, 0.0] if stacked else shown)
@@ -77,13 +82,14 @@ def draw_chart(
     parts = [
         f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(title)}">',
         *_draw_ticks(frame, form),
+        *_draw_bands(frame, steps, series),
         *draw_series(frame, steps, series, tops),
         *_draw_points(frame, points),
         f'<line class="cursor" y1="{TOP}" y2="{size[1] - BOTTOM}"/></svg>',
     ]
     hover = {
         "x": [frame.place_step(step) for step in steps],
-        "text": _describe_steps(steps, series, form, points),
+        "text": _describe_steps(steps, series, form, points, name_step),
     }
     return (
         f'<figure class="chart" data-hover="{escape(json.dumps(hover))}">'
@@ -151,26 +157,36 @@ def _format_tick(value: float, form: Format) -> str:
 
 
 def _draw_areas(
-    frame: Frame, steps: list[int], series: list[Series], tops: list[list[float]]
+    frame: Frame, steps: Sequence[float], series: list[Series], tops: list[list[float]]
 ) -> Iterable[str]:
     edges = [_draw_edge(frame, steps, values) for values in ([0.0] * len(steps), *tops)]
     for line, floor, top in zip(series, edges, edges[1:], strict=False):
         yield f'<polygon class="{line.kind}" points="{" ".join([*top, *reversed(floor)])}"/>'
 
 
-def _draw_edge(frame: Frame, steps: list[int], values: list[float]) -> list[str]:
+def _draw_edge(frame: Frame, steps: Sequence[float], values: Sequence[float]) -> list[str]:
     pairs = zip(steps, values, strict=True)
     return [f"{frame.place_step(step)},{frame.place_value(value)}" for step, value in pairs]
 
 
+def _draw_bands(frame: Frame, steps: Sequence[float], series: list[Series]) -> Iterable[str]:
+    for line in series:
+        pairs = zip(steps, line.bounds, strict=bool(line.bounds))
+        edges = [(step, *bounds) for step, bounds in pairs if bounds]
+        if edges:
+            where, lows, highs = zip(*edges, strict=True)
+            low, high = _draw_edge(frame, where, lows), _draw_edge(frame, where, highs)
+            yield f'<polygon class="band {line.kind}" points="{" ".join([*high, *reversed(low)])}"/>'
+
+
 def _draw_lines(
-    frame: Frame, steps: list[int], series: list[Series], tops: list[list[float | None]]
+    frame: Frame, steps: Sequence[float], series: list[Series], tops: list[list[float | None]]
 ) -> Iterable[str]:
     for line, values in zip(series, tops, strict=True):
         yield f'<path class="line {line.kind}" d="{_draw_path(frame, steps, values)}"/>'
 
 
-def _draw_path(frame: Frame, steps: list[int], values: list[float | None]) -> str:
+def _draw_path(frame: Frame, steps: Sequence[float], values: list[float | None]) -> str:
     """Line commands; a gap lifts the pen, and a point between two gaps becomes a dot."""
     commands, drawing = [], False
     for step, value in zip(steps, values, strict=True):
@@ -199,13 +215,22 @@ def _draw_legend(series: list[Series], points: Sequence[Point]) -> str:
 
 
 def _describe_steps(
-    steps: list[int], series: list[Series], form: Format, points: Sequence[Point]
+    steps: Sequence[float],
+    series: list[Series],
+    form: Format,
+    points: Sequence[Point],
+    name_step: Callable[[float], str],
 ) -> list[str]:
     """What the pointer tells at each step."""
-    texts = {step: f"step {step}" for step in steps}
+    texts = {step: name_step(step) for step in steps}
     for index, step in enumerate(steps):
         shown = [line for line in series if line.values[index] is not None]
-        texts[step] += "".join(f"\n{line.label} {form(line.values[index])}" for line in shown)
+        texts[step] += "".join(f"\n{line.label} {_describe(line, index, form)}" for line in shown)
     for step, rate, low, high in points:
         texts[step] += f"\n{UNSEEN_GAMES} {form(rate)} [{form(low)}, {form(high)}]"
     return list(texts.values())
+
+
+def _describe(line: Series, index: int, form: Format) -> str:
+    value, bounds = form(line.values[index]), line.bounds and line.bounds[index]
+    return f"{value} [{form(bounds[0])}, {form(bounds[1])}]" if bounds else value

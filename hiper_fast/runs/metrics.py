@@ -46,6 +46,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def add_minutes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with the run's wall time at its end, as far as it was timed, under `minutes`."""
+
+    def seconds(row: dict[str, Any], name: str) -> float:
+        return row.get(f"time/{name}") or 0.0
+
+    past, imitation, timed = 0.0, 0.0, []
+    for row in rows:
+        if row["stage"] == "warm_start":
+            past += seconds(row, "demonstrations")
+            imitation = seconds(row, "total")  # counted from the beginning of imitation
+        else:
+            past += seconds(row, "eval" if row["stage"] == "eval" else "total")
+        timed.append({**row, "minutes": (past + imitation) / 60})
+    return timed
+
+
 class Logger:
     """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, and shows it.
 
