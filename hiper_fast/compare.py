@@ -26,6 +26,7 @@ from typing import Any
 from hiper_fast import train
 from hiper_fast.configure import name_source, read_arguments, read_files
 from hiper_fast.options import ConfigError, flatten
+from hiper_fast.runs.comparison import MEASURES, Question
 from hiper_fast.runs.formats import format_percent
 from hiper_fast.runs.metrics import read_metrics
 from hiper_fast.runs.report import select_evaluations
@@ -42,7 +43,7 @@ from hiper_fast.study import (
 )
 
 LOGS, LOCK = "logs", ".lock"
-OPTIONS = "file", "arms", "seeds", "jobs", "folder"
+OWN = "file", "arms", "seeds", "jobs", "folder", "against", "measure", "tail", "threshold", "only_report"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="N", help="how many, or a list of them: 3 is 0,1,2 [the file's, or 1]")
     add("--jobs", metavar="N", type=int, help="runs at a time [as many as cores]")
     add("--folder", metavar="FOLDER", type=Path, help="the study's [runs/<name of the file>]")
+    add("--against", metavar="ARM", help="the arm that the others are compared with [the first]")
+    add("--measure", choices=MEASURES, help="success that is compared: at equal turns, of the last "
+        "evaluation, or the mean of the last ones [equal]")  # fmt: skip
+    add("--tail", metavar="N", type=int, help="how many evaluations the last ones are [3]")
+    add("--threshold", metavar="RATE", type=float, help="success whose turns are told [halfway: "
+        "from the compared arm's start to its success at equal turns]")  # fmt: skip
+    add("--only-report", action="store_true", help="only the results of the runs that are there")
     return parser
 
 
@@ -72,7 +80,7 @@ def read_command_line(
     own = vars(first.parse_known_args(argv)[0])
     content, source, folder = find_content(own)
     given = read_arguments(parser, argv, read_base(content, source))
-    own = {name: given.pop(name) for name in OPTIONS if name in given}
+    own = {name: given.pop(name) for name in OWN if name in given}
     settings = [*read_files(given.pop("config", [])), *name_source(given)]
     return read_study(content, source, folder, settings), own
 

@@ -207,4 +207,5 @@ document.addEventListener("pointerover", (event) => {
   else tip.hidden = true;
 });
 
-drawViewer(document.getElementById("viewer"), JSON.parse(document.getElementById("data").textContent));
+const viewer = document.getElementById("viewer"); // a comparison's page has none
+if (viewer) drawViewer(viewer, JSON.parse(document.getElementById("data").textContent));
