@@ -27,6 +27,10 @@ class AgentConfig:
         "prompt style: reference or compact, a prompt a turn; transcript, one conversation an episode, that trains as "
         "one sequence; or auto: compact for the tiny model, else reference",
     )
+    subgoals: bool = option(
+        True,
+        "every response keeps or switches a subgoal and names it; false: it is an action alone, as flat PPO has",
+    )
     history: int = option(
         8,
         "past turns shown in the prompt (compact: actions only; the paper's 2 show observations too; transcript: all)",
@@ -209,8 +213,12 @@ class EvalConfig:
     every: int = option(
         8, "updates between evaluations (the first and last state are always evaluated)", above=0
     )
+    panel: Literal["test", "tune"] = option(
+        "test",
+        "test: games for what is reported; tune: others, to choose settings on. They share none, nor with training",
+    )
     episodes: int = option(
-        512, "games of the fixed panel; alfworld: at most the whole split, each game once", above=0
+        512, "games of the panel; alfworld: at most the whole split, each game once", above=0
     )
     temperature: float = option(1.0, "sampling temperature in evaluation (reference: 0.4)", least=0)
 

@@ -188,6 +188,10 @@ def check(config: Config, family: type[Family]) -> None:
             f"train.group: {config.advantage.estimator} (advantage.estimator) compares episodes of one game; give "
             "2 or more, 8 is usual"
         )
+    if config.reward.keep and not config.agent.subgoals:
+        raise ConfigError(
+            f"reward.keep: without subgoals (agent.subgoals) no turn keeps one; set it to 0, not {config.reward.keep}"
+        )
     engines.find(config.rollout.engine)
     if config.agent.style not in family.styles:
         raise ConfigError(

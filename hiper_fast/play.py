@@ -25,6 +25,7 @@ from hiper_fast.agent.runtime import configure_torch
 from hiper_fast.config import Config
 from hiper_fast.envs.base import GameError
 from hiper_fast.envs.family import families
+from hiper_fast.envs.prompts import State
 from hiper_fast.learn.score import score
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout import engines
@@ -93,16 +94,16 @@ def show_page(play: Play) -> Panel:
     return Panel(text, title=title, title_align="left")
 
 
-def show_thought(thought: Thought, subgoal: str | None) -> Panel:
+def show_thought(thought: Thought, state: State) -> Panel:
     """The decision, the subgoal it leads to, the action and the values."""
-    parsed = response.parse(thought.text)
+    parsed = response.parse(thought.text, plans=state.plans)
     table = Table.grid(padding=(0, 1))
     if not parsed.valid:
         table.add_row("said", Text(thought.text.decode(errors="replace"), style="red"))
-    table.add_row("decision", "SWITCH" if parsed.switch else "KEEP")
-    table.add_row(
-        "subgoal", Text((parsed.subgoal if parsed.switch or subgoal is None else subgoal) or "None")
-    )
+    if state.plans:
+        named = parsed.subgoal if parsed.switch or state.subgoal is None else state.subgoal
+        table.add_row("decision", "SWITCH" if parsed.switch else "KEEP")
+        table.add_row("subgoal", Text(named or "None"))
     table.add_row("action", Text(response.command(thought.text), style="bold"))
     for name, value in zip(("V low", "V high", "V switch"), thought.values or [], strict=False):
         table.add_row(name, f"{value:+.2f}")
@@ -136,7 +137,7 @@ def show_turn(play: Play, console: Console, thought: Thought | None) -> None:
         beside = Table.grid(expand=True)
         beside.add_column(ratio=2)
         beside.add_column(ratio=1)
-        beside.add_row(show_page(play), show_thought(thought, play.state.subgoal))
+        beside.add_row(show_page(play), show_thought(thought, play.state))
         console.print(beside)
     else:
         console.print(show_page(play))

@@ -39,14 +39,18 @@ class Response:
     action_span: Span | None
 
 
-def parse(text: bytes | str) -> Response:
-    """Parse a response; never raises on any text. Spans count bytes of its UTF-8 form."""
+def parse(text: bytes | str, *, plans: bool = True) -> Response:
+    """Parse a response; never raises on any text. Spans count bytes of its UTF-8 form.
+
+    Of an agent that pursues no subgoals (`plans` False) an action block alone is valid.
+    """
     data = _encode(text)
     switch_span, switch_text = _find(data, *_SWITCH)
     subgoal_span, subgoal = _find(data, *_SUBGOAL)
     action_span, action = _find(data, *_ACTION)
     word = (switch_text or b"").upper()
-    complete = word in (b"KEEP", b"SWITCH") and subgoal_span is not None and action_span is not None
+    planned = word in (b"KEEP", b"SWITCH") and subgoal_span is not None
+    complete = action_span is not None and (planned or not plans)
     return Response(
         switch=word not in (b"", b"KEEP"),
         valid=complete and not _CJK.search(data),

@@ -8,7 +8,7 @@ import pytest
 from helpers import configure, make_tiny
 
 from hiper_fast.envs.alfworld.player import Walkthrough
-from hiper_fast.envs.family import PANEL
+from hiper_fast.envs.family import FIRST_SEEDS, PANEL
 from hiper_fast.envs.household import TASK_TYPES, Household
 from hiper_fast.eval import evaluate, format_table, main
 from hiper_fast.learn.warm_start import write_response
@@ -135,7 +135,7 @@ def test_each_game_is_played_exactly_once(agent, monkeypatch):
     prompter = write(agent, games, config)
     monkeypatch.setattr(Household, "reset", recorded)
     metrics, t = evaluate(agent, games, prompter, config)
-    assert sorted(seeds) == [PANEL + i for i in range(7)]
+    assert sorted(seeds) == [FIRST_SEEDS["test"] + i for i in range(7)]
     assert metrics["eval/episodes"] == len(t.episodes) == 7
     assert metrics["eval/turns"] == t.turns / 7 <= 3
 

@@ -21,6 +21,7 @@ Task = dict[str, Any]  # the keyword arguments of `env.reset`
 
 SAMPLED = 64  # games whose first turns give the words of a tokenizer
 PANEL = 2**31  # seeds below it are for training, from it on for evaluation
+FIRST_SEEDS = {"tune": PANEL, "test": PANEL + 2**30}  # of each panel
 
 
 class Family:
@@ -41,9 +42,10 @@ class Family:
         own = dataclasses.asdict(self.options).items()
         return type(self).environment(**{name: value for name, value in own if name not in common})
 
-    def list_panel(self, count: int) -> list[Task]:
-        """At most `count` evaluation games, the same for every seed of a run, each once."""
-        return [{"seed": PANEL + i} for i in range(count)]
+    def list_panel(self, panel: str, count: int) -> list[Task]:
+        """At most `count` games of the panel "test" or "tune", which share none with each other or with
+        training: the same for every seed of a run, each once."""
+        return [{"seed": FIRST_SEEDS[panel] + i} for i in range(count)]
 
     def find_task(self, name: str) -> Task:
         """The game a person asks for; ValueError if there is none."""
@@ -73,7 +75,7 @@ class Family:
 
     def list_words(self) -> tuple[list[str], list[str]]:
         """The tokens of the tiny tokenizer: words, and command openings. Here of some first turns."""
-        env, texts = self.make(), [prompts.INSTRUCTIONS, prompts.FORMAT]
+        env, texts = self.make(), [prompts.TASK, prompts.PLANNING, prompts.FORMAT]
         for seed in range(SAMPLED):
             observation, info = env.reset(seed=seed)
             texts += [observation, info["task"], *info["admissible_commands"]]

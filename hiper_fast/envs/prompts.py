@@ -18,6 +18,7 @@ class State:
     refused: int = 0  # how many of the last commands in a row did nothing
     sent: set[str] = field(default_factory=set)  # all actions of the episode
     context: list[int] = field(default_factory=list)  # transcript: token ids before this turn
+    plans: bool = True  # the agent pursues subgoals; False: it only acts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,8 @@ class Style:
     simplify: Callable[[State], State] | None = None
 
 
-INSTRUCTIONS = """You act in a text world, one command a turn. Your task: {task}
-You work towards it through short subgoals, each within reach of a few commands.
-"""
+TASK = "You act in a text world, one command a turn. Your task: {task}"
+PLANNING = "You work towards it through short subgoals, each within reach of a few commands."
 FORMAT = """\
 Decide first whether to keep the current subgoal or to switch to a new one, then act. \
 Answer with these blocks only:
@@ -38,39 +38,56 @@ Answer with these blocks only:
 <subgoal>the current subgoal word for word if you keep it, else the new one</subgoal>
 <action>one admissible action, word for word</action>
 """
+ACTION_FORMAT = """\
+Answer with this block only:
+<action>one admissible action, word for word</action>
+"""
 
 
 def render_reference(state: State) -> str:
     """The paper's prompt: task, history, observation, subgoal, admissible actions, format."""
     past = "\n".join(f"Observation: {seen}\nAction: {action}" for seen, action in state.history)
-    commands = "\n".join(f"'{command}'" for command in state.commands if command != "help")
-    return f"""{INSTRUCTIONS.format(task=state.task)}
-The last {len(state.history)} observations and actions:
-{past or "none yet"}
-
-Current observation:
-{state.observation}
-
-Current subgoal: {state.subgoal}
-
-Admissible actions:
-{commands}
-
-{FORMAT}"""
+    return join_paragraphs(
+        instruct(state),
+        f"The last {len(state.history)} observations and actions:\n{past or 'none yet'}",
+        f"Current observation:\n{state.observation}",
+        name_subgoal(state),
+        "Admissible actions:\n" + list_commands(state, "'{}'"),
+        ask(state),
+    )
 
 
 def render_transcript(state: State) -> str:
     """One conversation: the first turn gives task and format, every turn what is new."""
-    commands = "\n".join(command for command in state.commands if command != "help")
-    new = f"""Observation:
-{state.observation}
+    new = (
+        f"Observation:\n{state.observation}",
+        "Admissible actions:\n" + list_commands(state, "{}"),
+        name_subgoal(state),
+    )
+    if state.context:
+        return join_paragraphs(*new) + "\n"
+    return join_paragraphs(instruct(state), *new, ask(state))
 
-Admissible actions:
-{commands}
 
-Current subgoal: {state.subgoal}
-"""
-    return new if state.context else f"{INSTRUCTIONS.format(task=state.task)}\n{new}\n{FORMAT}"
+def instruct(state: State) -> str:
+    task = TASK.format(task=state.task)
+    return f"{task}\n{PLANNING}" if state.plans else task
+
+
+def name_subgoal(state: State) -> str:
+    return f"Current subgoal: {state.subgoal}" if state.plans else ""
+
+
+def list_commands(state: State, form: str) -> str:
+    return "\n".join(form.format(command) for command in state.commands if command != "help")
+
+
+def ask(state: State) -> str:
+    return FORMAT if state.plans else ACTION_FORMAT
+
+
+def join_paragraphs(*paragraphs: str) -> str:
+    return "\n\n".join(filter(None, paragraphs))
 
 
 STYLES = {"reference": Style(render_reference), "transcript": Style(render_transcript)}

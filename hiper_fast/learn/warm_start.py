@@ -61,10 +61,11 @@ def warm_start(
             logger.log(step, "warm_start", metrics)
 
 
-def write_response(move: Move, subgoal: str | None) -> str:
-    """The response that makes `move` while `subgoal` is the current one."""
+def write_response(move: Move, subgoal: str | None, *, plans: bool = True) -> str:
+    """The response that makes `move` while `subgoal` is the current one; without plans the action alone."""
     switch = "KEEP" if move.subgoal == subgoal else "SWITCH"
-    blocks = ("switch", switch), ("subgoal", move.subgoal), ("action", move.action)
+    blocks = [("switch", switch), ("subgoal", move.subgoal)] if plans else []
+    blocks.append(("action", move.action))
     return "".join(f"<{name}>{text}</{name}>" for name, text in blocks)
 
 
@@ -118,7 +119,7 @@ class Teacher:
         self.imitated[id(play)].append(self.config.imitate_noise == "yes" or not stumbles)
         if stumbles:
             move = player.stumble(move, state.commands, self.rng)
-        return write_response(move, state.subgoal)
+        return write_response(move, state.subgoal, plans=state.plans)
 
     def marks(self) -> list[bool]:
         """Of all turns, play by play: whether it is to be imitated."""

@@ -18,11 +18,10 @@ class Play:
         self.env, self.family, self.config = env, family, config
         observation, info = env.reset(**task)
         self.info = info
-        self.state = State(
-            info["task"], family.strip_opening(observation), info["admissible_commands"]
-        )
+        opening, plans = family.strip_opening(observation), config.agent.subgoals
+        self.state = State(info["task"], opening, info["admissible_commands"], plans=plans)
         reachable = getattr(env, "reachable", True)
-        self.episode = Episode(info["task"], info["task_type"], reachable=reachable)
+        self.episode = Episode(info["task"], info["task_type"], plans=plans, reachable=reachable)
         self.episode.continued = config.agent.style == "transcript"
         self.over = False
 
@@ -48,7 +47,7 @@ class Play:
         parsed = response.parse(text)
         action = response.command(text, self.config.agent.fallback).lower()
         state, episode, rewards = self.state, self.episode, self.config.reward
-        if parsed.subgoal and (parsed.switch or not episode.responses):
+        if state.plans and parsed.subgoal and (parsed.switch or not episode.responses):
             state.subgoal = parsed.subgoal
         said = text.decode(errors="replace")
         episode.turns.append(Turn(state.observation, said, state.subgoal, action))

@@ -1,4 +1,4 @@
-"""Which games a run plays: fresh training games drawn from the seed, and one fixed panel of unseen ones."""
+"""Which games a run plays: fresh training games drawn from the seed, and fixed panels of unseen ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Games:
 
     def list_panel(self) -> list[Task]:
         """The evaluation games, the same for every seed, each exactly once."""
-        return self.family.list_panel(self.config.eval.episodes)
+        return self.family.list_panel(self.config.eval.panel, self.config.eval.episodes)
 
 
 INFO = {"admissible_commands": list, "won": bool, "task": str, "task_type": str}

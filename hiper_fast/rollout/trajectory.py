@@ -10,6 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from hiper_fast import response
+from hiper_fast.ops import reference
 from hiper_fast.packing import interleave, prefix_sums, spread
 
 
@@ -32,6 +34,7 @@ class Episode:
     won: bool = False
     terminated: bool = False
     continued: bool = False  # each prompt continues what was read and answered before: its tokens are the new ones only
+    plans: bool = True  # the agent pursues subgoals; False: it only acts
     prompts: list[list[int]] = field(
         default_factory=list
     )  # token ids, a list a turn; truncated: one more, of the end
@@ -127,6 +130,8 @@ def pack(episodes: list[Episode], find_roles: FindRoles) -> Trajectories:
     finals = [[] if episode.terminated else episode.prompts[-1] for episode in episodes]
     response_ids, cu_tokens = join(responses), measure(responses)
     roles, switch, value_index, valid = find_roles(response_ids, cu_tokens)
+    if not all(episode.plans for episode in episodes):
+        roles, switch, valid = see_actions_alone(roles, switch, episodes)
     return Trajectories(
         prompt_ids=join(prompts),
         cu_prompts=measure(prompts),
@@ -148,6 +153,15 @@ def pack(episodes: list[Episode], find_roles: FindRoles) -> Trajectories:
         group=torch.tensor([episode.group for episode in episodes], dtype=torch.int64),
         episodes=episodes,
     )
+
+
+def see_actions_alone(
+    roles: Tensor, switch: Tensor, episodes: list[Episode]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roles [tokens], switch and valid [turns] where nothing but an action is asked for."""
+    said = (turn.response for episode in episodes for turn in episode.turns)
+    valid = [response.parse(text, plans=False).valid for text in said]
+    return roles & reference.ACTION, torch.zeros_like(switch), torch.tensor(valid)
 
 
 def flatten(lists: Iterable[list]) -> list:

@@ -15,7 +15,7 @@ from ..player import Player
 from . import prompts
 from .game import games
 from .player import make_player
-from .split import AlfWorldSplit
+from .split import HELD_OUT, AlfWorldSplit, hold_out
 
 HERE = Path(__file__).parent
 
@@ -41,7 +41,9 @@ class RoomFamily(family.Family):
 @dataclass(slots=True)
 class Options(RoomOptions):
     split: str = option("train", "the split to train on")
-    eval_split: str = option("valid_seen", "the split to evaluate on")
+    eval_split: str = option(
+        "valid_seen", "the split of the panel test; tune is games held out of the one to train on"
+    )
     max_turns: int = option(50, "turns after which an episode is truncated", above=0)
 
 
@@ -51,10 +53,15 @@ class Family(RoomFamily):
     defaults = HERE / "defaults.yaml"
 
     def make(self) -> AlfWorldSplit:
-        return AlfWorldSplit(self.options.split, self.options.engine)
+        return AlfWorldSplit(self.options.split, self.options.engine, holds_out=True)
 
-    def list_panel(self, count: int) -> list[family.Task]:
-        every = games(self.options.eval_split)
+    def list_panel(self, panel: str, count: int) -> list[family.Task]:
+        split = {"test": self.options.eval_split, "tune": self.options.split}[panel]
+        every = games(split) if panel == "test" else hold_out(split)[1]
+        if not every:
+            raise ValueError(
+                f"eval.panel tune holds games out of {split!r}, which has fewer than {HELD_OUT} tasks"
+            )
         drawn = random.Random("panel").sample(every, min(count, len(every)))
         return [{"options": {"game": game}} for game in drawn]
 

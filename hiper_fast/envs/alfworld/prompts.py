@@ -74,8 +74,8 @@ def render_compact(state: State) -> str:
     best = "".join(f"{command}\n" for *_, command in sorted(fitting))
     count = min(state.refused, MOST_REFUSED)
     refused = f"Nothing happens {count}\n" if count else ""
-    head = f"task: {state.task}\ndid: {did}\nsee: {see}\nsubgoal: {state.subgoal}\n"
-    return f"{head}{refused}{can}{best}"
+    subgoal = f"subgoal: {state.subgoal}\n" if state.plans else ""
+    return f"task: {state.task}\ndid: {did}\nsee: {see}\n{subgoal}{refused}{can}{best}"
 
 
 STYLES = prompts.STYLES | {"compact": Style(render_compact, simplify=drop_refused)}

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from ..base import Environment, Info, check_options
 from .engine import AlfWorld
 from .game import Game, games
 
+HELD_OUT = 20  # one task in so many is kept to choose settings on
+
 
 class AlfWorldSplit:
     """The games of one split: `reset(seed=s)` draws one by the seed, `reset()` the next at random.
 
     `options={"game": …}` plays that game instead. engine: "native" (`AlfWorld`) or "textworld".
+    holds_out: draw none of the games that `hold_out` keeps for choosing settings.
     """
 
-    def __init__(self, split: str = "train", engine: str = "native"):
+    def __init__(self, split: str = "train", engine: str = "native", *, holds_out: bool = False):
         self._engine = find_engine(engine)
-        self._games = games(split)
+        self._games = hold_out(split)[0] if holds_out else games(split)
         self._random = random.Random()
         self._env: Environment | None = None
 
@@ -44,6 +48,16 @@ class AlfWorldSplit:
         if self._env is None:
             raise RuntimeError("call reset before step")
         return self._env.step(command)
+
+
+def hold_out(split: str) -> tuple[list[Path], list[Path]]:
+    """The games to train on, and others: of a twentieth of the split's tasks, all trials of each."""
+    tasks: dict[Path, list[Path]] = {}
+    for game in games(split):
+        tasks.setdefault(game.parent.parent, []).append(game)
+    held = set(random.Random("tune").sample(list(tasks), len(tasks) // HELD_OUT))
+    kept = [game for task, trials in tasks.items() if task not in held for game in trials]
+    return kept, [game for task, trials in tasks.items() if task in held for game in trials]
 
 
 def find_engine(name: str) -> type[Environment]:

@@ -18,6 +18,7 @@ from .player import Shopper
 from .shop import WebShop
 
 HERE = Path(__file__).parent
+TUNING = "validation"  # the split to choose settings on
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class Options(EnvConfig):
         "goal", "goal, as the original, or product: no product in two splits"
     )
     split: str = option("train", "the split to train on")
-    eval_split: str = option("test", "the split to evaluate on")
+    eval_split: str = option("test", "the split of the panel test; tune is of validation")
     max_turns: int = option(15, "turns after which an episode is truncated", above=0)
 
 
@@ -50,8 +51,9 @@ class Family(family.Family):
             split_by=self.options.split_by,
         )
 
-    def list_panel(self, count: int) -> list[family.Task]:
-        goals = self.make(self.options.eval_split).panel[:count]
+    def list_panel(self, panel: str, count: int) -> list[family.Task]:
+        split = {"test": self.options.eval_split, "tune": TUNING}[panel]
+        goals = self.make(split).panel[:count]
         return [{"options": {"goal": goal}} for goal in goals]
 
     def find_task(self, name: str) -> family.Task:

@@ -74,9 +74,10 @@ def render_compact(state: State) -> str:
         best = f"missing:{list_options(missing) or ' nothing'}\n{best}"
     if SEARCH_COMMAND in state.commands:
         best = f"search[{' '.join(wish.words)}]"
+    subgoal = f"subgoal: {state.subgoal}\n" if state.plans else ""
     return (
         f"task:{wish.request}{list_options(wish.options)}{limit}\ndid: {did}\n"
-        f"see: {' '.join(see)}\ncan: {can}\nsubgoal: {state.subgoal}\n{best}\n"
+        f"see: {' '.join(see)}\ncan: {can}\n{subgoal}{best}\n"
     )
 
 
