@@ -42,6 +42,7 @@ from hiper_fast.study import (
     STUDY,
     Run,
     Study,
+    check_recorded,
     list_compared,
     load_study,
     name_folder,
@@ -183,7 +184,7 @@ def is_ready(run: Run) -> bool:
 def begin(run: Run) -> ForkServerProcess:
     find_log(run).parent.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")  # which imports once for all runs
-    context.set_forkserver_preload(["hiper_fast.compare"])
+    context.set_forkserver_preload(["hiper_fast.train"])
     process = context.Process(target=work, args=(run,), daemon=True)
     process.start()
     return process
@@ -289,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         question, jobs = read_question(study, own), own.get("jobs", os.cpu_count() or 1)
         if jobs < 1:
             raise ConfigError("--jobs: must be at least 1")
+        check_recorded(study)
         if not own.get("only_report"):
             with hold(study.folder):
                 record_study(study)

@@ -214,12 +214,16 @@ def load_study(path: Path) -> dict[str, Any]:
     return load_yaml(path, str(path))
 
 
-def record_study(study: Study) -> None:
-    """Writes what the study is into its folder. ConfigError if another one is there, unless it only grows."""
+def check_recorded(study: Study) -> None:
+    """ConfigError if the study's folder holds another one, unless it only grows."""
     file = study.folder / STUDY
     if file.exists():
         check_growth(read_study(load_study(file), str(file), study.folder), study)
-    study.folder.mkdir(parents=True, exist_ok=True)
+
+
+def record_study(study: Study) -> None:
+    """Writes what the study is into its folder."""
+    file = study.folder / STUDY
     arms = {name: list_sections(config) for name, config in study.arms.items()}
     content = {"seeds": study.seeds, "arms": arms}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
