@@ -156,6 +156,7 @@ def test_success_is_counted_per_game_and_per_type(agent, monkeypatch, wins):
         assert len(mine) == count and metrics[f"eval/success/{name}"] == pytest.approx(
             sum(mine) / count
         )
+        assert metrics[f"eval/won/{name}"] == "".join("1" if won else "0" for won in mine)
     assert metrics["eval/valid_rate"] == pytest.approx(t.valid.float().mean().item())
 
 

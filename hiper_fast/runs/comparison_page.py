@@ -119,7 +119,9 @@ def tell_findings(results: Results) -> list[str]:
             lines.append(f"{line} These seeds give no interval, so they can tell no gap.")
         else:
             lines.append(f"{line} Gaps of less than about {100 * least:.1f} points would not show.")
-    return [*lines, *(f"Not in these results: {line}." for line in results["unfinished"])]
+    if results["unfinished"]:
+        lines.append(f"Unfinished, and so left out: {'; '.join(results['unfinished'])}.")
+    return lines
 
 
 def build_tables(results: Results) -> list[Table]:
@@ -195,7 +197,8 @@ def tell_method(results: Results) -> list[str]:
         f"Equal turns: {results['turns']:,} turns of training are the most that every run reached. Where no "
         "evaluation stands there, each game's outcome is interpolated between the evaluations beside it.",
         "Last: each run's last evaluation, whatever its turns. "
-        f"Last {results['tail']}: the mean of so many last evaluations. The best is never picked.",
+        f"Last {results['tail']}: the mean of so many last evaluations, or of all after the start where there are "
+        "fewer. The best is never picked.",
         "Curves: mean over seeds, linear between evaluations, as far as all seeds of an arm go; bands are Student's "
         "95 % intervals at each point. Wall time is that of runs side by side.",
         "Interval of IQM and P(improvement): percentile bootstrap, 2,000 draws of seeds and, within task types, "

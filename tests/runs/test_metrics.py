@@ -72,6 +72,10 @@ def test_rows_are_flat_json_written_at_once(tmp_path):
         }
         with pytest.raises(TypeError, match="'f'"):
             logger.log(4, "train", {"f": "text"})
+        logger.log(4, "eval", {"eval/won/look": "0110"})
+        assert json.loads(lines(tmp_path)[1])["eval/won/look"] == "0110"
+        with pytest.raises(TypeError, match="'eval/won/look'"):
+            logger.log(4, "eval", {"eval/won/look": 3})
 
 
 def test_not_a_number_becomes_null(tmp_path):
@@ -144,6 +148,7 @@ def test_tensorboard_events_are_purged_on_resume(tmp_path):
     time.sleep(1.1)  # event files are named by the second
     with Logger(tmp_path, resume_step=3, display="none") as logger:
         train(logger, range(4, 6))
+        logger.log(6, "eval", {"eval/won/look": "01"})  # no number, so no event
     assert scalars(tmp_path)["rollout/success"] == [1, 2, 3, 4, 5]
     assert scalars(tmp_path)["eval/success"] == [2, 4]
     assert any((tmp_path / "tensorboard" / "warm_start").iterdir())
