@@ -188,17 +188,18 @@ class WarmStartConfig:
     enabled: Literal["auto", "yes", "no"] = option(
         "auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model"
     )
-    demonstrations: Literal["search", "walkthrough"] = option(
-        "search", "search: an expert that looks for things; walkthrough: the game's own solution"
+    demonstrations: Literal["search", "listed", "walkthrough"] = option(
+        "search",
+        "search: a player that looks for things, place after place in random order; listed: in the order the game "
+        "lists them; walkthrough: the game's own solution",
     )
-    episodes: int = option(1000, "scripted episodes", above=0)
+    episodes: int = option(3000, "scripted episodes", above=0)
     epochs: int = option(1, "passes over them", above=0)
     noise: float = option(
         0.2, "share of turns on which the searching expert stumbles", least=0, below=1
     )
-    imitate_noise: Literal["auto", "yes", "no"] = option(
-        "auto",
-        "imitate those turns too, for reinforcement to unlearn: yes, no, or auto: only for the tiny model",
+    imitate_noise: Literal["yes", "no"] = option(
+        "no", "imitate those turns too, for reinforcement to unlearn: yes or no"
     )
     batch_turns: int = option(32, "turns per optimiser step", above=0)
     lr: float = option(

@@ -174,8 +174,6 @@ def choose_automatic(config: Config, family: type[Family]) -> None:
         config.model.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.warm_start.enabled == "auto":
         config.warm_start.enabled = "yes" if tiny else "no"
-    if config.warm_start.imitate_noise == "auto":
-        config.warm_start.imitate_noise = "yes" if tiny else "no"
     if config.run.display == "auto":
         config.run.display = "panel" if sys.stdout.isatty() else "plain"
 

@@ -442,15 +442,10 @@ def test_auto_environment_and_style(monkeypatch):
         assert resolve(given={"agent.style": style}).agent.style == style
 
 
-def test_only_the_tiny_model_is_warm_started_and_shown_mistakes():
-    options = resolve().warm_start
-    assert (options.enabled, options.imitate_noise) == ("yes", "yes")
-    options = resolve(given={"model.path": "some/model"}).warm_start
-    assert (options.enabled, options.imitate_noise) == ("no", "no")
-    options = resolve(
-        given={"warm_start.enabled": "no", "warm_start.imitate_noise": "no"}
-    ).warm_start
-    assert (options.enabled, options.imitate_noise) == ("no", "no")
+def test_only_the_tiny_model_is_warm_started():
+    assert resolve().warm_start.enabled == "yes"
+    assert resolve(given={"model.path": "some/model"}).warm_start.enabled == "no"
+    assert resolve(given={"warm_start.enabled": "no"}).warm_start.enabled == "no"
 
 
 def test_no_auto_is_left_but_the_name_of_a_run_that_has_none_yet(monkeypatch):

@@ -570,7 +570,7 @@ def alfworld_folder(folder, count=3):
     return folder
 
 
-@pytest.mark.parametrize("demonstrations", ["search", "walkthrough"])
+@pytest.mark.parametrize("demonstrations", ["search", "listed", "walkthrough"])
 def test_the_same_command_with_data_plays_the_official_games(tmp_path, monkeypatch, demonstrations):
     monkeypatch.setenv("ALFWORLD_DATA", str(alfworld_folder(tmp_path / "data")))
     options = {"env": "auto", "updates": 1, "warm_start.demonstrations": demonstrations}

@@ -115,7 +115,8 @@ class Teacher:
         last = state.history[-1][1] if state.history else None
         player.observe(last, state.observation, state.commands)
         move = player.move(state.commands)
-        stumbles = self.config.demonstrations == "search" and self.rng.random() < self.config.noise
+        searches = self.config.demonstrations != "walkthrough"
+        stumbles = searches and self.rng.random() < self.config.noise
         self.imitated[id(play)].append(self.config.imitate_noise == "yes" or not stumbles)
         if stumbles:
             move = player.stumble(move, state.commands, self.rng)

@@ -15,6 +15,7 @@ from .environment import Household
 
 @dataclass(slots=True)
 class Options(RoomOptions):
+    max_turns: int = option(10, "turns after which an episode is truncated", above=0)
     size: Literal["small", "medium", "large"] = option("small", "small, medium or large rooms")
     task_types: list[str] | None = option(None, "only these task types (default: all six)")
 
