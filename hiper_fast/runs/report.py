@@ -49,7 +49,7 @@ def build(run_dir: str | Path) -> Path:
         summary=escape(_summarize(config)),
         config=escape(config or "no config.yaml"),
         figures=_draw_cards(rows, train, evals),
-        success=_draw_success(train, evals),
+        success=_draw_success(train, evals, _select_stage(rows, "warm_start")),
         tasks=_draw_task_table(evals),
         charts=_draw_charts(rows),
         note=escape(note),
@@ -211,7 +211,7 @@ def _draw_task(name: str | None, evals: list[Row]) -> str:
     return f"<tr{kind}><td>{escape(label)}</td>{''.join(cells)}<td>{bars}</td></tr>"
 
 
-def _draw_success(train: list[Row], evals: list[Row]) -> str:
+def _draw_success(train: list[Row], evals: list[Row], warm: list[Row]) -> str:
     steps = sorted({row["step"] for row in [*train, *evals]})
     if not steps:
         return '<p class="empty">No update yet.</p>'
@@ -221,6 +221,9 @@ def _draw_success(train: list[Row], evals: list[Row]) -> str:
         Series("training", "faint", raw),
         Series(f"training, mean of {window}", "a", _smooth(raw, window)),
     ]
+    teacher = _read_finite(warm[-1].get("warm_start/teacher")) if warm else None
+    if teacher is not None:
+        series.append(Series("scripted player", "s2", [teacher] * len(steps)))
     keys = ("step", "eval/success", "eval/low", "eval/high")
     points = [Point(*map(row.get, keys)) for row in evals]
     options = {"size": WIDE, "limits": (0.0, 1.0), "points": points}
