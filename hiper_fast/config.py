@@ -41,6 +41,11 @@ class AgentConfig:
     batch_tokens: int = option(
         8192, "prompt tokens of the episodes that generate together, or one longer prompt", above=0
     )
+    shown_subgoal: Literal["kept", "written"] = option(
+        "kept",
+        "what prompts call the current subgoal; kept: the one that the last SWITCH set; written: the last one that a "
+        "response named, on a KEEP turn too (reference)",
+    )
     fallback: int = option(
         30, "a response without action block acts by its last characters, so many", least=0
     )

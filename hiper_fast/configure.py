@@ -206,9 +206,9 @@ def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
 def find_base(name: Any, source: str) -> Path:
     """The recipe's file; never one of the same name in the current folder, which may have this very base."""
     recipes = list_recipes()
-    if name not in recipes:
+    if str(name) not in recipes:
         raise ConfigError(f"{source}: base: {name!r} is none of the recipes {', '.join(recipes)}")
-    return recipes[name]
+    return recipes[str(name)]
 
 
 def load_yaml(path: str | Path, source: str) -> Any:

@@ -196,7 +196,9 @@ def count_steps(config: Config) -> int:
     """Optimiser steps of an update."""
     train, (turns, _, _) = config.train, count_tokens(config)
     sequences = train.episodes if config.agent.style == "transcript" else turns
-    return math.ceil(sequences / train.minibatch_size) if train.minibatch_size else train.minibatches
+    return (
+        math.ceil(sequences / train.minibatch_size) if train.minibatch_size else train.minibatches
+    )
 
 
 def count_own_episodes(config: Config) -> int:
