@@ -184,11 +184,11 @@ def convert_list(option: Option, kind: Any, value: Any) -> list:
 
 def convert_choice(option: Option, value: Any) -> str:
     word = str(value).lower()
-    if word in YES + NO and value not in option.choices:  # YAML reads a bare yes as true
-        value = option.flag[word in YES]
-    if value not in option.choices:
-        raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(option.choices)}")
-    return value
+    meant = option.flag[word in YES] if word in YES + NO else value  # YAML reads a bare yes as true
+    for choice in (value, meant):
+        if choice in option.choices:
+            return choice
+    raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(option.choices)}")
 
 
 def convert_bool(option: Option, value: Any) -> bool:
