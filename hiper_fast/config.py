@@ -45,6 +45,11 @@ class AgentConfig:
     batch_tokens: int = option(
         8192, "prompt tokens of the episodes that generate together, or one longer prompt", above=0
     )
+    shown_subgoal: Literal["kept", "written"] = option(
+        "kept",
+        "what prompts call the current subgoal; kept: the one that the last SWITCH set; written: the last one that a "
+        "response named, on a KEEP turn too (reference)",
+    )
     fallback: int = option(
         30, "a response without action block acts by its last characters, so many", least=0
     )
@@ -118,7 +123,12 @@ class AdvantageConfig:
     lambda_turn: float = option(1.0, "lambda within a segment", least=0, most=1)
     lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)", least=0, most=1)
     normalize: bool = option(True, "normalise each level over the turns that carry it")
-    bootstrap: bool = option(False, "bootstrap truncated episodes from the state after them")
+    bootstrap: Literal["none", "next_state", "reference"] = option(
+        "none",
+        "what stands for the reward that a truncated episode misses; next_state: V_high of the state after it; "
+        "reference (hae): V_low of its last turn, V_high of its last segment's start",
+        flag=("none", "next_state"),
+    )
     malformed: bool = option(
         True, "tokens outside the blocks of an invalid turn train as its action (reference: false)"
     )
@@ -135,6 +145,12 @@ class TrainConfig:
         8,
         "optimiser steps per update, over turns (transcript: episodes) drawn without repetition",
         above=0,
+    )
+    minibatch_size: int = option(
+        0,
+        "turns (transcript: episodes) per optimiser step, in place of train.minibatches; 0: as that says "
+        "(reference: 256)",
+        least=0,
     )
     critic_updates: int = option(2, "first updates that train the critic alone", least=0)
     final_lr: float = option(

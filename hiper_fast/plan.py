@@ -192,6 +192,15 @@ def count_tokens(config: Config) -> tuple[int, int, int]:
     )
 
 
+def count_steps(config: Config) -> int:
+    """Optimiser steps of an update."""
+    train, (turns, _, _) = config.train, count_tokens(config)
+    sequences = train.episodes if config.agent.style == "transcript" else turns
+    return (
+        math.ceil(sequences / train.minibatch_size) if train.minibatch_size else train.minibatches
+    )
+
+
 def count_own_episodes(config: Config) -> int:
     return math.ceil(config.train.episodes / count_processes(config))
 
@@ -445,7 +454,7 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     separate = has_own_critic(config)
     references = bool(train.kl_coef) + (train.old_logprobs == "recomputed")
     policy_step, critic_step = (
-        train.minibatches * estimate_step(config, machine, name) for name in ("policy", "critic")
+        count_steps(config) * estimate_step(config, machine, name) for name in ("policy", "critic")
     )
     prefill, decode = estimate_rollout(config, machine)
     evaluation = (prefill + decode) * config.eval.episodes / train.episodes / config.eval.every

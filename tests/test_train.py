@@ -312,7 +312,7 @@ def test_a_run_of_transcripts_resumes_exactly_and_is_evaluated_and_shown(tmp_pat
         "eval.every": 1,
     }
     options |= {
-        "advantage.bootstrap": True,
+        "advantage.bootstrap": "next_state",
         "run.save_every": 1,
         "train.critic_updates": 0,
         "train.minibatches": 2,

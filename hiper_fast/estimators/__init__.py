@@ -37,7 +37,7 @@ class Values:
     """What the critic says of them."""
 
     turns: Tensor  # float32 [turns, 3], columns LOW, HIGH, SWITCH
-    bootstrap: Tensor  # float32 [trajectories], V_high after the last turn; 0 where there is none
+    bootstrap: Tensor  # float32 [trajectories], V_high after the last turn; 0 but for `advantage.bootstrap: next_state`
 
 
 @dataclass(frozen=True, slots=True)

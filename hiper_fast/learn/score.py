@@ -45,7 +45,8 @@ class ScoringPass:
         self.agent, self.trajectories = agent, trajectories
         self.temperature = config.agent.temperature
         self.recomputes = config.train.old_logprobs == "recomputed"
-        self.bootstraps = config.advantage.bootstrap and agent.critic is not None
+        asked = config.advantage.bootstrap == "next_state"
+        self.bootstraps = asked and agent.critic is not None
         self.values = torch.zeros(trajectories.turns, 3)
         self.bootstrap = torch.zeros(len(trajectories.terminated))
         self.old_logprobs = torch.zeros_like(trajectories.old_logprobs)  # [tokens]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hiper_fast import ops
 from hiper_fast.agent.agent import Agent
-from hiper_fast.config import Config
+from hiper_fast.config import Config, TrainConfig
 from hiper_fast.estimators import HIGH, LOW, SWITCH
 from hiper_fast.learn.credit import Targets
 from hiper_fast.learn.rows import Rows
@@ -35,7 +35,7 @@ def update(
     sequences = trajectories.sequences()
     order = torch.randperm(len(sequences), generator=generator)
     steps = []
-    for index in order.tensor_split(config.train.minibatches):
+    for index in split_minibatches(order, config.train):
         if index.numel():
             step = Step(agent, trajectories, sequences, targets, index, config, train_policy)
             steps.append(step.take(optimizers))
@@ -45,6 +45,13 @@ def update(
     names = taken[0] if taken else {}
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
+
+
+def split_minibatches(order: Tensor, config: TrainConfig) -> tuple[Tensor, ...]:
+    """`train.minibatches` of about one size, or as many as `train.minibatch_size` makes, the last one short."""
+    if config.minibatch_size:
+        return order.split(config.minibatch_size)
+    return order.tensor_split(config.minibatches)
 
 
 def measure_critic(targets: Targets) -> dict[str, float]:

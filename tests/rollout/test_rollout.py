@@ -109,6 +109,24 @@ def test_the_first_turn_sets_the_subgoal_keep_keeps_it_and_switch_changes_it(age
     assert shown == ["None", *subgoals[:-1]]
 
 
+def test_written_subgoals_are_shown_on_keep_turns_too(agent):
+    """As the reference implementation shows them; a turn that names none leaves the last one."""
+    script = [
+        say(KEEP, "find a", "wait"),
+        say(KEEP, "find b", "wait"),
+        say(SWITCH, "", "wait"),
+        "<action>wait</action>",
+        say(KEEP, "find c", "win"),
+    ]
+    _, [episode] = run(agent, [script], shown_subgoal="written")
+    subgoals = [turn.subgoal for turn in episode.turns]
+    assert subgoals == ["find a", "find b", "find b", "find b", "find c"]
+    shown = [
+        prompt_text(agent, episode, i).split("subgoal: ")[1].strip() for i in range(len(script))
+    ]
+    assert shown == ["None", *subgoals[:-1]]
+
+
 def test_a_bad_switch_text_means_the_same_to_rollout_and_roles(agent):
     """The reference read it as SWITCH in one module and as KEEP in another."""
     for text in ("MAYBE", "", " ", "keep", "KEEP ", "switch", "SWITCH!", "no", "界"):
