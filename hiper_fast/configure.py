@@ -168,6 +168,11 @@ def check(config: Config, family: type[Family]) -> None:
             f"train.group: {config.advantage.estimator} (advantage.estimator) compares episodes of one game; give "
             "2 or more, 8 is usual"
         )
+    if config.train.importance_cap and config.train.old_logprobs != "recomputed":
+        raise ConfigError(
+            "train.importance_cap: weighs what the trainer recomputes against what was sampled; set "
+            "train.old_logprobs to recomputed, or leave the cap out"
+        )
     engines.find(config.rollout.engine)
     if config.agent.style not in family.styles:
         raise ConfigError(
