@@ -113,7 +113,7 @@ def plain_loss(
     ratio = log_ratio.clamp(max=MAX_EXPONENT).exp()
     make_terms = ppo_terms if options.loss == "ppo" else cispo_terms
     terms, clipped = make_terms(ratio, logprobs, tokens.advantages, options)
-    metrics = {"clip_fraction": clipped}
+    metrics = {"clip_fraction": clipped.to(terms.dtype)}
     if tokens.ref_logprobs is not None:
         metrics["kl"] = estimate_kl(tokens.ref_logprobs - logprobs)
         terms = terms + options.kl_coef * metrics["kl"]
