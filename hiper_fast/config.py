@@ -115,13 +115,17 @@ class RewardConfig:
 class AdvantageConfig:
     estimator: str = option(
         "hae",
-        "hae: three levels (HiPER); hae_no_switch; gae: one flat level over turns; without a critic, with "
-        "train.group: grpo, dr_grpo, rloo, gigpo, group_hae; another that is installed, or "
+        "hae: three levels (HiPER); hae_no_switch; gae: one flat level over turns; token_gae: over tokens; without a "
+        "critic, with train.group: grpo, dr_grpo, rloo, gigpo, group_hae; another that is installed, or "
         "package.module:function",
     )
-    gamma: float = option(0.98, "discount per turn (reference: 1)", least=0, most=1)
+    gamma: float = option(
+        0.98, "discount per turn (reference: 1; token_gae: per token, 1 is usual)", least=0, most=1
+    )
     lambda_turn: float = option(1.0, "lambda within a segment", least=0, most=1)
-    lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)", least=0, most=1)
+    lambda_segment: float = option(
+        0.95, "lambda over segments (gae: over turns; token_gae: over tokens)", least=0, most=1
+    )
     normalize: bool = option(True, "normalise each level over the turns that carry it")
     bootstrap: Literal["none", "next_state", "reference"] = option(
         "none",
@@ -173,6 +177,12 @@ class TrainConfig:
         "sampled",
         "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16",
     )
+    importance_cap: float = option(
+        0.0,
+        "with recomputed: a token's advantage is weighted by exp(recomputed - sampled log-prob), at most this (2 is "
+        "usual); 0: not weighted",
+        least=0,
+    )
     lr: float = option(8e-4, "policy learning rate (reference, 1.5B: 1e-6)", least=0)
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)", least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", least=0)
@@ -185,8 +195,22 @@ class TrainConfig:
         "bfloat16 weights train through float32 masters; false: small updates are lost to rounding",
     )
     grad_clip: float = option(1.0, "largest gradient norm", least=0)
-    clip_low: float = option(0.2, "PPO clip below 1", least=0)
-    clip_high: float = option(0.2, "PPO clip above 1", least=0)
+    loss: Literal["ppo", "cispo"] = option(
+        "ppo",
+        "ppo: clipped ratio, dual clip; cispo: clipped ratio as a constant weight of the log-prob's gradient",
+    )
+    ratio: Literal["token", "turn", "sequence"] = option(
+        "token",
+        "importance ratio of a token: its own; or the geometric mean of its turn's or its sequence's (GSPO); a "
+        "sequence is a turn, with transcript an episode",
+    )
+    aggregation: Literal["token", "sequence", "constant"] = option(
+        "token",
+        "token: mean over a minibatch's loss tokens; sequence: mean over its sequences of each one's mean; constant: "
+        "their sum, divided by the most response tokens that its sequences could have (Dr. GRPO)",
+    )
+    clip_low: float = option(0.2, "clip of the ratio below 1; 1: none", least=0)
+    clip_high: float = option(0.2, "clip of the ratio above 1", least=0)
     dual_clip: float = option(3.0, "PPO dual clip for negative advantages", above=1)
     kl_coef: float = option(0.01, "KL to the reference policy; 0 keeps no reference model", least=0)
     entropy_coef: float = option(0.001, "entropy bonus", least=0)

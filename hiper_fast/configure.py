@@ -190,6 +190,11 @@ def check(config: Config, family: type[Family]) -> None:
         raise ConfigError(
             f"reward.keep: without subgoals (agent.subgoals) no turn keeps one; set it to 0, not {config.reward.keep}"
         )
+    if config.train.importance_cap and config.train.old_logprobs != "recomputed":
+        raise ConfigError(
+            "train.importance_cap: weighs what the trainer recomputes against what was sampled; set "
+            "train.old_logprobs to recomputed, or leave the cap out"
+        )
     engines.find(config.rollout.engine)
     if config.agent.style not in family.styles:
         raise ConfigError(

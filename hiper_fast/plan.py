@@ -25,6 +25,7 @@ from hiper_fast.agent.agent import HEADS
 from hiper_fast.agent.footprint import Footprint, count_pass, measure_model
 from hiper_fast.config import Config, PlanConfig
 from hiper_fast.envs.family import families
+from hiper_fast.learn.loss import is_fused
 from hiper_fast.ops._head import CHUNK_BYTES
 from hiper_fast.options import ConfigError, flatten
 
@@ -462,7 +463,7 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
         "rollout: prompts": prefill,
         "rollout: responses": decode,
         "scoring": forward * (separate + references) + head * references,
-        "policy update": forward * passes + head * 3 + policy_step,
+        "policy update": forward * passes + head * (3 if is_fused(train) else 4) + policy_step,
         "critic update": forward * passes * separate + critic_step,
         "evaluation, a share": evaluation,
     }

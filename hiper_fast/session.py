@@ -85,9 +85,9 @@ class Session:
         episodes = self.folder / "episodes"
         write_episodes(episodes, step, "eval", panel)
         if batch:
-            targets = batch.targets
-            played = batch.trajectories, targets.credit, targets.old_values
-            write_episodes(episodes, step, "train", *played)
+            trajectories, targets = batch.trajectories, batch.targets
+            values = targets.turn_values(trajectories.cu_tokens)
+            write_episodes(episodes, step, "train", trajectories, targets.credit, values)
 
     def save(self, step: int, improved: bool) -> None:
         """Writes a checkpoint and the report."""
