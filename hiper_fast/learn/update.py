@@ -14,6 +14,7 @@ from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.estimators import HIGH, LOW, SWITCH
 from hiper_fast.learn.credit import Targets
+from hiper_fast.learn.roles import measure_roles
 from hiper_fast.learn.rows import Rows
 from hiper_fast.packing import BLANK, Microbatch, microbatches
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
@@ -34,16 +35,20 @@ def update(
     """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
     sequences = trajectories.sequences()
     order = torch.randperm(len(sequences), generator=generator)
+    new_logprobs = torch.full_like(trajectories.old_logprobs, math.nan)  # [tokens]
     steps = []
     for index in order.tensor_split(config.train.minibatches):
         if index.numel():
-            step = Step(agent, trajectories, sequences, targets, index, config, train_policy)
+            step = Step(
+                agent, trajectories, sequences, targets, index, config, train_policy, new_logprobs
+            )
             steps.append(step.take(optimizers))
     for optimizer in optimizers.values():
         optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
     taken = [metrics for metrics in steps if metrics is not None]
     names = taken[0] if taken else {}
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
+    means |= measure_roles(trajectories, targets, new_logprobs, config.train, agent.world)
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
 
 
@@ -77,9 +82,11 @@ class Step:
         index: Tensor,
         config: Config,
         train_policy: bool,
+        new_logprobs: Tensor,
     ):
         self.agent, self.trajectories, self.targets = agent, trajectories, targets
         self.config, self.train_policy = config, train_policy
+        self.new_logprobs = new_logprobs  # [tokens], filled in as they are met
         world, budget = agent.world, config.train.microbatch_tokens
         whole = microbatches(sequences.ids, sequences.cu_seqlens, budget, index)
         self.batches = [
@@ -160,6 +167,7 @@ class Step:
         for name in ("kl", "entropy", "clip_fraction"):
             if name in parts:
                 self.metrics[f"loss/{name}"] += parts[name].item()
+        self.new_logprobs[tokens] = parts["logprobs"].to(self.new_logprobs)
         return loss
 
     def value_loss(self, values: Tensor, turns: Tensor) -> Tensor:
