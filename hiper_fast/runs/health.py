@@ -255,9 +255,9 @@ class Health:
     def read(self, row: Row) -> list[str]:
         """What the row gives reason to say."""
         said = []
-        for rule, key in [(rule, key) for key in row for rule in find_rules(key)]:
-            value = rule.read(row, key)
-            watch = self._watches.setdefault((rule, key), Watch(rule, key))
+        for rule, metric in [(rule, key) for key in row for rule in find_rules(key)]:
+            value = rule.read(row, metric)
+            watch = self._watches.setdefault((rule, metric), Watch(rule, metric))
             text = "" if value is None else watch.see(row["step"], value)
             if text:
                 said.append(text)
