@@ -148,9 +148,9 @@ def through_a_head(seed, fused, monkeypatch, **options):
     config = configure(**{f"train__{key}": value for key, value in options.items()})
     config.agent.temperature = 0.7
     monkeypatch.setattr(loss_module, "is_fused", lambda _: fused)
-    found, metrics, _ = policy_loss(agent, hidden, tokens, count(tokens), config)
+    found, metrics, clipped = policy_loss(agent, hidden, tokens, count(tokens), config)
     found.backward()
-    return found.detach(), metrics, hidden.grad, weight.grad
+    return found.detach(), metrics, clipped, hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("aggregation", ["token", "constant"])
@@ -163,7 +163,8 @@ def test_the_fused_op_is_the_plain_loss(monkeypatch, aggregation, coefs):
     assert one[1].keys() == other[1].keys()
     for name, value in one[1].items():
         torch.testing.assert_close(value, other[1][name], rtol=1e-11, atol=0)
-    for mine, its in zip(one[2:], other[2:], strict=True):
+    assert torch.equal(one[2], other[2]) and 0 < one[2].sum() < len(one[2])
+    for mine, its in zip(one[3:], other[3:], strict=True):
         assert mine.abs().max() > 1e-5
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-14)
 
