@@ -61,11 +61,10 @@ def save(
 ) -> Path:
     """Write `folder/step-{step:06d}` and return it; then prune to the `keep` newest and the best.
 
-    `state` is any JSON-able dict; python's, numpy's and torch's random states are stored beside it.
-    `texts`, a model card say, maps file names to contents; the main process's are written. `improved`
-    makes this checkpoint the best one, in the same moment in which it appears. All processes of
-    `world` call this together. Raises CheckpointError when writing fails (a full disk, say): older
-    checkpoints are then untouched.
+    `state` is any JSON-able dict; beside it are stored python's, numpy's and torch's random states, and
+    the main process's `texts`: file name -> content. `improved` makes this checkpoint the best one, in
+    the same moment in which it appears. All processes of `world` call this together. Raises
+    CheckpointError when writing fails (a full disk, say): older checkpoints are then untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")

@@ -155,8 +155,8 @@ RULES = (
         read=read_trained,
     ),
     Rule(
-        "policy/entropy_*", below(0.005),
-        "that role's tokens are no longer chosen, only repeated: nothing new is tried",
+        "policy/entropy_action", below(0.01),
+        "actions are no longer chosen, only repeated: nothing new is tried",
         "raise train.entropy_coef, lower train.lr",
     ),
     Rule(

@@ -35,7 +35,7 @@ BAD = [  # metric, its bad value, what the message says of it
     ("value/explained_high", -0.1, "-0.1, below 0 since update"),
     ("value/explained_switch", -0.1, "-0.1, below 0 since update"),
     ("loss/kl", 0.5, "0.5, above 0.3 since update"),
-    ("policy/entropy_subgoal", 0.001, "0.001, below 0.005 since update"),
+    ("policy/entropy_action", 0.001, "0.001, below 0.01 since update"),
     ("policy/entropy_action", 0.7, "0.7, above 0.1 and 2 times the first updates since update"),
     ("loss/clip_fraction", 0.25, "0.25, above 0.2 since update"),
     ("optim/grad_norm", 0.0, "0, below 1e-08 since update"),
@@ -122,6 +122,16 @@ def test_what_is_not_there_or_not_a_number_counts_neither_way():
     assert tell({"step": step, "stage": "eval"} for step in range(9)) == []
     assert (
         tell({"step": step, "stage": "warm_start", "loss/imitation": 9.0} for step in range(9))
+        == []
+    )
+
+
+def test_sure_switches_and_subgoals_are_no_sign():
+    """As a trained tiny policy has them."""
+    sure = {"policy__entropy_switch": 0.011, "policy__entropy_subgoal": 0.004}
+    assert tell(make_row(step, **(sure if step > 4 else {})) for step in range(1, 20)) == []
+    assert (
+        tell(make_row(s, policy__entropy_switch=0.02 if s < 5 else 0.09) for s in range(1, 20))
         == []
     )
 
