@@ -407,7 +407,7 @@ def draw_figures(results: dict) -> dict[str, str]:
             [(labels[error], choose(bias, error)) for error in ERRORS], ".0%",
         ),
         "hae-variance.svg": draw(
-            "Variance of the gradient, in units of flat GAE's at lambda 1 with exact values", quartiles_of,
+            "Variance of the gradient", f"1: flat GAE's at lambda 1 with exact values; {quartiles_of}",
             [("four turns, exact values", choose(short, 0.0)), ("four turns, off by a deviation", choose(short, 1.0)),
              ("sixteen turns, exact values", choose(long, 0.0)),
              ("sixteen turns, off by half", choose(long, 0.5))], "g",
