@@ -38,9 +38,17 @@ IMITATED_TRAINING = "optimizer", "master_weights", "weight_decay", "grad_clip", 
 class Run:
     """One run of a study; its options name its folder, below the study's."""
 
-    label: str  # for people
+    arm: str
     config: Config
     start: Run | None = None  # the warm start that it begins from
+
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -71,20 +79,20 @@ class Study:
         runs = []
         for name, options in self.arms.items():
             config = self.assign(options, f"{name_folder(name)}-seed{seed}", seed)
-            label, start = f"{name}, seed {seed}", None
+            start = None
             if config.warm_start.enabled == "yes":
                 kind = name_imitation(config)
                 start = starts.setdefault(kind, self.prepare_start(config, kind))
                 config.model.path = str(start.folder / "checkpoints" / "step-000000")
                 config.warm_start.enabled = "no"
-            runs.append(Run(label, config, start))
+            runs.append(Run(name, config, start))
         return runs
 
     def prepare_start(self, config: Config, kind: str) -> Run:
         seed = config.run.seed
         start = self.assign(config, f"{WARM_START}-{kind}-seed{seed}", seed)
         start.train.updates = 0
-        return Run(f"warm start, seed {seed}", start)
+        return Run("warm start", start)
 
     def assign(self, config: Config, name: str, seed: int) -> Config:
         """A copy of `config` with what a study sets."""
@@ -98,13 +106,16 @@ def name_folder(arm: str) -> str:
 
 
 def name_imitation(config: Config) -> str:
-    """Letters that are the same where a seed's imitation is."""
+    """Letters that are the same where a seed's imitation is; an option at its default does not count."""
+    training = [f"train.{name}" for name in IMITATED_TRAINING]
+    defaults = {name: option.default for name, option in list_options(config).items()}
     options = {
         name: value
         for name, value in flatten(config).items()
-        if name.split(".")[0] in IMITATED_SECTIONS and name not in NOT_IMITATED
+        if (name.split(".")[0] in IMITATED_SECTIONS or name in training)
+        and name not in NOT_IMITATED
+        and value != defaults[name]
     }
-    options |= {name: getattr(config.train, name) for name in IMITATED_TRAINING}
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:6]
 
 
@@ -124,7 +135,19 @@ def read_study(
     for name, own in zip(configs, folders, strict=True):
         if not own or own.startswith(WARM_START) or folders.count(own) > 1:
             raise ConfigError(f"{source}: arm {name!r}: its runs need a folder name of their own")
+    check_panel(configs, source)
     return Study(folder, configs, read_seeds(content.get("seeds", 1), source))
+
+
+def check_panel(configs: dict[str, Config], source: str) -> None:
+    """ConfigError unless all arms are evaluated alike."""
+    first, *others = configs
+    for name in others:
+        if configs[name].eval != configs[first].eval:
+            raise ConfigError(
+                f"{source}: arm {name}: eval: arms are compared on one panel, as {first} plays it; give its options "
+                "in base"
+            )
 
 
 def read_base(content: Any, source: str) -> list[Setting]:
@@ -185,15 +208,22 @@ def select_arms(content: dict[str, Any], names: Sequence[str], source: str) -> d
 
 
 def load_study(path: Path) -> dict[str, Any]:
+    """A study file's content. ConfigError if there is none."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such study")
     return load_yaml(path, str(path))
 
 
-def record_study(study: Study) -> None:
-    """Writes what the study is into its folder. ConfigError if another one is there, unless it only grows."""
+def check_recorded(study: Study) -> None:
+    """ConfigError if the study's folder holds another one, unless it only grows."""
     file = study.folder / STUDY
     if file.exists():
         check_growth(read_study(load_study(file), str(file), study.folder), study)
-    study.folder.mkdir(parents=True, exist_ok=True)
+
+
+def record_study(study: Study) -> None:
+    """Writes what the study is into its folder."""
+    file = study.folder / STUDY
     arms = {name: list_sections(config) for name, config in study.arms.items()}
     content = {"seeds": study.seeds, "arms": arms}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

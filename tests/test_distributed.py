@@ -467,6 +467,9 @@ def test_torchrun_starts_a_run_that_logs_once(tmp_path):
         "report:",
     ]
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 1]
+    card = (tmp_path / "run" / "checkpoints" / "step-000001" / "README.md").read_text()
+    alone = load_agent(ModelConfig(device="cpu"), 0, HOUSEHOLD.tokenizer).model.num_parameters()
+    assert f"| parameters | {alone:,} |" in card
 
 
 @pytest.mark.parametrize("size, late", [("1", True), ("2", False)])

@@ -12,6 +12,7 @@ To either come kl_coef kl - entropy_coef entropy, as `ops.ppo_loss` has them; th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,18 +51,25 @@ class Counts:
         return self.trained if aggregation == "sequence" else self.sequences * self.longest
 
 
+class Loss(NamedTuple):
+    """A microbatch's share of the policy loss, and what is told of it."""
+
+    value: Tensor  # 0-d, differentiable
+    metrics: dict[str, Tensor]  # 0-d, shares of means over the minibatch's loss tokens
+    clipped: Tensor  # bool [n], whether the clip decides the token's loss
+
+
 def policy_loss(
     agent: Agent, hidden: Tensor, tokens: LossTokens, counts: Counts, config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """A microbatch's share of the policy loss, and of its metrics.
 
     Args:
         hidden: [n, h], the hidden states that predict the tokens.
 
     Returns:
-        loss: 0-d, differentiable in hidden and the head's weights.
-        metrics: 0-d, shares of means over the minibatch's loss tokens, however the loss is aggregated:
-            clip_fraction, and kl, entropy where these terms exist.
+        the loss, differentiable in hidden and the head's weights; its metrics, however it is aggregated:
+        clip_fraction, and kl, entropy where these terms exist.
     """
     if is_fused(config.train):
         return fused_loss(agent, hidden, tokens, counts, config)
@@ -78,7 +86,7 @@ def is_fused(options: TrainConfig) -> bool:
 
 def fused_loss(
     agent: Agent, hidden: Tensor, tokens: LossTokens, counts: Counts, config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     options = config.train
     denominator = counts.choose_denominator(options.aggregation)
     loss, parts = agent.ppo_loss(
@@ -96,7 +104,9 @@ def fused_loss(
         denominator=denominator,
     )
     names = [name for name in ("kl", "entropy", "clip_fraction") if name in parts]
-    return loss, {name: parts[name] * (denominator / counts.tokens) for name in names}
+    metrics = {name: parts[name] * (denominator / counts.tokens) for name in names}
+    ratio = (parts["logprobs"] - tokens.old_logprobs).exp()
+    return Loss(loss, metrics, ppo_terms(ratio, None, tokens.advantages, options)[1])
 
 
 def plain_loss(
@@ -105,7 +115,7 @@ def plain_loss(
     tokens: LossTokens,
     counts: Counts,
     options: TrainConfig,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """Of log-probs and entropies, each [n]."""
     log_ratio = logprobs - tokens.old_logprobs  # [n]
     if options.ratio != "token":
@@ -124,7 +134,8 @@ def plain_loss(
         _, place, count = tokens.sequence.unique(return_inverse=True, return_counts=True)
         terms = terms / count[place]
     loss = terms.sum() / counts.choose_denominator(options.aggregation)
-    return loss, {name: x.detach().sum() / counts.tokens for name, x in metrics.items()}
+    metrics = {name: x.detach().sum() / counts.tokens for name, x in metrics.items()}
+    return Loss(loss, metrics, clipped)
 
 
 def pool(log_ratio: Tensor, owner: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hiper_fast.config import Config, TrainConfig
 from hiper_fast.estimators import HIGH, LOW, SWITCH
 from hiper_fast.learn.credit import Targets
 from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
+from hiper_fast.learn.roles import measure_roles
 from hiper_fast.learn.rows import Rows
 from hiper_fast.packing import BLANK, Microbatch, find_ranges, microbatches
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
@@ -35,16 +36,20 @@ def update(
     """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
     sequences = trajectories.sequences(token_values=targets.per_token)
     order = torch.randperm(len(sequences), generator=generator)
+    clipped = torch.full_like(trajectories.old_logprobs, math.nan)  # [tokens], 1 where it was
     steps = []
     for index in split_minibatches(order, config.train):
         if index.numel():
-            step = Step(agent, trajectories, sequences, targets, index, config, train_policy)
+            step = Step(
+                agent, trajectories, sequences, targets, index, config, train_policy, clipped
+            )
             steps.append(step.take(optimizers))
     for optimizer in optimizers.values():
         optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
     taken = [metrics for metrics in steps if metrics is not None]
     names = taken[0] if taken else {}
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
+    means |= measure_roles(trajectories, targets, clipped, agent.world)
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
 
 
@@ -85,9 +90,11 @@ class Step:
         index: Tensor,
         config: Config,
         train_policy: bool,
+        clipped: Tensor,
     ):
         self.agent, self.trajectories, self.targets = agent, trajectories, targets
         self.config, self.train_policy = config, train_policy
+        self.clipped = clipped  # [tokens], filled in as they are met
         world, budget = agent.world, config.train.microbatch_tokens
         whole = microbatches(sequences.ids, sequences.cu_seqlens, budget, index)
         self.batches = [
@@ -152,12 +159,13 @@ class Step:
 
     def policy_loss(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Of the loss tokens [n] of `rows`, predicted by hidden states [n, h]; 0-d."""
-        loss, parts = policy_loss(
+        loss, parts, clipped = policy_loss(
             self.agent, hidden, self.take_tokens(rows), self.counts, self.config
         )
         self.metrics["loss/policy"] += loss.item()
         for name, part in parts.items():
             self.metrics[f"loss/{name}"] += part.item()
+        self.clipped[rows.tokens] = clipped.to(self.clipped)
         return loss
 
     def take_tokens(self, rows: Rows) -> LossTokens:

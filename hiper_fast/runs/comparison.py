@@ -117,7 +117,9 @@ def compare(folders: Mapping[str, Mapping[int, Path]], question: Question) -> Ro
     """
     records, types = read_records({arm: runs for arm, runs in folders.items() if runs})
     if question.reference not in records:
-        raise ConfigError(f"no run of {question.reference!r} is finished yet; nothing to compare with")
+        raise ConfigError(
+            f"no run of {question.reference!r} is finished yet; nothing to compare with"
+        )
     turns = min(record.turns[-1] for runs in records.values() for record in runs)
     threshold = question.threshold
     if threshold is None:

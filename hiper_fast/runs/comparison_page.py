@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
+
+import yaml
 
 from hiper_fast.runs.charts import WIDE, Series, draw_chart
 from hiper_fast.runs.formats import NOTHING, format_percent, format_seconds, format_whole
@@ -43,12 +44,17 @@ def write_page(results: Results, folder: Path) -> Path:
         curves=draw_curves(results),
         tables="".join(map(draw_table, tables)),
         method="".join(f"<li>{escape(line)}</li>" for line in tell_method(results)),
-        options=escape(json.dumps(results["options"], indent=2, ensure_ascii=False)),
+        differing=write_options(list_differing(results)),
+        options=write_options(results["options"]),
         style="".join((PAGE / name).read_text() for name in ("style.css", "comparison.css")),
         script=(PAGE / "viewer.js").read_text(encoding="utf-8"),
     )
     replace(folder / "results.md", write_markdown(results, tables))
     return replace(folder / "report.html", page)
+
+
+def write_options(options: dict[str, dict[str, Any]]) -> str:
+    return escape(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
 def replace(file: Path, text: str) -> Path:
@@ -62,9 +68,30 @@ def summarise(results: Results) -> str:
     parts = [
         f"{len(results['arms'])} arms",
         "seeds " + ", ".join(map(str, results["seeds"])),
-        *(f"{name} {value}" for name, value in results["shared"].items()),
+        *(f"{name} {value}" for name, value in list_shared(results).items()),
     ]
     return "  ·  ".join(parts)
+
+
+def list_shared(results: Results) -> dict[str, Any]:
+    """What ran, as far as it is the same for all arms."""
+    names = "env.name", "model.path", "train.updates", "train.episodes", "eval.panel"
+    arms = list(results["options"].values())
+    return {
+        name: arms[0][name]
+        for name in names
+        if name in arms[0] and all(arm.get(name) == arms[0][name] for arm in arms)
+    }
+
+
+def list_differing(results: Results) -> dict[str, dict[str, Any]]:
+    """Arm -> those of its options in which arms differ."""
+    arms = results["options"]
+    first = next(iter(arms.values()))
+    differing = [
+        name for name in first if any(arm.get(name) != first[name] for arm in arms.values())
+    ]
+    return {arm: {name: own.get(name) for name in differing} for arm, own in arms.items()}
 
 
 def name_measure(results: Results) -> str:
@@ -155,7 +182,12 @@ def table_types(results: Results) -> Table:
         [name, *(format_rate(arm["types"][kind]) for kind in games)]
         for name, arm in results["arms"].items()
     ]
-    return Table("By task type", f"{name_measure(results).capitalize()}; games.", header, rows)
+    return Table(
+        "By task type",
+        f"{name_measure(results).capitalize()}; in brackets how many games there are.",
+        header,
+        rows,
+    )
 
 
 def tell_method(results: Results) -> list[str]:
@@ -169,8 +201,9 @@ def tell_method(results: Results) -> list[str]:
         "Interval of IQM and P(improvement): percentile bootstrap, 2,000 draws of seeds and, within task types, "
         "of games; both arms of a pair get the same ones.",
         "Panel: " + ", ".join(f"{key} {value}" for key, value in results["panel"].items()) + ".",
-        "Made with " + ", ".join(f"{key} {value}" for key, value in results["versions"].items()) + ".",
-        "Machine: " + ", ".join(f"{key} {value}" for key, value in results["machine"].items()) + ".",
+        "Made with "
+        + ", ".join(f"{key} {value}" for key, value in results["made_with"].items())
+        + ".",
     ]
 
 
@@ -200,9 +233,7 @@ def draw_series(name: str, index: int, points: Sequence[Figure]) -> Series:
 
 def choose_limits(curves: Sequence[Sequence[Figure]]) -> tuple[float, float]:
     """From 0 to what the highest band reaches, in tenths."""
-    tops = [
-        point.get("high") or point.get("value") or 0.0 for points in curves for point in points
-    ]
+    tops = [point.get("high") or point.get("value") or 0.0 for points in curves for point in points]
     return 0.0, min(1.0, (int(10 * clip(max(tops))) + 1) / 10)
 
 

@@ -101,7 +101,7 @@ def test_loops(loss, ratio, aggregation, seed):
     logprobs, entropy, tokens = draw(seed)
     counts = count(tokens)
     logprobs.requires_grad_(), entropy.requires_grad_()
-    found, metrics = plain_loss(logprobs, entropy, tokens, counts, c)
+    found, metrics, _ = plain_loss(logprobs, entropy, tokens, counts, c)
     expected, grad, grad_entropy, clips = by_hand(
         logprobs.detach(), entropy.detach(), tokens, counts, c
     )
@@ -120,11 +120,11 @@ def test_loops(loss, ratio, aggregation, seed):
 def test_no_tokens_and_one(loss, ratio, aggregation):
     c = TrainConfig(loss=loss, ratio=ratio, aggregation=aggregation)
     logprobs = torch.zeros(0, dtype=torch.float64, requires_grad=True)
-    found, metrics = plain_loss(logprobs, None, make_tokens([], []), Counts(3, 2, 2, 9), c)
+    found, metrics, _ = plain_loss(logprobs, None, make_tokens([], []), Counts(3, 2, 2, 9), c)
     found.backward()
     assert float(found) == 0 and metrics.keys() == {"clip_fraction"}
     logprobs = tensor([-1.0]).requires_grad_()
-    found, _ = plain_loss(logprobs, None, make_tokens([-1.0], [2.0]), Counts(1, 1, 1, 1), c)
+    found, *_ = plain_loss(logprobs, None, make_tokens([-1.0], [2.0]), Counts(1, 1, 1, 1), c)
     found.backward()
     assert float(found) == pytest.approx(2.0 if loss == "cispo" else -2.0)
     assert logprobs.grad.tolist() == pytest.approx([-2.0])
@@ -148,9 +148,9 @@ def through_a_head(seed, fused, monkeypatch, **options):
     config = configure(**{f"train__{key}": value for key, value in options.items()})
     config.agent.temperature = 0.7
     monkeypatch.setattr(loss_module, "is_fused", lambda _: fused)
-    found, metrics = policy_loss(agent, hidden, tokens, count(tokens), config)
+    found, metrics, clipped = policy_loss(agent, hidden, tokens, count(tokens), config)
     found.backward()
-    return found.detach(), metrics, hidden.grad, weight.grad
+    return found.detach(), metrics, clipped, hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("aggregation", ["token", "constant"])
@@ -163,7 +163,8 @@ def test_the_fused_op_is_the_plain_loss(monkeypatch, aggregation, coefs):
     assert one[1].keys() == other[1].keys()
     for name, value in one[1].items():
         torch.testing.assert_close(value, other[1][name], rtol=1e-11, atol=0)
-    for mine, its in zip(one[2:], other[2:], strict=True):
+    assert torch.equal(one[2], other[2]) and 0 < one[2].sum() < len(one[2])
+    for mine, its in zip(one[3:], other[3:], strict=True):
         assert mine.abs().max() > 1e-5
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-14)
 
@@ -257,7 +258,7 @@ def test_parts_of_whole_sequences_add_up(loss, ratio, aggregation):
     for at in (tokens.sequence < 2, tokens.sequence >= 2):
         columns = (getattr(tokens, name) for name in LossTokens.__slots__[1:])
         part = LossTokens(None, *(x[at] for x in columns))
-        found, metrics = plain_loss(logprobs[at], entropy[at], part, count(tokens), c)
+        found, metrics, _ = plain_loss(logprobs[at], entropy[at], part, count(tokens), c)
         for name, value in {"loss": found, **metrics}.items():
             sums[name] += float(value)
     expected = {"loss": whole[0], **whole[1]}
@@ -290,7 +291,7 @@ OLD, ADVANTAGES = [-1.0, -1.0, -3.0], [1.0, -1.0, -4.0]
 def test_dual_clip_and_cispo_as_skyrl_and_nemo_have_them(loss, expected):
     """-0.5, 1 and 12 with the dual clip; 0.8 * 1.69315, -1 and -4 * 1.2 * 0.69741 for CISPO."""
     tokens = make_tokens(OLD, ADVANTAGES)
-    found, _ = plain_loss(tensor(SKEWED), None, tokens, Counts(3, 1, 1, 3), TrainConfig(loss=loss))
+    found, *_ = plain_loss(tensor(SKEWED), None, tokens, Counts(3, 1, 1, 3), TrainConfig(loss=loss))
     assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
@@ -299,7 +300,7 @@ def test_cispo_as_slime_has_it():
     logprobs = tensor([0.0, 0.5, -1.0]).requires_grad_()
     tokens = make_tokens([0.0, -0.5, -1.0], [1.0, -2.0, 0.25])
     c = TrainConfig(loss="cispo", clip_low=1.0, clip_high=0.5)
-    found, metrics = plain_loss(logprobs, None, tokens, Counts(3, 1, 1, 3), c)
+    found, metrics, _ = plain_loss(logprobs, None, tokens, Counts(3, 1, 1, 3), c)
     found.backward()
     assert float(found) == pytest.approx((0.0 + 1.5 * 2 * 0.5 + 0.25) / 3)
     assert logprobs.grad.tolist() == pytest.approx([-1 / 3, 1.0, -0.25 / 3])
@@ -318,11 +319,11 @@ def test_gspo_on_skyrls_case():
     eight of eleven ratios are cut, pooled six."""
     tokens = make_tokens([-1.0] * 11, GSPO.advantages, sequence=GSPO.sequence)
     counts, c = Counts(11, 3, 3, 8), TrainConfig(ratio="sequence", aggregation="sequence")
-    found, metrics = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, c)
+    found, metrics, _ = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, c)
     means = [1.16 * math.exp(0.14), 2.25 * 1.2, 1.25 * 1.2]
     assert float(found) == pytest.approx(-math.fsum(means) / 3, rel=1e-9)
     assert float(metrics["clip_fraction"]) == pytest.approx(6 / 11)
-    _, metrics = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, TrainConfig())
+    _, metrics, _ = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, TrainConfig())
     assert float(metrics["clip_fraction"]) == pytest.approx(8 / 11)
 
 
@@ -337,7 +338,7 @@ def test_reductions_on_skyrls_case():
         ("constant", math.fsum(losses) / (2 * 4)),
     ):
         c = TrainConfig(aggregation=aggregation)
-        found, _ = plain_loss(logprobs, None, tokens, Counts(4, 2, 2, 4), c)
+        found, *_ = plain_loss(logprobs, None, tokens, Counts(4, 2, 2, 4), c)
         assert float(found) == pytest.approx(expected, rel=1e-9)
 
 

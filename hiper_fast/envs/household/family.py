@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from hiper_fast.options import option
@@ -23,6 +24,7 @@ class Options(RoomOptions):
 class Family(RoomFamily):
     Options = Options
     environment = Household
+    defaults = Path(__file__).with_name("defaults.yaml")
 
     @classmethod
     def list_words(cls) -> tuple[list[str], list[str]]:
