@@ -20,7 +20,7 @@ SMALL = (
     "--run.threads 1 --updates 2 --run.save_every 1 --run.display none --warm_start.episodes 32 --train.episodes 12 "
     "--train.critic_updates 1 --eval.episodes 12 --eval.every 1 --train.microbatch_tokens 2048 --train.minibatches 3"
 )
-HIPER = "--reward.keep -0.3 --reward.consistency -0.3 --advantage.bootstrap --env.max_turns 8 --reward.success 10"
+HIPER = "--reward.keep -0.3 --reward.consistency -0.3 --advantage.bootstrap true --env.max_turns 8 --reward.success 10"
 RUNS = {  # name -> the options of each command of the run
     "household": ["--env household"],
     "household-medium": [f"--env household --env.size medium {HIPER} --advantage.malformed no"],

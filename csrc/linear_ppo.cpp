@@ -9,7 +9,8 @@ template <class Isa, class T>
 int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, const T* advantages,
                    const T* ref_logprobs, int64_t rows, int64_t vocabulary, double temperature,
                    double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
-                   double denominator, bool want_gradient, double* sums, int64_t* live, int threads) {
+                   double denominator, bool want_gradient, double* sums, T* logprobs, int64_t* live,
+                   int threads) {
   const PPO options{clip_low, clip_high, dual_clip, kl_coef};
   const bool with_entropy = entropy_coef != 0;
   const double of_entropy = -entropy_coef / denominator;
@@ -20,6 +21,7 @@ int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, con
       T* z = logits + row * vocabulary;
       const Softmax<T> softmax(z, vocabulary, temperature);
       const double logprob = softmax.logprob(z[targets[row]]);
+      logprobs[row] = T(logprob);
       const double ref_logprob = ref_logprobs ? double(ref_logprobs[row]) : 0.0;
       const PPOTerms<double> terms = ppo_terms<double, double>(logprob, old_logprobs[row], advantages[row],
                                                                ref_logprob, ref_logprobs != nullptr, options);
@@ -41,9 +43,9 @@ int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, con
 
 template int64_t linear_ppo<HIPER_FAST_ISA>(float*, const int64_t*, const float*, const float*, const float*,
                                             int64_t, int64_t, double, double, double, double, double, double,
-                                            double, bool, double*, int64_t*, int);
+                                            double, bool, double*, float*, int64_t*, int);
 template int64_t linear_ppo<HIPER_FAST_ISA>(double*, const int64_t*, const double*, const double*,
                                             const double*, int64_t, int64_t, double, double, double, double,
-                                            double, double, double, bool, double*, int64_t*, int);
+                                            double, double, double, bool, double*, double*, int64_t*, int);
 
 }  // namespace hiper_fast

@@ -75,13 +75,15 @@ void ppo_loss(const T* logprobs, const T* old_logprobs, const T* advantages, con
               double dual_clip, double kl_coef, double entropy_coef, std::optional<double> denominator,
               T* loss, T* metrics, T* gradient, T* gradient_entropy);
 
-// The same over every row of logits [rows, vocabulary], added to sums [7] (loss, metrics); if a gradient is
-// wanted the logits become it, as in linear_logprobs_backward.
+// The same over every row of logits [rows, vocabulary], added to sums [7] (loss, metrics); the chosen
+// log-probs go to logprobs [rows]. If a gradient is wanted the logits become it, as in
+// linear_logprobs_backward.
 template <class Isa, class T>
 int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, const T* advantages,
                    const T* ref_logprobs, int64_t rows, int64_t vocabulary, double temperature,
                    double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
-                   double denominator, bool want_gradient, double* sums, int64_t* live, int threads);
+                   double denominator, bool want_gradient, double* sums, T* logprobs, int64_t* live,
+                   int threads);
 
 // loss: [1]; metrics: [2], value, clip_fraction. gradient may be null.
 template <class Isa, class T>

@@ -45,6 +45,11 @@ class AgentConfig:
     batch_tokens: int = option(
         8192, "prompt tokens of the episodes that generate together, or one longer prompt", above=0
     )
+    shown_subgoal: Literal["kept", "written"] = option(
+        "kept",
+        "what prompts call the current subgoal; kept: the one that the last SWITCH set; written: the last one that a "
+        "response named, on a KEEP turn too (reference)",
+    )
     fallback: int = option(
         30, "a response without action block acts by its last characters, so many", least=0
     )
@@ -110,15 +115,24 @@ class RewardConfig:
 class AdvantageConfig:
     estimator: str = option(
         "hae",
-        "hae: three levels (HiPER); hae_no_switch; gae: one flat level over turns; without a critic, with "
-        "train.group: grpo, dr_grpo, rloo, gigpo, group_hae; another that is installed, or "
+        "hae: three levels (HiPER); hae_no_switch; gae: one flat level over turns; token_gae: over tokens; without a "
+        "critic, with train.group: grpo, dr_grpo, rloo, gigpo, group_hae; another that is installed, or "
         "package.module:function",
     )
-    gamma: float = option(0.98, "discount per turn (reference: 1)", least=0, most=1)
+    gamma: float = option(
+        0.98, "discount per turn (reference: 1; token_gae: per token, 1 is usual)", least=0, most=1
+    )
     lambda_turn: float = option(1.0, "lambda within a segment", least=0, most=1)
-    lambda_segment: float = option(0.95, "lambda over segments (gae: over turns)", least=0, most=1)
+    lambda_segment: float = option(
+        0.95, "lambda over segments (gae: over turns; token_gae: over tokens)", least=0, most=1
+    )
     normalize: bool = option(True, "normalise each level over the turns that carry it")
-    bootstrap: bool = option(False, "bootstrap truncated episodes from the state after them")
+    bootstrap: Literal["none", "next_state", "reference"] = option(
+        "none",
+        "what stands for the reward that a truncated episode misses; next_state: V_high of the state after it; "
+        "reference (hae): V_low of its last turn, V_high of its last segment's start",
+        flag=("none", "next_state"),
+    )
     malformed: bool = option(
         True, "tokens outside the blocks of an invalid turn train as its action (reference: false)"
     )
@@ -135,6 +149,12 @@ class TrainConfig:
         8,
         "optimiser steps per update, over turns (transcript: episodes) drawn without repetition",
         above=0,
+    )
+    minibatch_size: int = option(
+        0,
+        "turns (transcript: episodes) per optimiser step, in place of train.minibatches; 0: as that says "
+        "(reference: 256)",
+        least=0,
     )
     critic_updates: int = option(2, "first updates that train the critic alone", least=0)
     final_lr: float = option(
@@ -157,6 +177,12 @@ class TrainConfig:
         "sampled",
         "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16",
     )
+    importance_cap: float = option(
+        0.0,
+        "with recomputed: a token's advantage is weighted by exp(recomputed - sampled log-prob), at most this (2 is "
+        "usual); 0: not weighted",
+        least=0,
+    )
     lr: float = option(8e-4, "policy learning rate (reference, 1.5B: 1e-6)", least=0)
     critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)", least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", least=0)
@@ -169,8 +195,22 @@ class TrainConfig:
         "bfloat16 weights train through float32 masters; false: small updates are lost to rounding",
     )
     grad_clip: float = option(1.0, "largest gradient norm", least=0)
-    clip_low: float = option(0.2, "PPO clip below 1", least=0)
-    clip_high: float = option(0.2, "PPO clip above 1", least=0)
+    loss: Literal["ppo", "cispo"] = option(
+        "ppo",
+        "ppo: clipped ratio, dual clip; cispo: clipped ratio as a constant weight of the log-prob's gradient",
+    )
+    ratio: Literal["token", "turn", "sequence"] = option(
+        "token",
+        "importance ratio of a token: its own; or the geometric mean of its turn's or its sequence's (GSPO); a "
+        "sequence is a turn, with transcript an episode",
+    )
+    aggregation: Literal["token", "sequence", "constant"] = option(
+        "token",
+        "token: mean over a minibatch's loss tokens; sequence: mean over its sequences of each one's mean; constant: "
+        "their sum, divided by the most response tokens that its sequences could have (Dr. GRPO)",
+    )
+    clip_low: float = option(0.2, "clip of the ratio below 1; 1: none", least=0)
+    clip_high: float = option(0.2, "clip of the ratio above 1", least=0)
     dual_clip: float = option(3.0, "PPO dual clip for negative advantages", above=1)
     kl_coef: float = option(0.01, "KL to the reference policy; 0 keeps no reference model", least=0)
     entropy_coef: float = option(0.001, "entropy bonus", least=0)
@@ -188,17 +228,18 @@ class WarmStartConfig:
     enabled: Literal["auto", "yes", "no"] = option(
         "auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model"
     )
-    demonstrations: Literal["search", "walkthrough"] = option(
-        "search", "search: an expert that looks for things; walkthrough: the game's own solution"
+    demonstrations: Literal["search", "listed", "walkthrough"] = option(
+        "search",
+        "search: a player that looks for things, place after place in random order; listed: in the order the game "
+        "lists them; walkthrough: the game's own solution",
     )
-    episodes: int = option(1000, "scripted episodes", above=0)
+    episodes: int = option(3000, "scripted episodes", above=0)
     epochs: int = option(1, "passes over them", above=0)
     noise: float = option(
         0.2, "share of turns on which the searching expert stumbles", least=0, below=1
     )
-    imitate_noise: Literal["auto", "yes", "no"] = option(
-        "auto",
-        "imitate those turns too, for reinforcement to unlearn: yes, no, or auto: only for the tiny model",
+    imitate_noise: Literal["yes", "no"] = option(
+        "no", "imitate those turns too, for reinforcement to unlearn: yes or no"
     )
     batch_turns: int = option(32, "turns per optimiser step", above=0)
     lr: float = option(

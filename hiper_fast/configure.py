@@ -174,8 +174,6 @@ def choose_automatic(config: Config, family: type[Family]) -> None:
         config.model.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.warm_start.enabled == "auto":
         config.warm_start.enabled = "yes" if tiny else "no"
-    if config.warm_start.imitate_noise == "auto":
-        config.warm_start.imitate_noise = "yes" if tiny else "no"
     if config.run.display == "auto":
         config.run.display = "panel" if sys.stdout.isatty() else "plain"
 
@@ -191,6 +189,11 @@ def check(config: Config, family: type[Family]) -> None:
     if config.reward.keep and not config.agent.subgoals:
         raise ConfigError(
             f"reward.keep: without subgoals (agent.subgoals) no turn keeps one; set it to 0, not {config.reward.keep}"
+        )
+    if config.train.importance_cap and config.train.old_logprobs != "recomputed":
+        raise ConfigError(
+            "train.importance_cap: weighs what the trainer recomputes against what was sampled; set "
+            "train.old_logprobs to recomputed, or leave the cap out"
         )
     engines.find(config.rollout.engine)
     if config.agent.style not in family.styles:
@@ -209,14 +212,19 @@ def read_files(files: Sequence[str | Path]) -> list[Setting]:
 
 
 def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
-    """The settings of a YAML file of sections (`env: {size: medium}`), or of the recipe of that name.
+    """The settings of a YAML file of sections (`env: {size: medium}`), or of the recipe of that name; over those of
+    the recipe that it calls its `base`, if any.
 
     local: with those options that belong to the machine.
     """
     source = f"--config {path}"
+    content = load_yaml(path, source)
+    if isinstance(content, dict) and "base" in content:
+        yield from read_file(find_base(content.pop("base"), source), local=local)
     skipped = set() if local else {o.name for o in list_options(Config()).values() if o.local}
-    settings = read_sections(load_yaml(path, source), source)
-    return (setting for setting in settings if setting[1] not in skipped)
+    for setting in read_sections(content, source):
+        if setting[1] not in skipped:
+            yield setting
 
 
 def read_sections(content: Any, source: str) -> Iterator[Setting]:
@@ -226,6 +234,14 @@ def read_sections(content: Any, source: str) -> Iterator[Setting]:
     for section, entries in content.items():
         for key, value in entries.items():
             yield source, f"{section}.{key}", value
+
+
+def find_base(name: Any, source: str) -> Path:
+    """The recipe's file; never one of the same name in the current folder, which may have this very base."""
+    recipes = list_recipes()
+    if str(name) not in recipes:
+        raise ConfigError(f"{source}: base: {name!r} is none of the recipes {', '.join(recipes)}")
+    return recipes[str(name)]
 
 
 def load_yaml(path: str | Path, source: str) -> Any:

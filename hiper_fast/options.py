@@ -34,6 +34,7 @@ def option(
     help: str,
     *,
     count: int | None = None,
+    flag: tuple[str, str] = ("no", "yes"),
     local: bool = False,
     unbounded: bool = False,
     **bounds,
@@ -44,12 +45,14 @@ def option(
         help: the line that `--help` prints.
         bounds: above, least, below, most: each number has one, or is `unbounded`: any finite number will do.
         count: how many items a list has.
+        flag: what false and true mean to a choice, where those are choices.
         local: it belongs to the machine, not to the run: a run that goes on elsewhere does not take it along.
     """
     metadata = {
         "help": help,
         "bounds": bounds,
         "count": count,
+        "flag": flag,
         "local": local,
         "unbounded": unbounded,
     }
@@ -68,6 +71,7 @@ class Option:
     help: str
     bounds: dict[str, float]
     count: int | None
+    flag: tuple[str, str]
     local: bool
     unbounded: bool
 
@@ -179,11 +183,12 @@ def convert_list(option: Option, kind: Any, value: Any) -> list:
 
 
 def convert_choice(option: Option, value: Any) -> str:
-    if isinstance(value, bool):  # YAML reads a bare yes as true
-        value = "yes" if value else "no"
-    if value not in option.choices:
-        raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(option.choices)}")
-    return value
+    word = str(value).lower()
+    meant = option.flag[word in YES] if word in YES + NO else value  # YAML reads a bare yes as true
+    for choice in (value, meant):
+        if choice in option.choices:
+            return choice
+    raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(option.choices)}")
 
 
 def convert_bool(option: Option, value: Any) -> bool:

@@ -29,6 +29,11 @@ def spread(values: Tensor, cu: Tensor) -> Tensor:
     return values.long().repeat_interleave(cu.diff())
 
 
+def find_ranges(places: Tensor, cu: Tensor) -> Tensor:
+    """int64: which of the ranges that `cu` [ranges + 1] bounds holds each of `places`."""
+    return torch.searchsorted(cu.long(), places, right=True) - 1
+
+
 def interleave(a: Tensor, cu_a: Tensor, b: Tensor, cu_b: Tensor) -> tuple[Tensor, Tensor]:
     """Joins ranges `i` of `a` and of `b`, for every `i`: a packed tensor and its prefix sums."""
     cu = cu_a + cu_b

@@ -25,6 +25,7 @@ from hiper_fast.agent.agent import HEADS
 from hiper_fast.agent.footprint import Footprint, count_pass, measure_model
 from hiper_fast.config import Config, PlanConfig
 from hiper_fast.envs.family import families
+from hiper_fast.learn.loss import is_fused
 from hiper_fast.ops._head import CHUNK_BYTES
 from hiper_fast.options import ConfigError, flatten
 
@@ -189,6 +190,15 @@ def count_tokens(config: Config) -> tuple[int, int, int]:
         config.plan.turns or config.train.episodes * config.env.max_turns,
         config.plan.prompt_tokens or config.agent.max_prompt_tokens,
         config.plan.response_tokens or config.agent.max_response_tokens,
+    )
+
+
+def count_steps(config: Config) -> int:
+    """Optimiser steps of an update."""
+    train, (turns, _, _) = config.train, count_tokens(config)
+    sequences = train.episodes if config.agent.style == "transcript" else turns
+    return (
+        math.ceil(sequences / train.minibatch_size) if train.minibatch_size else train.minibatches
     )
 
 
@@ -445,7 +455,7 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     separate = has_own_critic(config)
     references = bool(train.kl_coef) + (train.old_logprobs == "recomputed")
     policy_step, critic_step = (
-        train.minibatches * estimate_step(config, machine, name) for name in ("policy", "critic")
+        count_steps(config) * estimate_step(config, machine, name) for name in ("policy", "critic")
     )
     prefill, decode = estimate_rollout(config, machine)
     evaluation = (prefill + decode) * config.eval.episodes / train.episodes / config.eval.every
@@ -453,7 +463,7 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
         "rollout: prompts": prefill,
         "rollout: responses": decode,
         "scoring": forward * (separate + references) + head * references,
-        "policy update": forward * passes + head * 3 + policy_step,
+        "policy update": forward * passes + head * (3 if is_fused(train) else 4) + policy_step,
         "critic update": forward * passes * separate + critic_step,
         "evaluation, a share": evaluation,
     }

@@ -81,7 +81,7 @@ def value_turn(
         return None
     turn = Episode("", "", terminated=True, prompts=[prompt], responses=[answer.ids])
     turn.logprobs, turn.rewards, turn.states = [answer.logprobs], [0.0], [0]
-    return score(agent, pack([turn], agent.find_roles), config).values.turns[0].tolist()
+    return score(agent, pack([turn], agent.find_roles), config).values.places[0].tolist()
 
 
 def show_page(play: Play) -> Panel:

@@ -24,9 +24,14 @@ from hiper_fast.learn.warm_start import warm_start
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Trajectories
-from hiper_fast.runs import checkpoint, report
-from hiper_fast.runs.folder import find_run_folder, write_config
-from hiper_fast.runs.metrics import Logger, Muted
+from hiper_fast.runs import checkpoint, model_card, report
+from hiper_fast.runs.folder import (
+    CHECKPOINT_CONFIG,
+    find_run_folder,
+    format_config,
+    write_config,
+)
+from hiper_fast.runs.metrics import Logger, Muted, read_metrics
 from hiper_fast.runs.viewer import write_episodes
 
 MOST_SHARED = 0.1  # value coefficient above which the value loss rules a shared trunk
@@ -85,9 +90,9 @@ class Session:
         episodes = self.folder / "episodes"
         write_episodes(episodes, step, "eval", panel)
         if batch:
-            targets = batch.targets
-            played = batch.trajectories, targets.credit, targets.old_values
-            write_episodes(episodes, step, "train", *played)
+            trajectories, targets = batch.trajectories, batch.targets
+            values = targets.turn_values(trajectories.cu_tokens)
+            write_episodes(episodes, step, "train", trajectories, targets.credit, values)
 
     def save(self, step: int, improved: bool) -> None:
         """Writes a checkpoint and the report."""
@@ -99,12 +104,20 @@ class Session:
             critic=self.agent.critic,
             optimizers=self.optimizers,
             state=self.state,
+            texts=self.describe(step) if self.world.main else None,
             improved=improved,
             keep=self.config.run.keep,
             world=self.world,
         )
         if self.world.main:
             report.build(self.folder)
+
+    def describe(self, step: int) -> dict[str, str]:
+        """What a checkpoint's reader needs: its model card and its configuration."""
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        data = self.games.family.describe_data()
+        card = model_card.build(self.config, step, rows, self.agent.model, data)
+        return {"README.md": card, CHECKPOINT_CONFIG: format_config(self.config)}
 
     def report(self) -> None:
         if self.world.main:

@@ -7,6 +7,7 @@ from hiper_fast.config import ModelConfig
 from hiper_fast.configure import resolve
 from hiper_fast.envs.family import families
 from hiper_fast.estimators import Turns
+from hiper_fast.packing import prefix_sums
 
 HOUSEHOLD = families.find("household")
 
@@ -22,8 +23,9 @@ def configure(name="household", **options):
     return resolve(given={"env.name": name, "model.device": "cpu", **given})
 
 
-def make_turns(rewards, switch=None, state=None, group=None, terminated=None):
-    """`estimators.Turns` of episodes, each a list of its turns' rewards; `switch` and `state` likewise."""
+def make_turns(rewards, switch=None, state=None, group=None, terminated=None, tokens=None):
+    """`estimators.Turns` of episodes, each a list of its turns' rewards; `switch`, `state` and `tokens`, how many
+    each response has, likewise."""
     flat = [reward for episode in rewards for reward in episode]
     count, episodes = len(flat), len(rewards)
     cu_turns = [0]
@@ -40,6 +42,7 @@ def make_turns(rewards, switch=None, state=None, group=None, terminated=None):
         roles=torch.full((count,), 7, dtype=torch.uint8),
         state=torch.tensor(join(state, list(range(count))), dtype=torch.int64),
         cu_turns=torch.tensor(cu_turns, dtype=torch.int32),
+        cu_tokens=prefix_sums(join(tokens, [1] * count)),
         terminated=torch.ones(episodes, dtype=torch.bool)
         if terminated is None
         else torch.tensor(terminated),

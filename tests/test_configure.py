@@ -10,7 +10,7 @@ from hiper_fast import configure
 from hiper_fast.config import SHORT, Config
 from hiper_fast.configure import RECIPES, resolve
 from hiper_fast.envs.family import families
-from hiper_fast.options import ConfigError, flatten, list_options
+from hiper_fast.options import ConfigError, convert, flatten, list_options
 from hiper_fast.runs.folder import find_run_folder, write_config
 
 OPTIONS = {
@@ -341,9 +341,54 @@ def test_shipped_recipes_are_found_by_name_and_files_win(tmp_path, monkeypatch, 
     assert "default-webshop" not in refused(capsys, "--config", "nothing like it")
 
 
+def test_a_file_lies_over_the_recipe_that_it_calls_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "a.yaml", "train: {lr: 3e-6}\nbase: alfworld\n")
+    config = parse("--config", file)
+    assert (config.train.lr, config.train.critic_lr, config.env.max_turns) == (3e-6, 1e-5, 50)
+    config = parse("--config", "qwen2.5-7b-4x80gb", "--config", file)
+    assert config.model.path == "Qwen/Qwen2.5-1.5B-Instruct", "a base lies over what comes before"
+    write(tmp_path / "alfworld", "base: alfworld\nenv: {max_turns: 7}")
+    assert parse("--config", "alfworld").env.max_turns == 7
+    assert parse("--config", file).env.max_turns == 50, "bases are recipes that are shipped"
+
+
+def test_the_papers_recipes_are_the_references_and_what_their_task_needs():
+    common = {option: value for _, option, value in configure.read_file("hiper-reference")}
+    other = {"alfworld": set(), "webshop": {"agent.max_prompt_tokens", "reward.keep"}}
+    other["webshop"].add("advantage.bootstrap")
+    for name, changed in other.items():
+        own = {option: value for _, option, value in configure.read_file(name)}
+        assert {option for option in common if own[option] != common[option]} == changed
+        added = own.keys() - common.keys() - {"agent.fallback"}
+        assert {option.split(".")[0] for option in added} == {"env", "eval", "plan"}
+    both = ["hiper-reference", "qwen2.5-1.5b-1x80gb"]
+    for name in ("alfworld", "webshop"):
+        config = resolve(both, {"env.name": name})
+        assert (config.advantage.bootstrap, config.model.dtype) == ("reference", "bfloat16")
+        assert config.env == resolve([name]).env and config.eval == resolve([name]).eval
+        assert config.agent.fallback == resolve([name]).agent.fallback
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [(False, "none"), (True, "next_state"), ("false", "none"), ("true", "next_state"), ("No", "none")],
+)  # fmt: skip
+def test_bootstrap_of_earlier_runs_is_read(tmp_path, word, value):
+    """It was true or false."""
+    file = write(tmp_path / "config.yaml", f"advantage: {{bootstrap: {word}}}")
+    assert resolve([file]).advantage.bootstrap == value
+    assert parse(f"--advantage.bootstrap={word}").advantage.bootstrap == value
+    with pytest.raises(ConfigError, match="'yess' is none of none, next_state, reference"):
+        resolve(given={"advantage.bootstrap": "yess"})
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("base: nothing", "base: 'nothing' is none of the recipes alfworld, hiper-reference"),
+        ("base: [alfworld]", "base: ['alfworld'] is none of the recipes"),
+        ("base: alfworld\nupdates: 3", "expected sections"),
         ("train: {uptates: 3}", "unknown option 'train.uptates'; did you mean train.updates"),
         ("trian: {updates: 3}", "did you mean train.updates"),
         ("train: {updates: soon}", "train.updates: expected a whole number, got 'soon'"),
@@ -442,15 +487,10 @@ def test_auto_environment_and_style(monkeypatch):
         assert resolve(given={"agent.style": style}).agent.style == style
 
 
-def test_only_the_tiny_model_is_warm_started_and_shown_mistakes():
-    options = resolve().warm_start
-    assert (options.enabled, options.imitate_noise) == ("yes", "yes")
-    options = resolve(given={"model.path": "some/model"}).warm_start
-    assert (options.enabled, options.imitate_noise) == ("no", "no")
-    options = resolve(
-        given={"warm_start.enabled": "no", "warm_start.imitate_noise": "no"}
-    ).warm_start
-    assert (options.enabled, options.imitate_noise) == ("no", "no")
+def test_only_the_tiny_model_is_warm_started():
+    assert resolve().warm_start.enabled == "yes"
+    assert resolve(given={"model.path": "some/model"}).warm_start.enabled == "no"
+    assert resolve(given={"warm_start.enabled": "no"}).warm_start.enabled == "no"
 
 
 def test_no_auto_is_left_but_the_name_of_a_run_that_has_none_yet(monkeypatch):
@@ -562,3 +602,34 @@ def test_resume_reads_the_runs_own_options_below_the_command_line(tmp_path, caps
 def test_recipes_load(recipe):
     environment = recipe.parent.name if recipe.stem == "defaults" else "auto"
     resolve([recipe], {"env.name": environment} if environment != "auto" else {})
+
+
+# The reference's settings, and the table that tells of them.
+
+
+def read_departures():
+    """Option -> (the reference's value, WebShop's, ours), as docs/hiper.md has them."""
+    text = (Path(__file__).parents[1] / "docs" / "hiper.md").read_text()
+    section = text.split("## Where we differ from the reference")[1]
+    table = {}
+    for row in section.splitlines():
+        if row.startswith("| `"):
+            option, there, here, _ = (cell.strip() for cell in row.strip("|").split("|"))
+            there, _, shop = there.partition("; webshop ")
+            table[option.strip("`")] = (there, shop or there, here)
+    return table
+
+
+def test_the_table_has_every_option_in_which_the_reference_and_our_defaults_differ():
+    ours, there = flatten(Config()), flatten(resolve(["hiper-reference"]))
+    said = {name for _, name, _ in configure.read_file("hiper-reference")}
+    assert {name for name in said if there[name] != ours[name]} == read_departures().keys()
+
+
+def test_the_table_has_the_values_of_recipes_and_defaults():
+    ours = flatten(Config())
+    recipes = [flatten(resolve([name])) for name in ("hiper-reference", "alfworld", "webshop")]
+    for name, (there, shop, here) in read_departures().items():
+        read = [convert(OPTIONS[name], OPTIONS[name].kind, said) for said in (there, there, shop)]
+        assert read == [recipe[name] for recipe in recipes], name
+        assert convert(OPTIONS[name], OPTIONS[name].kind, here) == ours[name], name

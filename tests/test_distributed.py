@@ -135,10 +135,11 @@ def make_agent(world, critic="separate", tied=True, continued=False, **options):
     return agent, t
 
 
-def settings(**train):
+def settings(estimator="hae", **train):
     config = test_update.settings(
         **{"minibatches": 2, "grad_clip": 1.0, "lr": 1e-3, "critic_lr": 1e-3, **train}
     )
+    config.advantage.estimator = estimator
     config.run.threads = 1
     return config
 
@@ -148,7 +149,8 @@ def training(agent, t, config, optimizers, updates, losses=()):
     for number in updates:
         fresh = copy.copy(t)
         scores = score(agent, fresh, config)
-        targets = give_credit(fresh, scores, estimators.find("hae"), config.advantage)
+        estimate = estimators.find(config.advantage.estimator)
+        targets = give_credit(fresh, scores, estimate, config.advantage)
         for name, rate in (("policy", config.train.lr), ("critic", config.train.critic_lr)):
             set_lr(optimizers[name], rate)
         generator = torch.Generator().manual_seed(number)
@@ -214,7 +216,25 @@ def assert_same_metrics(found, expected):
         ),
         ({"critic": "shared"}, {"microbatch_tokens": 120}),
         ({"continued": True}, {"microbatch_tokens": 200, "old_logprobs": "recomputed"}),
+        # Pools of turns and of episodes, means over them, a value a token.
+        (
+            {},
+            {"microbatch_tokens": 90, "ratio": "turn", "aggregation": "sequence", "loss": "cispo"},
+        ),
+        (
+            {"continued": True},
+            {
+                "microbatch_tokens": 200,
+                "ratio": "sequence",
+                "aggregation": "sequence",
+                "estimator": "token_gae",
+            },
+        ),
         # One microbatch a minibatch: the second process has no row at all.
+        (
+            {"critic": "shared", "tied": False},
+            {"microbatch_tokens": 8192, "aggregation": "sequence", "estimator": "token_gae"},
+        ),
         ({"critic": "shared", "tied": False}, {"microbatch_tokens": 8192}),
     ],
 )
@@ -447,6 +467,9 @@ def test_torchrun_starts_a_run_that_logs_once(tmp_path):
         "report:",
     ]
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 1]
+    card = (tmp_path / "run" / "checkpoints" / "step-000001" / "README.md").read_text()
+    alone = load_agent(ModelConfig(device="cpu"), 0, HOUSEHOLD.tokenizer).model.num_parameters()
+    assert f"| parameters | {alone:,} |" in card
 
 
 @pytest.mark.parametrize("size, late", [("1", True), ("2", False)])

@@ -3,10 +3,9 @@
 import random
 
 import pytest
-import yaml
 from helpers import configure, make_tiny
 
-from hiper_fast.configure import RECIPES, resolve
+from hiper_fast.configure import RECIPES, read_file, resolve
 from hiper_fast.envs.family import families
 from hiper_fast.eval import evaluate, format_table
 from hiper_fast.learn.warm_start import demonstrate
@@ -85,14 +84,11 @@ def test_the_official_games_have_defaults_of_their_own_also_where_auto_finds_the
 @pytest.mark.parametrize("name", ["alfworld", "webshop"])
 def test_the_papers_recipe_leaves_nothing_to_the_environments_defaults(name):
     files = RECIPES / f"{name}.yaml", families.find(name).defaults
-    recipe, own = (yaml.safe_load(file.read_text()) for file in files)
-    left = {
-        (section, key)
-        for section, entries in own.items()
-        for key in entries
-        if key not in recipe[section]
-    }
-    assert left <= {("warm_start", "episodes")} and recipe["warm_start"] == {"enabled": False}
+    recipe, own = ({option: value for _, option, value in read_file(file)} for file in files)
+    left = own.keys() - recipe.keys()
+    assert all(option.startswith("warm_start.") for option in left), "which the recipe goes without"
+    warm_start = {option: v for option, v in recipe.items() if option.startswith("warm_start.")}
+    assert warm_start == {"warm_start.enabled": False}
 
 
 def test_the_papers_recipe():
@@ -104,7 +100,7 @@ def test_the_papers_recipe():
         -0.3,
     )
     assert (
-        not config.advantage.bootstrap
+        config.advantage.bootstrap == "none"
         and config.agent.max_prompt_tokens == 4096
         and config.agent.fallback == 20
     )

@@ -1,6 +1,7 @@
 """The plan: what it counts against what real models hold, what it refuses, and what it advises."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -457,7 +458,8 @@ def test_every_task_fits_every_hardware_with_the_papers_hyperparameters(task, ha
         0.4,
     )
     assert (r.success, r.invalid, r.keep_mode, r.consistency) == (10, -0.1, "normalized", -0.3)
-    assert round(config.plan.turns / c.minibatches, -1) in (250, 260)
+    assert c.minibatch_size == 256
+    assert plan.count_steps(config) == math.ceil(config.plan.turns / 256)
 
 
 def test_there_is_a_recipe_for_each_hardware():
@@ -543,6 +545,14 @@ def test_times_follow_their_causes(option, value, stage, factor):
         return plan.estimate_seconds(config, shared)[stage]
 
     assert seconds(base | {option: value}) == pytest.approx(factor * seconds(base), rel=0.15)
+
+
+def test_steps_are_counted_from_a_minibatchs_size():
+    base = LARGE | {"plan.turns": 1000, "train.episodes": 128}
+    steps = {"train.minibatches": 3}, {"train.minibatch_size": 256}, {"train.minibatch_size": 999}
+    assert [plan.count_steps(resolve([], base | more)) for more in steps] == [3, 4, 2]
+    whole = base | {"agent.style": "transcript", "train.minibatch_size": 50}
+    assert plan.count_steps(resolve([], whole)) == 3
 
 
 def test_recomputing_costs_a_third_of_the_passes():

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,22 @@ def test_eval_of_a_checkpoint_gives_what_the_run_had_logged(finished, capsys):
     assert line == ["all", "5", f"{last['eval/success']:.1%}", low, "to", high]
 
 
+def test_a_checkpoint_says_what_it_is_and_is_evaluated_wherever_it_lies(finished, tmp_path, capsys):
+    last = finished / "checkpoints" / "step-000005"
+    card = (last / "README.md").read_text()
+    assert "# whole, update 5" in card and "5 of 5 updates, 20 episodes" in card
+    (command,) = [
+        line for line in card.splitlines() if line.startswith("python -m hiper_fast.eval")
+    ]
+    assert command.split() == ["python", "-m", "hiper_fast.eval", "--checkpoint", str(last)]
+    shutil.copytree(last, tmp_path / "a" / "b" / "moved")
+    assert evaluation.main(["--checkpoint", str(tmp_path / "a" / "b" / "moved")]) == 0
+    found = capsys.readouterr().out.splitlines()[-1].split()  # all, games, success, low, to, high
+    assert "| all | {1} | {2} | {3} to {5} |".format(*found) in card
+    first = finished / "checkpoints" / "step-000004"
+    assert "4 of 5 updates, 16 episodes" in (first / "README.md").read_text()
+
+
 def test_episodes_are_stored_for_the_viewer(finished):
     files = sorted(path.name for path in (finished / "episodes").iterdir())
     assert files == [f"step-00000{i}.jsonl" for i in (0, 2, 4, 5)]
@@ -299,6 +316,11 @@ def test_a_killed_run_resumes_exactly(finished, tmp_path):
         assert (killed / last / name).read_bytes() == (finished / last / name).read_bytes(), name
     for path in (finished / "episodes").iterdir():
         assert (killed / "episodes" / path.name).read_text() == path.read_text()
+    cards = [
+        (run / last / "README.md").read_text().replace(f"{run}/", "").replace(f"# {run.name},", "")
+        for run in (killed, finished)
+    ]
+    assert cards[0] == cards[1]
     written = resolve([killed / "config.yaml"])
     assert not written.run.resume, "a run's options must not resume whoever reads them"
 
@@ -312,7 +334,7 @@ def test_a_run_of_transcripts_resumes_exactly_and_is_evaluated_and_shown(tmp_pat
         "eval.every": 1,
     }
     options |= {
-        "advantage.bootstrap": True,
+        "advantage.bootstrap": "next_state",
         "run.save_every": 1,
         "train.critic_updates": 0,
         "train.minibatches": 2,
@@ -570,7 +592,7 @@ def alfworld_folder(folder, count=3):
     return folder
 
 
-@pytest.mark.parametrize("demonstrations", ["search", "walkthrough"])
+@pytest.mark.parametrize("demonstrations", ["search", "listed", "walkthrough"])
 def test_the_same_command_with_data_plays_the_official_games(tmp_path, monkeypatch, demonstrations):
     monkeypatch.setenv("ALFWORLD_DATA", str(alfworld_folder(tmp_path / "data")))
     options = {"env": "auto", "updates": 1, "warm_start.demonstrations": demonstrations}

@@ -121,11 +121,17 @@ class Agent:
         return self.trunk(batch) if policy_hidden is None else policy_hidden
 
     def logprobs(
-        self, hidden: Tensor, targets: Tensor, temperature: float, *, reference: bool = False
-    ) -> Tensor:
-        """Log-probs, float32 [n], of `targets` [n]; `hidden` [n, h] predicts them."""
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        *,
+        reference: bool = False,
+        entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probs, float32 [n], of `targets` [n], and if asked for entropies [n]; `hidden` [n, h] predicts them."""
         model = self.reference if reference else self.model
-        options = {"targets": targets, "temperature": temperature}
+        options = {"targets": targets, "temperature": temperature, "entropy": entropy}
         return call_inside(
             model, lambda: ops.linear_logprobs(hidden, **options, **take_head(model))
         )

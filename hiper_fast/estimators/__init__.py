@@ -28,6 +28,7 @@ class Turns:
     roles: Tensor  # uint8 [turns], the roles that its tokens have: ACTION | SUBGOAL | SWITCH of ops.reference
     state: Tensor  # int64 [turns]; equal in a group: the same observation and commands
     cu_turns: Tensor  # int32 [trajectories + 1]
+    cu_tokens: Tensor  # int32 [turns + 1], response tokens
     terminated: Tensor  # bool [trajectories]; the others were truncated
     group: Tensor  # int64 [trajectories]; equal: episodes of the same game
 
@@ -36,13 +37,21 @@ class Turns:
 class Values:
     """What the critic says of them."""
 
-    turns: Tensor  # float32 [turns, 3], columns LOW, HIGH, SWITCH
-    bootstrap: Tensor  # float32 [trajectories], V_high after the last turn; 0 where there is none
+    turns: Tensor | None  # float32 [turns, 3], columns LOW, HIGH, SWITCH; None: read at tokens
+    bootstrap: Tensor  # float32 [trajectories], V_high after the last turn; 0 but for `advantage.bootstrap: next_state`
+    tokens: Tensor | None = (
+        None  # float32 [tokens, 3], where each response token is predicted; None: read at turns
+    )
+
+    @property
+    def places(self) -> Tensor:
+        """Wherever the critic was read, float32 [turns or tokens, 3]."""
+        return self.turns if self.tokens is None else self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Credit on one scale of time, for the tokens of some roles."""
+    """Credit on one scale of time, for the tokens of some roles; a number a turn, or a token."""
 
     name: str
     roles: int  # whose tokens take the advantage; a token of several of them takes it once
@@ -54,6 +63,7 @@ class Level:
     learned: Tensor | None = None  # bool [turns]: from which the value's head learns
     head: int = HIGH
     raw: bool = True  # advantage.normalize applies; False: the advantages are as they are to be
+    per_token: bool = False  # all four are [tokens] instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +82,16 @@ _plugins = Plugins(
 find, names, register = _plugins.find, _plugins.names, _plugins.register
 
 
-def requires(*, values: bool = True, groups: bool = False) -> Callable[[Estimator], Estimator]:
+def requires(
+    *, values: bool = True, groups: bool = False, tokens: bool = False
+) -> Callable[[Estimator], Estimator]:
     """Says what an estimator needs, where it is not the usual: without values no critic is made, and it
-    gets None for them; with groups a run must play each game several times (`train.group`)."""
+    gets None for them; with groups a run must play each game several times (`train.group`); with tokens
+    the critic is read at every response token instead of at turns, and levels with returns are `per_token`."""
 
     def mark(estimate: Estimator) -> Estimator:
         estimate.needs_values, estimate.needs_groups = values, groups
+        estimate.needs_tokens = tokens
         return estimate
 
     return mark
@@ -89,3 +103,7 @@ def needs_values(estimate: Estimator) -> bool:
 
 def needs_groups(estimate: Estimator) -> bool:
     return getattr(estimate, "needs_groups", False)
+
+
+def needs_tokens(estimate: Estimator) -> bool:
+    return getattr(estimate, "needs_tokens", False)

@@ -9,5 +9,8 @@ from hiper_fast.estimators._groups import compare_episodes, credit_all
 
 @requires(values=False, groups=True)
 def estimate(turns: Turns, values: None, config: AdvantageConfig) -> Credit:
-    """A = R - mean of the group's R, the same for all of an episode's turns. Groups are made with `train.group`."""
+    """A = R - mean of the group's R, the same for all of an episode's turns. Groups are made with `train.group`.
+
+    The paper's other half is the loss: `train.aggregation: constant` divides by no response's length.
+    """
     return credit_all("episode", turns, compare_episodes(turns, scaled=False))

@@ -10,7 +10,8 @@ from hiper_fast.estimators import EVERY_ROLE, HIGH, Credit, Level, Turns, Values
 
 
 def estimate(turns: Turns, values: Values, config: AdvantageConfig) -> Credit:
-    """`ops.gae` of V_high with `advantage.lambda_segment`."""
+    """`ops.gae` of V_high with `advantage.lambda_segment`. `advantage.bootstrap: reference` bootstraps nothing: nor
+    does the reference implementation's."""
     advantages, returns = ops.gae(
         turns.rewards,
         values.turns[:, HIGH],

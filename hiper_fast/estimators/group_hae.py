@@ -25,7 +25,8 @@ def estimate(turns: Turns, values: None, config: AdvantageConfig) -> Credit:
     all its turns. Every comparison is scaled as GRPO's. Groups are made with `train.group`.
     """
     group = turns.group[find_episodes(turns)]  # [turns]
-    boundary = turns.switch.index_fill(0, turns.cu_turns[:-1].long(), True)  # [turns]
+    first = turns.cu_turns[:-1][turns.cu_turns.diff() > 0].long()  # [episodes that have turns]
+    boundary = turns.switch.index_fill(0, first, True)  # [turns]
     returns = discount_rewards(turns, config.gamma)
     high = torch.zeros_like(returns)
     high[boundary] = compare(returns[boundary], group[boundary], scaled=True)

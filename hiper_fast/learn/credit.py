@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hiper_fast import ops
 from hiper_fast.config import AdvantageConfig
-from hiper_fast.estimators import Credit, Estimator, Turns, Values
+from hiper_fast.estimators import Credit, Estimator, Level, Turns, Values
 from hiper_fast.learn.score import Scores
 from hiper_fast.ops import HAE, reference
-from hiper_fast.packing import spread
+from hiper_fast.packing import find_ranges, spread
 from hiper_fast.rollout.trajectory import Trajectories
 
 SINGLE_ROLES = [reference.ACTION, reference.SUBGOAL, reference.SWITCH]  # what the fused op scatters
@@ -20,29 +20,43 @@ SINGLE_ROLES = [reference.ACTION, reference.SUBGOAL, reference.SWITCH]  # what t
 
 @dataclass(slots=True)
 class Targets:
-    """What an update learns from; fixed while it runs."""
+    """What an update learns from; fixed while it runs. Values have places: turns, or `per_token`."""
 
     advantages: Tensor  # float32 [tokens]
     loss_mask: Tensor  # bool [tokens]
     ref_logprobs: Tensor | None  # float32 [tokens], where loss_mask; None without a KL term
-    old_values: Tensor | None  # float32 [turns, 3]; None without a critic
-    returns: Tensor | None  # float32 [turns, 3]
-    value_mask: Tensor | None  # bool [turns, 3]: which turns train which head
+    old_values: Tensor | None  # float32 [places, 3]; None without a critic
+    returns: Tensor | None  # float32 [places, 3]
+    value_mask: Tensor | None  # bool [places, 3]: which places train which head
     credit: Credit  # per turn, for the report
+    per_token: bool = False  # the places of values are tokens
+
+    def turn_values(self, cu_tokens: Tensor) -> Tensor | None:
+        """The old values where turns begin, float32 [turns, 3], for the report."""
+        if not self.per_token:
+            return self.old_values
+        first = cu_tokens[:-1].long().clamp(max=len(self.old_values) - 1)  # [turns]
+        return self.old_values[first]
 
 
 def give_credit(
     trajectories: Trajectories, scores: Scores, estimate: Estimator, config: AdvantageConfig
 ) -> Targets:
-    """Values -> the estimator's advantages -> token advantages, each level normalised if asked for."""
-    roles, cu_tokens = trajectories.roles, trajectories.cu_tokens
-    credit = estimate(view_turns(trajectories), scores.values, config)
-    advantages, loss_mask, credit = scatter(credit, roles, cu_tokens, config.normalize)
-    if scores.values is None:
-        return Targets(advantages, loss_mask, scores.ref_logprobs, None, None, None, credit)
-    returns, value_mask = collect_returns(credit, scores.values)
-    values = scores.values.turns
-    return Targets(advantages, loss_mask, scores.ref_logprobs, values, returns, value_mask, credit)
+    """Values -> the estimator's advantages -> token advantages, each level normalised if asked for.
+
+    Weights of importance multiply the token advantages: every policy loss is homogeneous in them.
+    """
+    roles, cu_tokens, values = trajectories.roles, trajectories.cu_tokens, scores.values
+    credit = estimate(view_turns(trajectories), values, config)
+    advantages, loss_mask, told = scatter(credit, roles, cu_tokens, config.normalize)
+    if scores.importance is not None:
+        advantages = advantages * scores.importance
+    if values is None:
+        return Targets(advantages, loss_mask, scores.ref_logprobs, None, None, None, told)
+    return Targets(
+        advantages, loss_mask, scores.ref_logprobs, values.places, *collect_returns(credit, values),
+        told, per_token=values.tokens is not None,
+    )  # fmt: skip
 
 
 def view_turns(trajectories: Trajectories) -> Turns:
@@ -54,14 +68,14 @@ def view_turns(trajectories: Trajectories) -> Turns:
         roles |= torch.zeros_like(roles).index_fill(0, carried, role)
     return Turns(
         trajectories.rewards, trajectories.switch, trajectories.valid, roles, trajectories.state,
-        trajectories.cu_turns, trajectories.terminated, trajectories.group,
+        trajectories.cu_turns, trajectories.cu_tokens, trajectories.terminated, trajectories.group,
     )  # fmt: skip
 
 
 def collect_returns(credit: Credit, values: Values) -> tuple[Tensor, Tensor]:
-    """The critic's targets, float32 [turns, 3], and which turns train which head, bool [turns, 3]."""
-    returns = torch.zeros_like(values.turns)
-    learned = torch.zeros_like(values.turns, dtype=torch.bool)
+    """The critic's targets, float32 [places, 3], and which places train which head, bool [places, 3]."""
+    returns = torch.zeros_like(values.places)
+    learned = torch.zeros_like(values.places, dtype=torch.bool)
     for level in credit.levels:
         if level.returns is not None:
             returns[:, level.head], learned[:, level.head] = level.returns, level.learned
@@ -71,7 +85,7 @@ def collect_returns(credit: Credit, values: Values) -> tuple[Tensor, Tensor]:
 def scatter(
     credit: Credit, roles: Tensor, cu_tokens: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor, Credit]:
-    """Token advantages [tokens], the loss mask [tokens], and the credit as it was scattered."""
+    """Token advantages [tokens], the loss mask [tokens], and the credit as it was scattered, a number a turn."""
     if is_fused(credit, normalize):
         return scatter_fused(credit, roles, cu_tokens, normalize)
     advantages = torch.zeros(roles.shape)  # [tokens]
@@ -79,19 +93,30 @@ def scatter(
     turn = spread(torch.arange(cu_tokens.numel() - 1), cu_tokens)  # [tokens]
     levels = []
     for level in credit.levels:
-        trained = ((roles & level.roles) > 0) & level.carried[turn]  # [tokens]
+        place = torch.arange(len(turn)) if level.per_token else turn  # [tokens]
+        trained = ((roles & level.roles) > 0) & level.carried[place]  # [tokens]
         if normalize and level.raw:
-            carried = torch.zeros_like(level.carried).index_fill(0, turn[trained], True)
+            carried = torch.zeros_like(level.carried).index_fill(0, place[trained], True)
             level = replace(level, advantages=ops.normalize(level.advantages, carried))
-        advantages += torch.where(trained, level.advantages[turn], 0.0)
+        advantages += torch.where(trained, level.advantages[place], 0.0)
         loss_mask |= trained
-        levels.append(level)
+        levels.append(average(level, trained, cu_tokens) if level.per_token else level)
     return advantages, loss_mask, Credit(tuple(levels))
+
+
+def average(level: Level, trained: Tensor, cu_tokens: Tensor) -> Level:
+    """A level of tokens as one of turns: the mean advantage of each one's `trained` [tokens] tokens."""
+    turn = find_ranges(trained.nonzero()[:, 0], cu_tokens)  # [trained tokens]
+    count = torch.zeros(len(cu_tokens) - 1).index_add(0, turn, torch.ones(len(turn)))
+    total = torch.zeros_like(count).index_add(0, turn, level.advantages[trained])
+    return Level(level.name, level.roles, total / count.clamp(min=1), count > 0, head=level.head)
 
 
 def is_fused(credit: Credit, normalize: bool) -> bool:
     """Whether one op scatters it: a level a role, low and switch on every turn."""
     if [level.roles for level in credit.levels] != SINGLE_ROLES:
+        return False
+    if any(level.per_token for level in credit.levels):
         return False
     low, _, switch = credit.levels
     raw = all(level.raw for level in credit.levels) or not normalize

@@ -5,26 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiper_fast.estimators import HIGH
-from hiper_fast.packing import Microbatch, ranges
+from hiper_fast.packing import Microbatch, find_ranges, ranges
 from hiper_fast.rollout.trajectory import Sequences
 
 
 class Rows:
-    """Which rows of a microbatch's hidden states predict its loss tokens and give its values."""
+    """Which rows of a microbatch's hidden states predict its loss tokens and give its values.
+
+    Values have places: the turns, or, with `token_values`, the response tokens.
+    """
 
     def __init__(self, sequences: Sequences, batch: Microbatch, loss_mask: Tensor):
         tokens, shift = find_within(sequences, batch, sequences.token_index)
         trained = loss_mask[tokens]
         self.tokens = tokens[trained]  # [rows], which response tokens
         self.token_rows = (sequences.token_index[tokens] + shift)[trained] - 1  # [rows]
-        self.turns, shift = find_within(sequences, batch, sequences.value_index[:, HIGH])
-        self.value_rows = sequences.value_index[self.turns] + shift[:, None]  # [turns, 3]
+        self.sequences = find_ranges(
+            sequences.token_index[self.tokens], sequences.cu_seqlens
+        )  # [rows], whose they are
+        self.places, shift = find_within(sequences, batch, sequences.value_index[:, -1])
+        self.value_rows = sequences.value_index[self.places] + shift[:, None]  # [places, 3 or 1]
 
     @staticmethod
     def take_values(values: Tensor) -> Tensor:
-        """Each head at its own position: [turns, 3 positions, 3 heads] -> [turns, 3]."""
-        return values.diagonal(dim1=1, dim2=2)
+        """Each head at its own position, or all at the only one: [places, 3 or 1, 3 heads] -> [places, 3]."""
+        return values[:, 0] if values.shape[1] == 1 else values.diagonal(dim1=1, dim2=2)
 
 
 def find_within(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hiper_fast import estimators
 from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.estimators import HIGH, Values
@@ -21,13 +22,14 @@ class Scores:
     ref_logprobs: (
         Tensor | None
     )  # float32 [tokens], where a token has a role; None without a KL term
+    importance: Tensor | None = None  # float32 [tokens], weights of advantages; None: all are 1
 
 
 @torch.no_grad()
 def score(agent: Agent, trajectories: Trajectories, config: Config) -> Scores:
     """One pass of each network. `train.old_logprobs: recomputed` writes trajectories.old_logprobs anew."""
     pass_ = ScoringPass(agent, trajectories, config)
-    sequences = trajectories.sequences(final=pass_.bootstraps)
+    sequences = trajectories.sequences(final=pass_.bootstraps, token_values=pass_.per_token)
     budget = config.train.microbatch_tokens
     for batch in agent.world.deal(microbatches(sequences.ids, sequences.cu_seqlens, budget), BLANK):
         pass_.read(batch, Rows(sequences, batch, trajectories.roles > 0))
@@ -45,8 +47,12 @@ class ScoringPass:
         self.agent, self.trajectories = agent, trajectories
         self.temperature = config.agent.temperature
         self.recomputes = config.train.old_logprobs == "recomputed"
-        self.bootstraps = config.advantage.bootstrap and agent.critic is not None
-        self.values = torch.zeros(trajectories.turns, 3)
+        self.importance_cap = config.train.importance_cap
+        asked = config.advantage.bootstrap == "next_state"
+        self.bootstraps = asked and agent.critic is not None
+        self.per_token = estimators.needs_tokens(estimators.find(config.advantage.estimator))
+        places = trajectories.response_ids.numel() if self.per_token else trajectories.turns
+        self.values = torch.zeros(places, 3)
         self.bootstrap = torch.zeros(len(trajectories.terminated))
         self.old_logprobs = torch.zeros_like(trajectories.old_logprobs)  # [tokens]
         with_reference = config.train.kl_coef > 0
@@ -60,7 +66,7 @@ class ScoringPass:
         if agent.critic is not None:
             critic_hidden = agent.critic_hidden(batch, hidden)
             values = agent.critic(critic_hidden[rows.value_rows])
-            self.values[rows.turns] = rows.take_values(values).cpu()
+            self.values[rows.places] = rows.take_values(values).cpu()
             if self.bootstraps and self.trajectories.continued:
                 self.bootstrap[batch.index] = self.last_values(batch, critic_hidden)
         if self.ref_logprobs is not None:
@@ -86,15 +92,18 @@ class ScoringPass:
 
     def finish(self) -> Scores:
         """The sums over all processes, each of which read its share."""
-        trajectories, world = self.trajectories, self.agent.world
+        trajectories, world, importance = self.trajectories, self.agent.world, None
         if self.recomputes:
-            old = world.sum(self.old_logprobs)
-            trajectories.old_logprobs = torch.where(
-                trajectories.roles > 0, old, trajectories.old_logprobs
-            )
+            sampled, old = trajectories.old_logprobs, world.sum(self.old_logprobs)
+            trajectories.old_logprobs = torch.where(trajectories.roles > 0, old, sampled)
+            if self.importance_cap:
+                drift = trajectories.old_logprobs - sampled
+                importance = drift.exp().clamp(max=self.importance_cap)
         if self.ref_logprobs is not None:
             world.sum(self.ref_logprobs)
         if self.agent.critic is None:
-            return Scores(None, self.ref_logprobs)
+            return Scores(None, self.ref_logprobs, importance)
         bootstrap = world.sum(self.bootstrap).masked_fill(trajectories.terminated, 0)
-        return Scores(Values(world.sum(self.values), bootstrap), self.ref_logprobs)
+        found = world.sum(self.values)
+        turns, tokens = (None, found) if self.per_token else (found, None)
+        return Scores(Values(turns, bootstrap, tokens), self.ref_logprobs, importance)

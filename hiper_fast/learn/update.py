@@ -1,4 +1,4 @@
-"""The update: random minibatches, an optimiser step each, of PPO and value losses (arXiv 2602.16165)."""
+"""The update: random minibatches, an optimiser step each, of policy and value losses (arXiv 2602.16165)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 
 from hiper_fast import ops
 from hiper_fast.agent.agent import Agent
-from hiper_fast.config import Config
+from hiper_fast.config import Config, TrainConfig
 from hiper_fast.estimators import HIGH, LOW, SWITCH
 from hiper_fast.learn.credit import Targets
+from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
+from hiper_fast.learn.roles import measure_roles
 from hiper_fast.learn.rows import Rows
-from hiper_fast.packing import BLANK, Microbatch, microbatches
+from hiper_fast.packing import BLANK, Microbatch, find_ranges, microbatches
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
 
 HEADS = {LOW: "low", HIGH: "high", SWITCH: "switch"}
@@ -32,19 +34,30 @@ def update(
     train_policy: bool = True,
 ) -> dict[str, float]:
     """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
-    sequences = trajectories.sequences()
+    sequences = trajectories.sequences(token_values=targets.per_token)
     order = torch.randperm(len(sequences), generator=generator)
+    clipped = torch.full_like(trajectories.old_logprobs, math.nan)  # [tokens], 1 where it was
     steps = []
-    for index in order.tensor_split(config.train.minibatches):
+    for index in split_minibatches(order, config.train):
         if index.numel():
-            step = Step(agent, trajectories, sequences, targets, index, config, train_policy)
+            step = Step(
+                agent, trajectories, sequences, targets, index, config, train_policy, clipped
+            )
             steps.append(step.take(optimizers))
     for optimizer in optimizers.values():
         optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
     taken = [metrics for metrics in steps if metrics is not None]
     names = taken[0] if taken else {}
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
+    means |= measure_roles(trajectories, targets, clipped, agent.world)
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
+
+
+def split_minibatches(order: Tensor, config: TrainConfig) -> tuple[Tensor, ...]:
+    """`train.minibatches` of about one size, or as many as `train.minibatch_size` makes, the last one short."""
+    if config.minibatch_size:
+        return order.split(config.minibatch_size)
+    return order.tensor_split(config.minibatches)
 
 
 def measure_critic(targets: Targets) -> dict[str, float]:
@@ -64,8 +77,8 @@ def measure_critic(targets: Targets) -> dict[str, float]:
 class Step:
     """One minibatch: its gradients, gathered over microbatches, and the optimiser step.
 
-    Every microbatch divides by the minibatch's loss tokens and values, those of all processes, so that
-    uneven ones add up to the whole.
+    Every microbatch divides by what the minibatch holds, in all processes, so that uneven ones add up
+    to the whole.
     """
 
     def __init__(
@@ -77,24 +90,33 @@ class Step:
         index: Tensor,
         config: Config,
         train_policy: bool,
+        clipped: Tensor,
     ):
         self.agent, self.trajectories, self.targets = agent, trajectories, targets
         self.config, self.train_policy = config, train_policy
+        self.clipped = clipped  # [tokens], filled in as they are met
         world, budget = agent.world, config.train.microbatch_tokens
         whole = microbatches(sequences.ids, sequences.cu_seqlens, budget, index)
         self.batches = [
             (batch.to(agent.device), Rows(sequences, batch, targets.loss_mask))
             for batch in world.deal(whole, BLANK)
         ]
-        tokens = sum(rows.tokens.numel() for _, rows in self.batches)
-        self.tokens = world.sum(torch.tensor(tokens)).item()
-        self.counts = [0, 0, 0]  # values that train each head
+        self.counts = self.count(index)
+        self.value_counts = [0, 0, 0]  # values that train each head
         if agent.critic is not None:
-            counts = sum(targets.value_mask[rows.turns].sum(0) for _, rows in self.batches)
-            self.counts = world.sum(counts).tolist()
+            counts = sum(targets.value_mask[rows.places].sum(0) for _, rows in self.batches)
+            self.value_counts = world.sum(counts).tolist()
         names = ["loss/policy", "loss/value", "loss/kl", "loss/clip_fraction"]
         names += ["loss/entropy"] if config.train.entropy_coef else []  # else none is computed
         self.metrics = dict.fromkeys(names, 0.0)
+
+    def count(self, index: Tensor) -> Counts:
+        """What the minibatch of the sequences `index` holds."""
+        config = self.config
+        held = [[len(rows.tokens), len(rows.sequences.unique())] for _, rows in self.batches]
+        tokens, trained = self.agent.world.sum(torch.tensor(held).sum(0)).tolist()
+        turns = config.env.max_turns if self.trajectories.continued else 1
+        return Counts(tokens, trained, len(index), turns * config.agent.max_response_tokens)
 
     def take(self, optimizers: dict[str, Optimizer]) -> dict[str, float] | None:
         """The step's metrics; None, and no step, if anything was not finite."""
@@ -120,9 +142,9 @@ class Step:
         """Those of one microbatch's share of the loss."""
         agent, critic = self.agent, self.agent.critic
         loss, hidden = torch.zeros((), device=agent.device), None
-        if self.train_policy and self.tokens:
+        if self.train_policy and self.counts.tokens:
             hidden = agent.trunk(batch)
-            loss = self.policy_loss(hidden[rows.token_rows], rows.tokens)
+            loss = self.policy_loss(hidden[rows.token_rows], rows)
             if critic is None or critic.trunk is not None:
                 # What one trunk keeps may go before the other's comes.
                 loss.backward()
@@ -132,44 +154,43 @@ class Step:
         # A shared trunk stays as it is while the critic trains alone.
         with torch.set_grad_enabled(self.train_policy or critic.trunk is not None):
             critic_hidden = agent.critic_hidden(batch, hidden)
-        values = rows.take_values(critic(critic_hidden[rows.value_rows]))  # [turns, 3]
-        (loss + self.value_loss(values, rows.turns)).backward()
+        values = rows.take_values(critic(critic_hidden[rows.value_rows]))  # [places, 3]
+        (loss + self.value_loss(values, rows.places)).backward()
 
-    def policy_loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Of response tokens `tokens` [n], predicted by hidden states [n, h]; 0-d."""
-        options, device = self.config.train, self.agent.device
-        trajectories, targets = self.trajectories, self.targets
+    def policy_loss(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """Of the loss tokens [n] of `rows`, predicted by hidden states [n, h]; 0-d."""
+        loss, parts, clipped = policy_loss(
+            self.agent, hidden, self.take_tokens(rows), self.counts, self.config
+        )
+        self.metrics["loss/policy"] += loss.item()
+        for name, part in parts.items():
+            self.metrics[f"loss/{name}"] += part.item()
+        self.clipped[rows.tokens] = clipped.to(self.clipped)
+        return loss
+
+    def take_tokens(self, rows: Rows) -> LossTokens:
+        """The loss tokens of `rows`, on the agent's device."""
+        trajectories, targets, device = self.trajectories, self.targets, self.agent.device
         data = trajectories.response_ids, trajectories.old_logprobs, targets.advantages
-        ids, old_logprobs, advantages = (x[tokens].to(device) for x in data)
+        ids, old_logprobs, advantages = (x[rows.tokens].to(device) for x in data)
         ref = targets.ref_logprobs
-        loss, parts = self.agent.ppo_loss(
-            hidden,
+        return LossTokens(
             ids,
             old_logprobs,
             advantages,
-            ref_logprobs=None if ref is None else ref[tokens].to(device),
-            temperature=self.config.agent.temperature,
-            clip_low=options.clip_low,
-            clip_high=options.clip_high,
-            dual_clip=options.dual_clip,
-            kl_coef=options.kl_coef,
-            entropy_coef=options.entropy_coef,
-            denominator=self.tokens,
+            ref_logprobs=None if ref is None else ref[rows.tokens].to(device),
+            turn=find_ranges(rows.tokens, trajectories.cu_tokens).to(device),
+            sequence=rows.sequences.to(device),
         )
-        self.metrics["loss/policy"] += loss.item()
-        for name in ("kl", "entropy", "clip_fraction"):
-            if name in parts:
-                self.metrics[f"loss/{name}"] += parts[name].item()
-        return loss
 
-    def value_loss(self, values: Tensor, turns: Tensor) -> Tensor:
-        """Of the values [turns, 3] of `turns`, each head over what trains it; 0-d."""
+    def value_loss(self, values: Tensor, places: Tensor) -> Tensor:
+        """Of the values [places, 3] at `places`, each head over what trains it; 0-d."""
         options, targets = self.config.train, self.targets
         total = torch.zeros((), device=values.device)
-        for head, count in enumerate(self.counts):
+        for head, count in enumerate(self.value_counts):
             if count:
                 data = targets.old_values, targets.returns, targets.value_mask
-                columns = (x[turns, head].to(values.device) for x in data)
+                columns = (x[places, head].to(values.device) for x in data)
                 loss, _ = ops.value_loss(
                     values[:, head], *columns, clip=options.value_clip, denominator=count
                 )

@@ -16,6 +16,7 @@ from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.envs.family import Family
 from hiper_fast.envs.player import Move, Player
+from hiper_fast.envs.prompts import State
 from hiper_fast.estimators import HIGH
 from hiper_fast.learn import optim
 from hiper_fast.learn.rows import Rows
@@ -48,17 +49,29 @@ def warm_start(
     """Demonstrations, then imitation, the run's first stage."""
     with logger.stage("demonstrations"):
         trajectories, imitated = demonstrate(agent, games, prompter, config)
+        teacher = measure_teacher(games, config)
     won, episodes = trajectories.won.float().mean().item(), len(trajectories.won)
-    logger.message(f"{episodes} scripted episodes, {trajectories.turns} turns, {won:.0%} won")
+    logger.message(
+        f"{episodes} scripted episodes, {trajectories.turns} turns, {won:.0%} won; undisturbed, their player "
+        f"wins {teacher:.1%} of the {config.eval.panel} panel"
+    )
     began = time.perf_counter()
     for step, steps, loss, accuracy in imitate(agent, trajectories, imitated, config):
         if step % max(1, steps // ROWS) == 0 or step == steps:
             metrics = {
                 "loss/imitation": loss,
                 "warm_start/accuracy": accuracy,
+                "warm_start/teacher": teacher,
                 "time/total": time.perf_counter() - began,
             }
             logger.log(step, "warm_start", metrics)
+
+
+def decide(player: Player, state: State) -> Move:
+    """What a player does who has seen every turn so far."""
+    last = state.history[-1][1] if state.history else None
+    player.observe(last, state.observation, state.commands)
+    return player.move(state.commands)
 
 
 def write_response(move: Move, subgoal: str | None, *, plans: bool = True) -> str:
@@ -90,6 +103,20 @@ def demonstrate(
     return pack(episodes, agent.find_roles), torch.tensor(imitated)
 
 
+def measure_teacher(games: Games, config: Config) -> float:
+    """The share of the evaluation panel that the scripted player wins when nothing makes it stumble."""
+    [env], tasks, rng = games.make(1), games.list_panel(), random.Random("teacher")
+    kind, won = config.warm_start.demonstrations, 0
+    for task in tasks:
+        play = Play(env, task, games.family, config)
+        player = games.family.make_player(kind, env, random.Random(rng.random()))
+        while not play.over:
+            text = write_response(decide(player, play.state), play.state.subgoal)
+            play.step(Answer([], []), text.encode())
+        won += play.episode.won
+    return won / len(tasks)
+
+
 class Teacher:
     """The scripted players of some plays, at the engine's place."""
 
@@ -112,10 +139,9 @@ class Teacher:
 
     def speak(self, play: Play) -> str:
         player, state = self.players[id(play)], play.state
-        last = state.history[-1][1] if state.history else None
-        player.observe(last, state.observation, state.commands)
-        move = player.move(state.commands)
-        stumbles = self.config.demonstrations == "search" and self.rng.random() < self.config.noise
+        move = decide(player, state)
+        searches = self.config.demonstrations != "walkthrough"
+        stumbles = searches and self.rng.random() < self.config.noise
         self.imitated[id(play)].append(self.config.imitate_noise == "yes" or not stumbles)
         if stumbles:
             move = player.stumble(move, state.commands, self.rng)

@@ -115,7 +115,8 @@ def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
 
 
 def make_differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
-    """An `op` of (loss, metrics, the loss's gradients by its arguments at `places`), once differentiable.
+    """An `op` of (loss, what has no gradient, the loss's gradients by its arguments at `places`), once
+    differentiable.
 
     The gradients are made with the loss; backward only scales them.
     """
@@ -123,14 +124,15 @@ def make_differentiable(op: Callable, *places: int) -> type[torch.autograd.Funct
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
-            loss, metrics, *gradients = op(*arguments)
+            loss, *others = op(*arguments)
+            others, gradients = others[: -len(places)], others[-len(places) :]
             ctx.save_for_backward(*gradients)
-            ctx.mark_non_differentiable(metrics)
-            return loss, metrics
+            ctx.mark_non_differentiable(*others)
+            return loss, *others
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient, _):
+        def backward(ctx, gradient, *_):
             scaled = dict(zip(places, scale(gradient, *ctx.saved_tensors), strict=True))
             return tuple(
                 scaled.get(place) if need else None

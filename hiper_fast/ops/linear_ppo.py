@@ -20,17 +20,19 @@ def _run(
     the other rows, so it need not wait for backward and the product is not made twice."""
     head = Head(hidden, weight, bias, *needs)
     sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)  # [loss and METRICS]
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=head.dtype)  # [n]
     options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
     options = *options, float(targets.shape[0] or 1) if denominator is None else denominator
     want_gradient = any(needs)
     for part, logits in head.iterate_chunks():
         given = (targets, old_logprobs, advantages, ref_logprobs)
         data = (None if tensor is None else take(tensor, part) for tensor in given)
-        live = compute_rows(logits, *data, temperature, *options, want_gradient, sums)
+        results = sums, take(logprobs, part)
+        live = compute_rows(logits, *data, temperature, *options, want_gradient, *results)
         if want_gradient:
             head.add_gradients(part, live, logits if live is None else logits[: len(live)])
     sums = sums.to(head.dtype)
-    return sums[0].clone(), sums[1:].clone(), *head.collect_gradients()
+    return sums[0].clone(), sums[1:].clone(), logprobs, *head.collect_gradients()
 
 
 def _run_cpp(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
@@ -55,14 +57,14 @@ def _run_cpp(hidden, weight, bias, targets, old_logprobs, advantages, ref_logpro
 
 
 def _compute_rows_cpp(
-    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums
+    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_results
 ):
-    *options, sums = options_and_sums
+    *options, sums, out_logprobs = options_and_results
     live = torch.empty_like(targets)
     count = _library.find_kernel("linear_ppo", logits.dtype)(
         logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(),
-        find_address(ref_logprobs), *logits.shape, temperature, *options, sums.data_ptr(), live.data_ptr(),
-        torch.get_num_threads(),
+        find_address(ref_logprobs), *logits.shape, temperature, *options, sums.data_ptr(),
+        out_logprobs.data_ptr(), live.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return None if count == live.shape[0] else live[:count]
 
@@ -73,10 +75,11 @@ def _run_torch(hidden, weight, bias, targets, *others):
 
 
 def _compute_rows_torch(
-    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_sums
+    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_results
 ):
-    *options, want_gradient, sums = options_and_sums
+    *options, want_gradient, sums, out_logprobs = options_and_results
     log_p, logprobs, entropy = _head.compute_statistics(logits, targets, temperature)
+    out_logprobs.copy_(logprobs)
     every = torch.ones_like(targets, dtype=torch.bool)
     with_entropy = options[4] != 0
     loss, metrics, grad, grad_entropy = ppo_terms(
@@ -102,15 +105,16 @@ def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs
 
 def _fake(hidden, weight, *others):
     dtype = _library.widen(hidden.dtype)
-    sums = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(METRICS), dtype=dtype)
-    return *sums, *_head.fake_gradients(hidden, weight, *others[-3:])
+    shapes = (), (len(METRICS),), hidden.shape[:1]  # loss, metrics, log-probs
+    results = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    return *results, *_head.fake_gradients(hidden, weight, *others[-3:])
 
 
 _op = _library.define(
     "linear_ppo(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor old_logprobs, Tensor advantages, "
     "Tensor? ref_logprobs, float temperature, float clip_low, float clip_high, float dual_clip, float kl_coef, "
     "float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     cpp=_run_cpp,
     plain=_run_torch,
@@ -152,7 +156,8 @@ def linear_ppo(
     Returns:
         loss: 0-d, differentiable once in hidden, weight and bias; the weight's gradient is summed in
             float32.
-        metrics: those of `ppo_loss`; entropy only where entropy_coef is not 0.
+        metrics: those of `ppo_loss`, entropy only where entropy_coef is not 0; and the log-probs of the
+            targets, `logprobs` [n], which the loss was made of. None has a gradient.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
@@ -160,9 +165,10 @@ def linear_ppo(
     fixed, divisor = _library.split_denominator(denominator)
     needs = needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias)
     run = _LinearPPO.apply if any(needs) else _op
-    loss, metrics, *_ = run(
+    loss, metrics, logprobs, *_ = run(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, float(temperature),
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
     )  # fmt: skip
     loss, metrics = _library.divide(divisor, loss, metrics)
-    return loss, name_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)
+    named = name_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)
+    return loss, named | {"logprobs": logprobs}

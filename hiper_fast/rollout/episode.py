@@ -47,7 +47,8 @@ class Play:
         parsed = response.parse(text)
         action = response.command(text, self.config.agent.fallback).lower()
         state, episode, rewards = self.state, self.episode, self.config.reward
-        if state.plans and parsed.subgoal and (parsed.switch or not episode.responses):
+        sets = self.config.agent.shown_subgoal == "written" or not episode.responses
+        if state.plans and parsed.subgoal and (parsed.switch or sets):
             state.subgoal = parsed.subgoal
         said = text.decode(errors="replace")
         episode.turns.append(Turn(state.observation, said, state.subgoal, action))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
+from hiper_fast.packing import spread
 from hiper_fast.rollout.trajectory import Episode, Trajectories
+
+ALIKE = 1e-6  # a spread of returns below it is rounding
 
 
 def summarise(trajectories: Trajectories) -> dict[str, float]:
@@ -22,7 +27,28 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
         "rollout/prompt_tokens": trajectories.prompt_ids.numel() / turns,
         "rollout/response_tokens": trajectories.response_ids.numel() / turns,
         "rollout/truncated_prompts": sum(truncated),
+        **summarise_groups(trajectories),
     }
+
+
+def summarise_groups(trajectories: Trajectories) -> dict[str, float]:
+    """Of games that are played more than once: the share all of whose episodes have the same return.
+
+    Estimators that compare a game's episodes learn nothing from those.
+    """
+    _, place, count = trajectories.group.unique(return_inverse=True, return_counts=True)
+    shared = count > 1  # [groups]
+    if not shared.any():
+        return {}
+    episode = spread(torch.arange(len(place)), trajectories.cu_turns)  # [turns]
+    returns = torch.zeros(len(place), dtype=torch.float64)  # [trajectories]
+    returns = returns.index_add(0, episode, trajectories.rewards.double())
+    highest, lowest = (
+        returns.new_zeros(len(count)).scatter_reduce(0, place, returns, end, include_self=False)
+        for end in ("amax", "amin")
+    )  # [groups]
+    alike = (highest - lowest <= ALIKE)[shared]
+    return {"rollout/groups_alike": alike.float().mean().item()}
 
 
 def summarise_scores(stage: str, episodes: list[Episode]) -> dict[str, float]:

@@ -60,7 +60,8 @@ class Sequences:
     ids: Tensor  # int64 [prompt tokens + tokens]
     cu_seqlens: Tensor  # int32 [sequences + 1]
     token_index: Tensor  # int64 [tokens]: positions of the response tokens, ascending
-    value_index: Tensor  # int64 [turns, 3]: positions whose hidden states give the low, high and switch value
+    value_index: Tensor  # int64 [turns, 3]: positions whose hidden states give the low, high and switch value;
+    # or [tokens, 1]: those that predict the response tokens, each for all three
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -94,10 +95,11 @@ class Trajectories:
     def turns(self) -> int:
         return self.rewards.numel()
 
-    def sequences(self, *, final: bool = False) -> Sequences:
+    def sequences(self, *, final: bool = False, token_values: bool = False) -> Sequences:
         """One sequence a turn, its prompt, then its response; or one a trajectory, if its turns continue each other.
 
-        `final` lets the trajectories' sequences go on to the states after their last turns.
+        `final` lets the trajectories' sequences go on to the states after their last turns; `token_values` has
+        values at response tokens instead of at turns.
         """
         packed = self.prompt_ids, self.cu_prompts, self.response_ids, self.cu_tokens
         ids, cu_seqlens = interleave(*packed)
@@ -111,6 +113,8 @@ class Trajectories:
             ids, cu_seqlens = interleave(ids, cu_seqlens, self.final_ids, self.cu_final)
             token_index += spread(self.cu_final[:-1], self.cu_tokens[self.cu_turns.long()])
             value_index += spread(self.cu_final[:-1], self.cu_turns)[:, None]
+        if token_values:
+            value_index = token_index[:, None] - 1  # [tokens, 1]
         return Sequences(ids, cu_seqlens, token_index, value_index)
 
 

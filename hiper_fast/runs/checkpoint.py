@@ -2,11 +2,11 @@
 
 `folder/step-000010/` holds the policy in Hugging Face layout at its root (it loads with
 `AutoModelForCausalLM.from_pretrained`; with LoRA it is peft's adapter folder), and beside it
-`critic.safetensors`, `optimizer.safetensors` with `optimizer.json`, and `state.json`. Where many
-processes train, `critic/` and `optimizer/` stand for the two files, a safetensors file in them for
-each process's part; any number of processes reads either. Nothing is pickled. A checkpoint is
-written to a hidden sibling, flushed to disk and renamed, so a killed or failed save never touches
-an older one.
+`critic.safetensors`, `optimizer.safetensors` with `optimizer.json`, `state.json`, and what texts a
+run gives it: its model card and configuration. Where many processes train, `critic/` and
+`optimizer/` stand for the two files, a safetensors file in them for each process's part; any number
+of processes reads either. Nothing is pickled. A checkpoint is written to a hidden sibling, flushed
+to disk and renamed, so a killed or failed save never touches an older one.
 """
 
 from __future__ import annotations
@@ -54,16 +54,17 @@ def save(
     critic: nn.Module | None,
     optimizers: Mapping[str, Optimizer],
     state: dict[str, Any],
+    texts: Mapping[str, str] | None = None,
     improved: bool = False,
     keep: int = 2,
     world: World = ALONE,
 ) -> Path:
     """Write `folder/step-{step:06d}` and return it; then prune to the `keep` newest and the best.
 
-    `state` is any JSON-able dict; python's, numpy's and torch's random states are stored beside it.
-    `improved` makes this checkpoint the best one, in the same moment in which it appears. All
-    processes of `world` call this together. Raises CheckpointError when writing fails (a full disk,
-    say): older checkpoints are then untouched.
+    `state` is any JSON-able dict; beside it are stored python's, numpy's and torch's random states, and
+    the main process's `texts`: file name -> content. `improved` makes this checkpoint the best one, in
+    the same moment in which it appears. All processes of `world` call this together. Raises
+    CheckpointError when writing fails (a full disk, say): older checkpoints are then untouched.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -81,7 +82,7 @@ def save(
             _sweep(folder)
             temporary.mkdir()
         world.wait()
-        _write_policy(temporary, policy, tokenizer, world)
+        _write_policy(temporary, policy, tokenizer, texts or {}, world)
         if critic is not None:
             write_tensors(temporary / "critic.safetensors", select_own_tensors(critic), world)
         tensors, rest = split_optimizers(optimizers)
@@ -205,13 +206,19 @@ def _decode(text: str) -> Tensor:
 
 
 def _write_policy(
-    path: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
+    path: Path,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, str],
+    world: World,
 ) -> None:
     weights = world.state_dict(policy)
     if world.main:
         with _silence_transformers():
             policy.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)
+        for name, text in texts.items():  # after peft, which has a README of its own
+            (path / name).write_text(text, encoding="utf-8")
 
 
 def _write_state(path: Path, content: dict[str, Any]) -> None:

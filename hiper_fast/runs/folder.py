@@ -12,6 +12,7 @@ from hiper_fast.config import Config
 from hiper_fast.options import ConfigError
 
 CONFIG = "config.yaml"
+CHECKPOINT_CONFIG = "hiper_fast.yaml"  # the same in a checkpoint, which may be moved elsewhere
 MOST_RUNS = 999  # that may share an automatic name
 
 
@@ -43,14 +44,19 @@ def find_run_folder(config: Config) -> Path:
 
 
 def find_config(checkpoint: Path) -> Path | None:
-    """The config.yaml of the checkpoint's run, if the checkpoint lies in one."""
-    file = checkpoint.resolve().parent.parent / CONFIG
-    return file if file.exists() else None
+    """The checkpoint's own configuration, else that of the run in which it lies; None without either."""
+    checkpoint = checkpoint.resolve()
+    files = checkpoint / CHECKPOINT_CONFIG, checkpoint.parent.parent / CONFIG
+    return next((file for file in files if file.exists()), None)
 
 
 def write_config(config: Config, folder: Path) -> None:
-    """Writes the resolved configuration into the run's folder; its readers do not resume."""
+    """Writes the resolved configuration into the run's folder."""
+    (folder / CONFIG).write_text(format_config(config), encoding="utf-8")
+
+
+def format_config(config: Config) -> str:
+    """The configuration as YAML; its readers do not resume."""
     content = dataclasses.asdict(config)
     content["run"]["resume"] = False
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

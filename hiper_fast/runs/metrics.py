@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hiper_fast.runs.display import DISPLAYS, build_display
+from hiper_fast.runs.health import Health
 
 OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
 
@@ -64,7 +65,7 @@ def add_minutes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Logger:
-    """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, and shows it.
+    """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, shows it, and says what is wrong.
 
     `resume_step=None` starts a new run: rows the folder may hold are dropped.
     `resume_step=n` continues a run from its checkpoint of step n: later rows are dropped (the warm
@@ -92,6 +93,7 @@ class Logger:
         self._tensorboard = TensorBoard(self.run_dir / "tensorboard", resume_step)
         self._times: defaultdict[str, float] = defaultdict(float)
         self._display = build_display(display, self.run_dir.name, total_steps, history)
+        self._health = Health(history)
 
     def log(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """Record one row; the times collected by `stage(...)` since the last one go with it.
@@ -107,6 +109,8 @@ class Logger:
         self._file.flush()
         self._tensorboard.add(row)
         self._display.show(row)
+        for text in self._health.read(row):
+            self.message(text)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -20,6 +20,7 @@ import yaml
 from hiper_fast import response
 from hiper_fast.runs.charts import WIDE, Format, Point, Series, draw_chart, draw_intervals
 from hiper_fast.runs.formats import format_decimal, format_percent, format_seconds
+from hiper_fast.runs.health import Alert, Health
 from hiper_fast.runs.metrics import read_metrics, wilson
 
 PAGE = Path(__file__).parent / "page"
@@ -30,6 +31,7 @@ LEAST_SCALE = 1e-4
 DIGITS = 4  # of rewards, advantages and values
 AREA_COLOURS = 5
 LEVELS = {"switch": "switch", "subgoal": "high", "action": "low"}
+ROLES, HEADS = tuple(LEVELS), tuple(LEVELS.values())
 
 Row = dict[str, Any]
 
@@ -49,7 +51,8 @@ def build(run_dir: str | Path) -> Path:
         summary=escape(_summarize(config)),
         config=escape(config or "no config.yaml"),
         figures=_draw_cards(rows, train, evals),
-        success=_draw_success(train, evals),
+        success=_draw_success(train, evals, _select_stage(rows, "warm_start")),
+        health=_draw_health(rows),
         tasks=_draw_task_table(evals),
         charts=_draw_charts(rows),
         note=escape(note),
@@ -173,6 +176,31 @@ def _add_up(rows: Iterable[Row], stage: str, key: str = "time/total") -> float:
     return sum(_read_finite(row.get(key)) or 0.0 for row in rows if row["stage"] == stage)
 
 
+def _draw_health(rows: list[Row]) -> str:
+    """What the run warned of, and whether it is over."""
+    alerts = Health(rows).alerts
+    if not alerts:
+        told = "Nothing to warn of." if _select_stage(rows, "train") else "No update yet."
+        return f'<p class="empty">{told}</p>'
+    header = "".join(
+        f"<th>{name}</th>"
+        for name in ("Updates", "What is wrong", "Measured", "What usually mends it")
+    )
+    lines = "".join(map(_draw_alert, alerts))
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _draw_alert(alert: Alert) -> str:
+    ends = "now" if alert.until is None else f"{alert.until - 1:,}"
+    measured = f"{alert.metric} {format_decimal(alert.value)}, {alert.rule.limit.text}"
+    state = "open" if alert.until is None else "mended"
+    return (
+        f'<tr class="{state}"><td class="bounds">{alert.since:,} – {ends}</td>'
+        f"<td>{escape(alert.rule.wrong)}</td><td>{escape(measured)}</td>"
+        f"<td>{escape(alert.rule.cure)}</td></tr>"
+    )
+
+
 def _draw_task_table(evals: list[Row]) -> str:
     if not evals:
         return '<p class="empty">No evaluation yet.</p>'
@@ -211,7 +239,7 @@ def _draw_task(name: str | None, evals: list[Row]) -> str:
     return f"<tr{kind}><td>{escape(label)}</td>{''.join(cells)}<td>{bars}</td></tr>"
 
 
-def _draw_success(train: list[Row], evals: list[Row]) -> str:
+def _draw_success(train: list[Row], evals: list[Row], warm: list[Row]) -> str:
     steps = sorted({row["step"] for row in [*train, *evals]})
     if not steps:
         return '<p class="empty">No update yet.</p>'
@@ -221,6 +249,9 @@ def _draw_success(train: list[Row], evals: list[Row]) -> str:
         Series("training", "faint", raw),
         Series(f"training, mean of {window}", "a", _smooth(raw, window)),
     ]
+    teacher = _read_finite(warm[-1].get("warm_start/teacher")) if warm else None
+    if teacher is not None:
+        series.append(Series("scripted player", "s2", [teacher] * len(steps)))
     keys = ("step", "eval/success", "eval/low", "eval/high")
     points = [Point(*map(row.get, keys)) for row in evals]
     options = {"size": WIDE, "limits": (0.0, 1.0), "points": points}
@@ -257,8 +288,28 @@ def _draw_charts(rows: list[Row]) -> str:
         values = _read_column(source, key, steps)
         if any(value is not None for value in values):
             charts.append(draw_chart(title, steps, [Series(label, "a", values)], form))
+    charts += _draw_split_charts(train)
     charts.append(_draw_times(train))
     return "".join(charts) or '<p class="empty">No update yet.</p>'
+
+
+def _draw_split_charts(train: list[Row]) -> Iterable[str]:
+    """What is measured of each role, and of each of the critic's heads: a line each."""
+    plans: list[tuple[str, str, tuple[str, ...], Format]] = [
+        ("Entropy by role", "policy/entropy", ROLES, format_decimal),
+        ("KL by role", "policy/kl", ROLES, format_decimal),
+        ("Clip fraction by role", "policy/clip_fraction", ROLES, format_percent),
+        ("Explained variance of returns", "value/explained", HEADS, format_decimal),
+    ]
+    steps = [row["step"] for row in train]
+    for title, prefix, names, form in plans:
+        columns = [_read_column(train, f"{prefix}_{name}", steps) for name in names]
+        if any(value is not None for values in columns for value in values):
+            series = [
+                Series(name, f"s{index}", values)
+                for index, (name, values) in enumerate(zip(names, columns, strict=True))
+            ]
+            yield draw_chart(title, steps, series, form)
 
 
 def _draw_times(train: list[Row]) -> str:

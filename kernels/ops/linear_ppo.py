@@ -20,7 +20,7 @@ def linear_ppo(
     ref_logprobs: Tensor | None, temperature: float, clip_low: float, clip_high: float, dual_clip: float,
     kl_coef: float, entropy_coef: float, denominator: float | None,
     need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, needs = len(targets), (need_hidden, need_weight, need_bias)
     denominator = float(rows or 1) if denominator is None else denominator
     # Only the ratio's term can have a gradient of exactly 0: by its clips, or for advantage 0.
@@ -28,7 +28,8 @@ def linear_ppo(
     head = Head(
         hidden, weight, bias, targets, temperature, needs, scale=1.0 / denominator, compact=compact
     )
-    logprobs, slope, entropy, entropy_slope = head.logits.new_empty(4, rows).unbind(0)
+    logprobs = head.logits.new_empty(rows)
+    slope, entropy, entropy_slope = head.logits.new_empty(3, rows).unbind(0)
     if entropy_coef == 0:
         entropy = entropy_slope = None
     every = torch.ones_like(targets, dtype=torch.bool)
@@ -47,4 +48,4 @@ def linear_ppo(
         if any(needs):
             head.gradient(part, entropy, slope, entropy_slope)
     loss, metrics = finish(parts, _policy.METRICS, logprobs.dtype, denominator, [])
-    return loss, metrics, *head.gradients()
+    return loss, metrics, logprobs, *head.gradients()

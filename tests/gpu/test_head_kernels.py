@@ -155,8 +155,10 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
 
     truth, torchs = autograd(torch.float64), autograd(dtype)
     assert_as_exact([result[0]], torchs[0], truth[0], floor=1e-5)
+    own = linear_logprobs(hidden, weight, bias, targets, 0.5, False)[0]
+    torch.testing.assert_close(result[2], own, rtol=0, atol=0)
     floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, 5e-6)
-    assert_as_exact(result[2:], torchs[1], truth[1], floor)
+    assert_as_exact(result[3:], torchs[1], truth[1], floor)
     unneeded = linear_ppo(
         hidden,
         weight,
@@ -172,7 +174,7 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
         False,
         False,
     )
-    assert [len(x) for x in unneeded[2:]] == [0, 0, 0]
+    assert [len(x) for x in unneeded[3:]] == [0, 0, 0]
 
 
 def test_rows_of_gradient_zero_are_left_out(device, monkeypatch):
@@ -204,7 +206,7 @@ def test_rows_of_gradient_zero_are_left_out(device, monkeypatch):
         False,
         False,
     )
-    gradient = linear_ppo(*arguments)[2]
+    gradient = linear_ppo(*arguments)[3]
     assert multiplied == [8, 4]  # all rows' logits, half of the rows' gradients
     assert (gradient[0::2] == 0).all() and (gradient[1::2] != 0).any(dim=1).all()
 

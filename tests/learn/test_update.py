@@ -11,11 +11,12 @@ from helpers import configure, make_tiny
 from hiper_fast import estimators, ops, response
 from hiper_fast.config import AdvantageConfig, RewardConfig
 from hiper_fast.estimators import HIGH, LOW, SWITCH, Values
+from hiper_fast.learn import score as score_module
 from hiper_fast.learn import update as update_module
 from hiper_fast.learn.credit import give_credit
 from hiper_fast.learn.score import Scores, score
 from hiper_fast.learn.shaping import shape_rewards, train_malformed
-from hiper_fast.learn.update import measure_critic, update
+from hiper_fast.learn.update import measure_critic, split_minibatches, update
 from hiper_fast.rollout.trajectory import Episode, pack
 
 K, S = "KEEP", "SWITCH"
@@ -108,7 +109,7 @@ def settings(**train):
         setattr(config.train, name, value)
     config.agent.temperature = 1.0
     config.advantage = AdvantageConfig(
-        gamma=0.9, lambda_turn=0.8, lambda_segment=0.7, bootstrap=True
+        gamma=0.9, lambda_turn=0.8, lambda_segment=0.7, bootstrap="next_state"
     )
     return config
 
@@ -305,9 +306,12 @@ def test_the_bootstrap_is_of_the_state_after_the_last_turn(fresh):
     ).all()
 
 
-def test_without_bootstrap_and_without_reference(fresh):
+@pytest.mark.parametrize("bootstrap", ["none", "reference"])
+def test_without_bootstrap_and_without_reference(fresh, monkeypatch, bootstrap):
+    """Only `next_state` has the states after the last turns read."""
+    monkeypatch.setattr(score_module.ScoringPass, "read_end", None)
     t, config = build(fresh), settings(kl_coef=0.0)
-    config.advantage.bootstrap, fresh.reference = False, None
+    config.advantage.bootstrap, fresh.reference = bootstrap, None
     scores = score(fresh, t, config)
     assert scores.ref_logprobs is None and (scores.values.bootstrap == 0).all()
     targets = give(t, scores, config)
@@ -586,6 +590,27 @@ def test_each_turn_is_used_exactly_once(fresh, monkeypatch, minibatches):
     targets = give(t, scores, config)
     update(fresh, sgd(fresh), t, targets, config, torch.Generator().manual_seed(3))
     assert sorted(i for batch in used for i in batch) == list(range(t.turns))
+
+
+@pytest.mark.parametrize(
+    "size, sizes", [(4, [4, 4, 4, 3]), (5, [5, 5, 5]), (1, [1] * 15), (256, [15])]
+)
+def test_minibatches_of_a_size(size, sizes):
+    order = torch.randperm(15)
+    parts = split_minibatches(order, settings(minibatch_size=size).train)
+    assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), order)
+    assert len(split_minibatches(order, settings(minibatches=4).train)) == 4
+
+
+def test_a_size_of_minibatches_takes_the_place_of_their_number(fresh):
+    config = settings(minibatches=1)
+    t, scores = scored(fresh, config)
+    targets = give(t, scores, config)
+    steps = []
+    for options in ({"minibatches": 3}, {"minibatches": 1, "minibatch_size": 5}):
+        steps.append(trained(fresh, t, targets, settings(**options))[:2])
+    (three, after), (fives, after_fives) = steps  # 15 turns: thrice five
+    assert three == fives and torch.equal(after, after_fives)
 
 
 def test_more_minibatches_than_turns(fresh):

@@ -52,7 +52,7 @@ def test_a_response_switches_when_the_subgoal_changes():
     assert write_response(move, "take mug").endswith("<action>go to desk 1</action>")
 
 
-@pytest.mark.parametrize("kind", ["search", "walkthrough"])
+@pytest.mark.parametrize("kind", ["search", "listed", "walkthrough"])
 def test_demonstrations_keep_the_format_and_mostly_win(agent, kind):
     t, own = show(agent, settings(demonstrations=kind))
     assert t.valid.all() and own.all() and len(own) == t.turns

@@ -458,12 +458,23 @@ def test_linear_ppo_equals_its_two_ops_in_everything(x, chunk, monkeypatch):
         logprobs, x.row_old, 2 * x.row_advantages, torch.ones_like(x.targets, dtype=torch.bool),
         ref_logprobs=x.row_ref, entropy=entropy, **options,
     )  # fmt: skip
+    expected_metrics["logprobs"] = logprobs.detach()
     assert list(metrics) == list(expected_metrics)
+    assert not any(value.requires_grad for value in metrics.values())
     torch.testing.assert_close((loss, metrics), (expected, expected_metrics))
     for a, b in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [300, 2**27], ids=["some rows", "at once"])
+def test_linear_ppo_in_plain_torch_gives_the_kernels_results(x, chunk, monkeypatch):
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", chunk)
+    given = raw_calls(x)["linear_ppo"]
+    with torch.no_grad():
+        plain = sys.modules["hiper_fast.ops.linear_ppo"]._run_torch(*given)
+    torch.testing.assert_close(plain, torch.ops.hiper_fast.linear_ppo.default(*given))
 
 
 def test_strided_inputs(x):

@@ -144,6 +144,10 @@ def test_linear_ppo_equals_its_parts(n, bias, options):
     )
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     assert ("entropy" in metrics) is ("entropy_coef" not in options)
+    own = ops.reference.linear_logprobs(
+        hidden, weight, targets, bias=offset, temperature=options.get("temperature", 1.0)
+    )
+    torch.testing.assert_close(metrics["logprobs"], own.detach(), rtol=1e-12, atol=1e-12)
     if n:
         leaves = [x for x in (hidden, weight, offset) if x is not None]
         result, wanted = torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
@@ -153,7 +157,8 @@ def test_linear_ppo_equals_its_parts(n, bias, options):
 def test_linear_ppo_of_no_rows_has_gradients():
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     none = torch.zeros(0)
-    loss, _ = ops.linear_ppo(hidden, weight, none.long(), none, none, denominator=3.0)
+    loss, metrics = ops.linear_ppo(hidden, weight, none.long(), none, none, denominator=3.0)
+    assert metrics["logprobs"].shape == (0,)
     for_hidden, for_weight = torch.autograd.grad(loss, (hidden, weight))
     assert for_hidden.shape == (0, 4) and for_weight.shape == (7, 4) and not for_weight.any()
 

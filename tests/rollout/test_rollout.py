@@ -109,6 +109,24 @@ def test_the_first_turn_sets_the_subgoal_keep_keeps_it_and_switch_changes_it(age
     assert shown == ["None", *subgoals[:-1]]
 
 
+def test_written_subgoals_are_shown_on_keep_turns_too(agent):
+    """As the reference implementation shows them; a turn that names none leaves the last one."""
+    script = [
+        say(KEEP, "find a", "wait"),
+        say(KEEP, "find b", "wait"),
+        say(SWITCH, "", "wait"),
+        "<action>wait</action>",
+        say(KEEP, "find c", "win"),
+    ]
+    _, [episode] = run(agent, [script], shown_subgoal="written")
+    subgoals = [turn.subgoal for turn in episode.turns]
+    assert subgoals == ["find a", "find b", "find b", "find b", "find c"]
+    shown = [
+        prompt_text(agent, episode, i).split("subgoal: ")[1].strip() for i in range(len(script))
+    ]
+    assert shown == ["None", *subgoals[:-1]]
+
+
 def test_a_bad_switch_text_means_the_same_to_rollout_and_roles(agent):
     """The reference read it as SWITCH in one module and as KEEP in another."""
     for text in ("MAYBE", "", " ", "keep", "KEEP ", "switch", "SWITCH!", "no", "界"):
@@ -362,6 +380,39 @@ def test_summary_of_a_batch_made_by_hand(agent):
     assert figures["rollout/response_tokens"] == pytest.approx(
         sum(len(r) for e in episodes for r in e.responses) / 9
     )
+
+
+def test_groups_alike_by_hand(agent):
+    win, lose, wait = (say(SWITCH, "s", action) for action in ("win", "lose", "wait"))
+    _, episodes = run(agent, [[win], [wait, lose], [lose], [wait, win], [lose], [win]])
+    for number, episode in enumerate(episodes):
+        episode.group = number
+    assert "rollout/groups_alike" not in summarise(pack(episodes, agent.find_roles))
+    for episode, group in zip(episodes, [7, 3, 3, 7, 5, 5], strict=True):
+        episode.group = group  # 7: both won; 3: both lost; 5: one of each
+    t = pack(episodes, agent.find_roles)
+    assert summarise(t)["rollout/groups_alike"] == pytest.approx(2 / 3)
+    t.rewards[2] -= 0.1  # what shaping takes from one of group 3
+    assert summarise(t)["rollout/groups_alike"] == pytest.approx(1 / 3)
+    for episode, group in zip(episodes, [0, 0, 1, 2, 2, 3], strict=True):
+        episode.group = group  # 1 and 3 are alone: no group of several
+    assert summarise(pack(episodes, agent.find_roles))["rollout/groups_alike"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_alike_as_a_plain_loop_counts_them(agent, seed):
+    g = torch.Generator().manual_seed(seed)
+    _, episodes = run(agent, [[say(SWITCH, "s", "wait")] * 2] * 13, max_turns=2)
+    for episode in episodes:
+        episode.group = int(torch.randint(0, 4, (), generator=g))
+        episode.rewards = torch.randint(0, 2, (2,), generator=g).tolist()
+    returns = {}
+    for episode in episodes:
+        returns.setdefault(episode.group, []).append(sum(episode.rewards))
+    shared = [group for group in returns.values() if len(group) > 1]
+    expected = sum(len(set(group)) == 1 for group in shared) / len(shared)
+    found = summarise(pack(episodes, agent.find_roles))["rollout/groups_alike"]
+    assert found == pytest.approx(expected)
 
 
 def test_an_empty_episode_record_starts_with_nothing():

@@ -228,7 +228,7 @@ def transcripts(max_turns=5, **options):
     config.env.max_turns, config.agent.style, config.advantage.bootstrap = (
         max_turns,
         "transcript",
-        True,
+        "next_state",
     )
     for name, value in {"max_prompt_tokens": 4000, "max_response_tokens": 10, **options}.items():
         setattr(config.agent, name, value)

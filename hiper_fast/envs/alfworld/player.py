@@ -17,10 +17,10 @@ RIGHT_SUBGOAL = 0.5  # how often a stumble keeps the subgoal
 
 
 class Searcher:
-    """Plays from the text alone: visits receptacles as listed, its destination last."""
+    """Plays from the text alone: visits receptacles in random order, or `as_listed` with its destination last."""
 
-    def __init__(self, goal: Goal, rng: random.Random):
-        self.goal, self.rng = goal, rng
+    def __init__(self, goal: Goal, rng: random.Random, *, as_listed: bool = False):
+        self.goal, self.rng, self.as_listed = goal, rng, as_listed
         self.phrases = subgoal_phrases(goal)
         self.change = CHANGES.get(goal.state)
         self.here: str | None = None
@@ -37,6 +37,8 @@ class Searcher:
             places = [c.removeprefix("go to ") for c in commands if c.startswith("go to ")]
             self.receptacles = sorted(places, key=lambda r: type_of(r) == self.goal.receptacle_type)
             self.unexplored = list(self.receptacles)
+            if not self.as_listed:
+                self.rng.shuffle(self.unexplored)
         if observation.startswith("Nothing happens") or action is None:
             return
         if match := re.fullmatch(r"go to (.+)", action):
@@ -191,6 +193,6 @@ def assign_subgoals(goal: Goal, walkthrough: Sequence[str]) -> list[str]:
 
 def make_player(kind: str, game: Game, rng: random.Random) -> Searcher | Walkthrough:
     """The scripted player `warm_start.demonstrations` names, for one game."""
-    if kind == "search":
-        return Searcher(game.goal, rng)
-    return Walkthrough(game.goal, game.walkthrough)
+    if kind == "walkthrough":
+        return Walkthrough(game.goal, game.walkthrough)
+    return Searcher(game.goal, rng, as_listed=kind == "listed")

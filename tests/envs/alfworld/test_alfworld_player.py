@@ -67,7 +67,7 @@ def test_searcher_looks_where_the_thing_shall_go_last_of_all():
     env.reset(seed=3)
     kind = env.game.goal.receptacle_type
     commands = [f"go to {kind} 1", f"go to {kind} 2", "go to zebra 1", "look"]
-    searcher, visited = make_player("search", env.game, random.Random(0)), []
+    searcher, visited = make_player("listed", env.game, random.Random(0)), []
     searcher.observe(None, "", commands)
     for _ in range(3):
         visited.append(searcher.move(commands).action)
@@ -76,6 +76,20 @@ def test_searcher_looks_where_the_thing_shall_go_last_of_all():
             visited[-1], f"You arrive at {place}. On the {place}, you see nothing.", commands
         )
     assert visited == ["go to zebra 1", f"go to {kind} 1", f"go to {kind} 2"]
+
+
+def test_searcher_goes_in_an_order_of_its_own_for_every_random_state():
+    env = Household("small")
+    env.reset(seed=3)
+    commands = [f"go to shelf {number}" for number in range(1, 5)]
+
+    def see_order(kind, seed):
+        searcher = make_player(kind, env.game, random.Random(seed))
+        searcher.observe(None, "", commands)
+        return tuple(searcher.unexplored)
+
+    assert len({see_order("search", seed) for seed in range(60)}) > 15  # of 24
+    assert {see_order("listed", seed) for seed in range(9)} == {tuple(c[6:] for c in commands)}
 
 
 def test_searcher_does_the_same_for_the_same_random_state():
