@@ -266,6 +266,7 @@ def view_turns(episodes: Episodes) -> Turns:
         roles=torch.full_like(switch, EVERY_ROLE, dtype=torch.uint8),
         state=episodes.columns["state"],
         cu_turns=torch.cat([ends.new_zeros(1), ends]).int(),
+        cu_tokens=torch.arange(len(switch) + 1).int(),
         terminated=episodes.terminated,
         group=torch.arange(len(ends)),
     )

@@ -74,7 +74,7 @@ def test_webshop_has_defaults_of_its_own_which_files_and_the_command_line_overru
 
 
 def test_the_official_games_have_defaults_of_their_own_also_where_auto_finds_them(monkeypatch):
-    assert resolve().env.max_turns == 20
+    assert resolve().env.max_turns == 10
     named = resolve([], {"env.name": "alfworld"})
     assert (named.env.max_turns, named.eval.episodes) == (50, 140)
     monkeypatch.setenv("ALFWORLD_DATA", "somewhere")

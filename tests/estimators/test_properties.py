@@ -35,6 +35,7 @@ def batches(draw):
         roles=torch.where(named, 7, 7 - SUBGOAL).to(torch.uint8),
         state=torch.randint(0, 3, (turns,), generator=g),
         cu_turns=torch.tensor([0, *lengths]).cumsum(0).int(),
+        cu_tokens=torch.arange(turns + 1).int(),
         terminated=terminated,
         group=torch.tensor(group, dtype=torch.int64),
     ), Values(
@@ -58,6 +59,7 @@ def pick(turns, values, order):
         turns,
         **{name: getattr(turns, name)[index] for name in names},
         cu_turns=torch.tensor([0, *lengths]).cumsum(0).int(),
+        cu_tokens=torch.arange(len(index) + 1).int(),
         terminated=turns.terminated[order],
         group=turns.group[order],
     )
@@ -181,7 +183,8 @@ def test_no_episodes_no_credit(name):
     empty = torch.zeros(0)
     none = empty.bool()
     turns = Turns(
-        empty, none, none, empty.to(torch.uint8), empty.long(), torch.zeros(1, dtype=torch.int32), none, empty.long()
+        empty, none, none, empty.to(torch.uint8), empty.long(),
+        torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), none, empty.long(),
     )  # fmt: skip
     for level in estimate(name, turns, Values(torch.zeros(0, 3), empty)):
         assert level.advantages.shape == level.carried.shape == (0,)

@@ -191,7 +191,9 @@ def test_minibatches_are_whole_trajectories(agent, monkeypatch):
     parts = []
 
     class Recorded:
-        def __init__(self, agent, trajectories, sequences, targets, index, config, train_policy):
+        def __init__(
+            self, agent, trajectories, sequences, targets, index, config, train_policy, clipped
+        ):
             parts.append(index.tolist())
 
         def take(self, optimizers):

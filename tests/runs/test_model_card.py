@@ -68,7 +68,7 @@ def test_what_it_is_and_how_it_was_trained(agent):
     what = dict(take_table(build(agent), "What it is")[1:])
     assert what["model"].startswith("tiny") and "Qwen3ForCausalLM" in what["model"]
     assert what["parameters"] == f"{agent.model.num_parameters():,}"
-    assert what["environment"].startswith("household: max turns 20, ")
+    assert what["environment"].startswith("household: max turns 10, ")
     training = dict(take_table(build(agent, data={"shop": "v2"}), "How it was trained")[1:])
     # 8 episodes of 7.5 turns and 8 of 5.25; the third update is after this checkpoint.
     assert training["so far"] == "2 of 24 updates, 16 episodes, 102 turns"
