@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(900)  # twelve small runs, perhaps on a busy ma
 
 SMALL = {
     "env": {"name": "household", "max_turns": 3},
-    "train": {"updates": 2, "episodes": 8, "critic_updates": 1, "minibatches": 2},
+    "train": {"updates": 2, "episodes": 8, "critic_updates": 1, "minibatches": 2, "lr": 8e-4},
     "warm_start": {"episodes": 16},
     "eval": {"episodes": 8, "every": 1},
     "run": {"save_every": 1},
