@@ -42,6 +42,7 @@ from hiper_fast.runs.metrics import Muted
 RESULTS = Path(__file__).resolve().parent / "results" / "gradient-variance.json"
 CRITICS = "hae", "gae"
 LEVELS = "low", "high", "switch"
+UNBIASED = "flat GAE, lambda 1"  # whatever its critic says
 
 
 @dataclass
@@ -150,28 +151,37 @@ def keep_level(trajectories: Trajectories, targets: Targets, level: estimators.L
     return replace(targets, advantages=torch.where(trained, level.advantages[turn], 0.0))
 
 
-def describe(gradients: Tensor) -> dict[str, float]:
-    """Of gradients [batches, weights]: the mean cosine of two batches' with its standard error (jackknife), and the
-    variance over the squared norm of the mean that it leaves; None where no mean stands out of it."""
-    count = len(gradients)
-    gram = (gradients @ gradients.T).double()
-    norms = gram.diagonal().sqrt()
-    cosines = gram / norms[:, None] / norms
-
-    def average(kept: Tensor) -> Tensor:
-        some = cosines[kept][:, kept]
-        return (some.sum() - len(some)) / (len(some) * (len(some) - 1))
-
-    every = torch.arange(count)
-    left_out = torch.stack([average(every[every != i]) for i in range(count)])
-    error = ((count - 1) / count * (left_out - left_out.mean()).square().sum()).sqrt()
-    signal = (gram.sum() - gram.diagonal().sum()) / (count * (count - 1))  # unbiased |E g|^2
-    variance = gram.diagonal().mean() - signal
+def describe(gradients: Tensor, unbiased: Tensor) -> dict[str, float | None]:
+    """Of gradients [batches, weights]: the mean cosine of two batches', with its standard error (jackknife); the
+    variance over the squared norm of the mean; and the cosine of that mean to the mean of `unbiased`, of the same
+    batches. All products are of different batches, so that noise is in no mean; None where no mean stands out of it.
+    """
+    gradients, unbiased = gradients.double(), unbiased.double()
+    norms = gradients.norm(dim=1)
+    cosines = gradients @ gradients.T / norms[:, None] / norms
+    batches = torch.arange(len(gradients))
+    left_out = torch.stack([
+        average_pairs(cosines[batches != i][:, batches != i]) for i in batches
+    ])  # fmt: skip
+    error = (left_out.var(correction=0) * (len(batches) - 1)).sqrt()
+    signal = average_pairs(gradients @ gradients.T)  # |E g|^2
+    other = average_pairs(unbiased @ unbiased.T)
+    shared = average_pairs(gradients @ unbiased.T)
+    known, comparable = signal > 0, min(signal, other) > 0
     return {
-        "cosine": round(average(every).item(), 4),
+        "cosine": round(average_pairs(cosines).item(), 4),
         "cosine_error": round(error.item(), 4),
-        "relative_variance": round((variance / signal).item(), 2) if signal > 0 else None,
+        "relative_variance": round((norms.square().mean() / signal - 1).item(), 2)
+        if known
+        else None,
+        "to_unbiased": round((shared / (signal * other).sqrt()).item(), 2) if comparable else None,
     }
+
+
+def average_pairs(products: Tensor) -> Tensor:
+    """The mean of [batches, batches] off the diagonal."""
+    count = len(products)
+    return (products.sum() - products.diagonal().sum()) / (count * (count - 1))
 
 
 def main() -> None:
@@ -212,7 +222,10 @@ def main() -> None:
         "processor_seconds": round(time.process_time() - began),
         "success": round(sum(won) / len(won), 3),
         "explained": explained,
-        "gradients": {name: describe(torch.stack(found)) for name, found in gradients.items()},
+        "gradients": {
+            name: describe(torch.stack(found), torch.stack(gradients[UNBIASED]))
+            for name, found in gradients.items()
+        },
     }
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))

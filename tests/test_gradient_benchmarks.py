@@ -40,14 +40,25 @@ def test_stored_biases_are_measured_again():
 
 
 def test_noise_over_signal_of_gradients():
-    told = gradient_variance.describe(torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]]))
+    found = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
+    told = gradient_variance.describe(found, found @ torch.tensor([[0.0, 2.0], [-2.0, 0.0]]))
     # |g|^2: 2, 2, 1, on average 5/3; products of two: 0, 1, 1, on average 2/3; so variance 1 over signal 2/3
     assert told["relative_variance"] == pytest.approx(1.5)
     assert told["cosine"] == pytest.approx((0 + 2 * 2**-0.5) / 3, abs=1e-4)
-    opposed = gradient_variance.describe(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.1]]))
-    assert opposed["relative_variance"] is None
-    same = gradient_variance.describe(torch.ones(3, 4))
-    assert same == {"cosine": 1.0, "cosine_error": 0.0, "relative_variance": 0.0}
+    # leaving one out: cosines 2**-.5, 2**-.5, 0; their variance 1/9, times 2
+    assert told["cosine_error"] == pytest.approx((2 / 9) ** 0.5, abs=1e-4)
+    assert told["to_unbiased"] == pytest.approx(0)  # a quarter turn away
+    opposed = gradient_variance.describe(
+        torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.1]]), found
+    )
+    assert opposed["relative_variance"] is None and opposed["to_unbiased"] is None
+    same = gradient_variance.describe(torch.ones(3, 4), 2 * torch.ones(3, 4))
+    assert same == {
+        "cosine": 1.0,
+        "cosine_error": 0.0,
+        "relative_variance": 0.0,
+        "to_unbiased": 1.0,
+    }
 
 
 def test_gradients_of_the_levels_add_up_to_haes(monkeypatch):
