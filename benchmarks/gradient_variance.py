@@ -92,7 +92,8 @@ class Bench:
         agent.critic = None
         agent.model.zero_grad()
         every = torch.arange(len(sequences))
-        step = Step(agent, trajectories, sequences, targets, every, self.config, True)
+        clipped = torch.empty_like(trajectories.old_logprobs)  # [tokens]
+        step = Step(agent, trajectories, sequences, targets, every, self.config, True, clipped)
         for batch, rows in step.batches:
             step.add_gradients(batch, rows)
         return torch.cat([p.grad.flatten() for p in agent.model.parameters()])
