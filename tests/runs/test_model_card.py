@@ -73,7 +73,7 @@ def test_what_it_is_and_how_it_was_trained(agent):
     # 8 episodes of 7.5 turns and 8 of 5.25; the third update is after this checkpoint.
     assert training["so far"] == "2 of 24 updates, 16 episodes, 102 turns"
     assert training["estimator"].startswith("hae, gamma 0.98") and training["seed"] == "7"
-    assert "1,000 scripted episodes" in training["warm start"] and training["data"] == "shop v2"
+    assert "9,000 scripted episodes" in training["warm start"] and training["data"] == "shop v2"
     assert all(name in training["made with"] for name in ("hiper_fast", "torch", "transformers"))
     none = dict(take_table(build(agent, warm_start__enabled="no"), "How it was trained")[1:])
     assert none["warm start"] == "none" and "data" not in none
