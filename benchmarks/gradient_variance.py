@@ -13,7 +13,6 @@ import argparse
 import copy
 import datetime
 import json
-import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import hiper_fast
 from hiper_fast import estimators
 from hiper_fast.agent.agent import Agent, Critic
 from hiper_fast.agent.loading import load_agent
+from hiper_fast.bench import describe_machine
 from hiper_fast.config import Config
 from hiper_fast.configure import resolve
 from hiper_fast.learn.credit import Targets, give_credit
@@ -214,11 +213,7 @@ def main() -> None:
         print(f"batch {number + 1} of {arguments.batches}", flush=True)
     results = {
         "date": datetime.date.today().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "hiper_fast": hiper_fast.__version__,
-        },
+        "versions": describe_machine(),
         "options": {key: value for key, value in vars(arguments).items() if key != "out"},
         "processor_seconds": round(time.process_time() - began),
         "success": round(sum(won) / len(won), 3),

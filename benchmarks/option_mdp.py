@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +41,7 @@ from tabular import (
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-import hiper_fast
+from hiper_fast.bench import describe_machine
 from hiper_fast.config import AdvantageConfig
 from hiper_fast.estimators import Credit
 from hiper_fast.runs.charts import choose_ticks
@@ -419,11 +418,7 @@ def measure_all() -> dict:
     short, long = sweep(), sweep(long=True)
     return {
         "date": datetime.date.today().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "hiper_fast": hiper_fast.__version__,
-        },
+        "versions": describe_machine(),
         "worlds": WORLDS,
         "facts": find_facts(),
         "pairs": compare(),

@@ -33,7 +33,8 @@ from hiper_fast.bench import describe_machine
 from hiper_fast.configure import name_source, read_arguments, read_files
 from hiper_fast.options import ConfigError, flatten, suggest
 from hiper_fast.runs.comparison import MEASURES, Question, compare
-from hiper_fast.runs.comparison_page import replace, write_page
+from hiper_fast.runs.comparison_page import write_page
+from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.formats import format_percent
 from hiper_fast.runs.metrics import read_metrics
 from hiper_fast.runs.report import select_evaluations
@@ -275,7 +276,8 @@ def report(study: Study, question: Question) -> Path:
         "made_with": describe_machine() | {"scipy": version("scipy")},
         **compare(folders, question),
     }
-    replace(study.folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    replace_text(study.folder / "results.json", text)
     return write_page(results, study.folder)
 
 

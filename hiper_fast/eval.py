@@ -24,7 +24,7 @@ from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.summary import summarise_scores
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs.folder import find_config
-from hiper_fast.runs.metrics import wilson
+from hiper_fast.runs.metrics import list_success, wilson
 
 
 def evaluate(
@@ -61,16 +61,8 @@ def evaluate(
 
 def format_table(metrics: dict) -> str:
     """The evaluation as text: a row per task type, then all, each with its Wilson 95 % interval."""
-    names = [
-        key.removeprefix("eval/success/") for key in metrics if key.startswith("eval/success/")
-    ]
-    rows = [
-        (name, metrics[f"eval/success/{name}"], metrics[f"eval/episodes/{name}"]) for name in names
-    ]
-    rows.append(("all", metrics["eval/success"], metrics["eval/episodes"]))
     lines = [f"{'task type':<32}{'games':>6}{'success':>9}   95 % interval"]
-    for name, success, count in rows:
-        low, high = wilson(round(success * count), count)
+    for name, success, count, low, high in list_success(metrics):
         lines.append(f"{name:<32}{count:>6}{success:>9.1%}   {low:.1%} to {high:.1%}")
     if "eval/score" in metrics:
         score, reachable, success, reachable_score = (

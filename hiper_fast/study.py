@@ -23,6 +23,7 @@ from hiper_fast.config import Config
 from hiper_fast.configure import load_yaml, read_file, read_sections, settle
 from hiper_fast.options import ConfigError, Setting, flatten, list_options, suggest
 from hiper_fast.runs import checkpoint
+from hiper_fast.runs.folder import replace_text
 
 STUDY = "study.yaml"
 KEYS = "config", "base", "arms", "seeds"
@@ -223,13 +224,10 @@ def check_recorded(study: Study) -> None:
 
 def record_study(study: Study) -> None:
     """Writes what the study is into its folder."""
-    file = study.folder / STUDY
     arms = {name: list_sections(config) for name, config in study.arms.items()}
     content = {"seeds": study.seeds, "arms": arms}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    temporary = file.with_name(f".{STUDY}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    replace_text(study.folder / STUDY, text)
 
 
 def check_growth(old: Study, new: Study) -> None:

@@ -1,5 +1,8 @@
 """What many tests begin with."""
 
+import json
+from html.parser import HTMLParser
+
 import torch
 
 from hiper_fast.agent.loading import load_agent
@@ -50,3 +53,47 @@ def make_turns(rewards, switch=None, state=None, group=None, terminated=None, to
             group if group is not None else list(range(episodes)), dtype=torch.int64
         ),
     )
+
+
+VOID = {"meta", "br", "input", "link", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects them with the text of each script."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "script":
+            self.scripts.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.scripts[-1] += data
+        elif self.open[-1:] != ["style"]:
+            self.text += data
+
+    @property
+    def ids(self) -> set[str]:
+        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
+
+    @property
+    def data(self) -> list[dict]:
+        return json.loads(self.scripts[0])

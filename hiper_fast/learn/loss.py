@@ -19,8 +19,7 @@ from torch import Tensor
 
 from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config, TrainConfig
-
-MAX_EXPONENT, MAX_KL = 20, 10  # as in the ops: nothing infinite gets into gradients
+from hiper_fast.ops._ppo import MAX_EXPONENT, MAX_KL
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +104,9 @@ def fused_loss(
     )
     names = [name for name in ("kl", "entropy", "clip_fraction") if name in parts]
     metrics = {name: parts[name] * (denominator / counts.tokens) for name in names}
-    ratio = (parts["logprobs"] - tokens.old_logprobs).exp()
-    return Loss(loss, metrics, ppo_terms(ratio, None, tokens.advantages, options)[1])
+    ratio = take_ratio(parts["logprobs"] - tokens.old_logprobs)
+    plain, clipped = clip_terms(ratio, tokens.advantages, options)
+    return Loss(loss, metrics, clipped > plain)
 
 
 def plain_loss(
@@ -120,7 +120,7 @@ def plain_loss(
     log_ratio = logprobs - tokens.old_logprobs  # [n]
     if options.ratio != "token":
         log_ratio = pool(log_ratio, tokens.turn if options.ratio == "turn" else tokens.sequence)
-    ratio = log_ratio.clamp(max=MAX_EXPONENT).exp()
+    ratio = take_ratio(log_ratio)
     make_terms = ppo_terms if options.loss == "ppo" else cispo_terms
     terms, clipped = make_terms(ratio, logprobs, tokens.advantages, options)
     metrics = {"clip_fraction": clipped.to(terms.dtype)}
@@ -151,12 +151,22 @@ def pool(log_ratio: Tensor, owner: Tensor) -> Tensor:
     return mean[place].to(own.dtype) + (log_ratio - own)
 
 
+def take_ratio(log_ratio: Tensor) -> Tensor:
+    """Clamped as in the ops: nothing infinite gets into gradients."""
+    return log_ratio.clamp(max=MAX_EXPONENT).exp()
+
+
+def clip_terms(ratio: Tensor, advantages: Tensor, options: TrainConfig) -> tuple[Tensor, Tensor]:
+    """PPO's two terms of each token [n]: with its ratio as it is, and with it clipped."""
+    clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    return -advantages * ratio, -advantages * clipped
+
+
 def ppo_terms(
     ratio: Tensor, logprobs: Tensor, advantages: Tensor, options: TrainConfig
 ) -> tuple[Tensor, Tensor]:
     """Each token's loss [n], and whether the clip decides it [n]."""
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    plain, clipped = clip_terms(ratio, advantages, options)
     bound = torch.where(advantages < 0, -advantages * options.dual_clip, torch.inf)
     return torch.minimum(torch.maximum(plain, clipped), bound), clipped > plain
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hiper_fast.distributed import World
 from hiper_fast.learn.credit import Targets
+from hiper_fast.learn.loss import estimate_kl
 from hiper_fast.ops import reference
 from hiper_fast.rollout.trajectory import Trajectories
 
@@ -15,7 +16,6 @@ ROLES = {
     "subgoal": reference.SUBGOAL,
     "action": reference.ACTION,
 }
-MAX_KL = 10  # as in the loss
 
 
 def measure_roles(
@@ -41,19 +41,13 @@ def measure_roles(
     }  # bool [tokens]
     means = {f"policy/entropy_{name}": take_mean(-old, mask) for name, mask in masks.items()}
     if ref is not None:
-        kl = estimate_kl(old, ref)
+        kl = estimate_kl(ref - old)
         means |= {f"policy/kl_{name}": take_mean(kl, mask) for name, mask in masks.items()}
     which = clipped == 1, clipped.isfinite()
     counts = [[(mask & those).sum() for mask in masks.values()] for those in which]
     for name, part, whole in zip(masks, *world.sum(torch.tensor(counts)).tolist(), strict=True):
         means[f"policy/clip_fraction_{name}"] = part / whole if whole else None
     return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference), one sample a token: exp(d) - d - 1 with d = ref_logprobs - logprobs."""
-    d = ref_logprobs - logprobs
-    return (d.exp() - d - 1).clamp(max=MAX_KL)
 
 
 def take_mean(values: Tensor, mask: Tensor) -> float | None:

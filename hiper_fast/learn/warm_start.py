@@ -20,7 +20,7 @@ from hiper_fast.envs.prompts import State
 from hiper_fast.estimators import HIGH
 from hiper_fast.learn import optim
 from hiper_fast.learn.rows import Rows
-from hiper_fast.packing import microbatches
+from hiper_fast.packing import find_ranges, microbatches
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
@@ -187,7 +187,7 @@ def draw_parts(sequences: Sequences, imitated: Tensor, config: Config) -> list[T
     options = config.warm_start
     generator = torch.Generator().manual_seed(config.run.seed)
     positions = sequences.value_index[imitated, HIGH]
-    owners = torch.searchsorted(sequences.cu_seqlens.long(), positions, right=True) - 1
+    owners = find_ranges(positions, sequences.cu_seqlens)
     chosen = owners.unique()
     size = max(1, options.batch_turns * len(chosen) // max(1, len(owners)))
     parts = []

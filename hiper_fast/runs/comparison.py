@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hiper_fast.options import ConfigError
-from hiper_fast.runs.metrics import OUTCOMES, add_minutes, read_metrics
+from hiper_fast.runs.metrics import OUTCOMES, add_minutes, count_turns, read_metrics
 from hiper_fast.runs.statistics import (
     Estimate,
     bootstrap,
@@ -82,17 +82,6 @@ def read_record(folder: Path, seed: int) -> tuple[Record, list[str]]:
 
 def read_outcomes(row: Row, names: list[str]) -> list[float]:
     return [float(game) for name in names for game in row[OUTCOMES + name]]
-
-
-def count_turns(rows: Sequence[Row]) -> dict[int, int]:
-    """Update -> turns played in training until its end."""
-    turns, total, episodes = {0: 0}, 0.0, 0
-    for row in rows:
-        if row["stage"] == "train":
-            total += row["rollout/turns"] * (row["episodes"] - episodes)
-            episodes = row["episodes"]
-            turns[row["step"]] = round(total)
-    return turns
 
 
 def read_records(folders: Mapping[str, Mapping[int, Path]]) -> tuple[Records, list[str]]:

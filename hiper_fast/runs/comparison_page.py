@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from hiper_fast.runs.charts import WIDE, Series, draw_chart
+from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.formats import NOTHING, format_percent, format_seconds, format_whole
 from hiper_fast.runs.report import PAGE
 
@@ -49,19 +50,12 @@ def write_page(results: Results, folder: Path) -> Path:
         style="".join((PAGE / name).read_text() for name in ("style.css", "comparison.css")),
         script=(PAGE / "viewer.js").read_text(encoding="utf-8"),
     )
-    replace(folder / "results.md", write_markdown(results, tables))
-    return replace(folder / "report.html", page)
+    replace_text(folder / "results.md", write_markdown(results, tables))
+    return replace_text(folder / "report.html", page)
 
 
 def write_options(options: dict[str, dict[str, Any]]) -> str:
     return escape(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
-
-
-def replace(file: Path, text: str) -> Path:
-    """Writes the file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(file)
 
 
 def summarise(results: Results) -> str:

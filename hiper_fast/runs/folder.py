@@ -16,6 +16,16 @@ CHECKPOINT_CONFIG = "hiper_fast.yaml"  # the same in a checkpoint, which may be 
 MOST_RUNS = 999  # that may share an automatic name
 
 
+def replace_text(file: Path, text: str, *, errors: str = "strict") -> Path:
+    """Writes the file whole or not at all, in UTF-8: a kill or a full disk leaves what was there."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+        return temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def find_run_folder(config: Config) -> Path:
     """The run's folder: a new one, or with `run.resume` the existing one that is meant.
 

@@ -64,7 +64,10 @@ def below_best(drop: float) -> Limit:
 
 def read_number(row: Row, key: str) -> float | None:
     """None where it is not there, or was not finite."""
-    value = row.get(key)
+    return read_finite(row.get(key))
+
+
+def read_finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 

@@ -7,13 +7,15 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hiper_fast.runs.display import DISPLAYS, build_display
+from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.health import Health
 
+SUCCESS = "eval/success/"  # before a task type
 OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
 
 
@@ -62,6 +64,25 @@ def add_minutes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             past += seconds(row, "eval" if row["stage"] == "eval" else "total")
         timed.append({**row, "minutes": (past + imitation) / 60})
     return timed
+
+
+def count_turns(rows: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Update -> turns played in training until its end."""
+    turns, total, episodes = {0: 0}, 0.0, 0
+    for row in rows:
+        if row["stage"] == "train":
+            total += row["rollout/turns"] * (row["episodes"] - episodes)
+            episodes = row["episodes"]
+            turns[row["step"]] = round(total)
+    return turns
+
+
+def list_success(row: Mapping[str, Any]) -> list[tuple[str, float, int, float, float]]:
+    """An evaluation by task type, then "all": name, success, games, and its Wilson 95 % interval."""
+    names = [key.removeprefix(SUCCESS) for key in row if key.startswith(SUCCESS)]
+    rates = [(name, row[SUCCESS + name], row[f"eval/episodes/{name}"]) for name in names]
+    rates.append(("all", row["eval/success"], row["eval/episodes"]))
+    return [(name, rate, n, *wilson(round(rate * n), n)) for name, rate, n in rates]
 
 
 class Logger:
@@ -170,9 +191,7 @@ def _drop_rows_after(path: Path, resume_step: int | None) -> list[dict[str, Any]
     rows = [row for row in rows if row["stage"] == "warm_start" or row["step"] <= resume_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_bytes() != text.encode():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, text)
     return rows
 
 

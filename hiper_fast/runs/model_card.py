@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import platform
 import re
 import subprocess
@@ -22,12 +21,11 @@ import hiper_fast
 from hiper_fast.config import Config
 from hiper_fast.runs.formats import format_percent, format_whole
 from hiper_fast.runs.health import Health
-from hiper_fast.runs.metrics import wilson
+from hiper_fast.runs.metrics import count_turns, list_success
 
 CARD = Path(__file__).parent / "page" / "card.md"
 GIT = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
 GIT_PATIENCE = 10  # seconds
-TYPE = "eval/success/"  # before a task type, in an evaluation's keys
 
 Row = Mapping[str, Any]
 
@@ -101,18 +99,14 @@ def describe_training(
     config: Config, step: int, rows: Sequence[Row], data: Mapping[str, Any]
 ) -> dict[str, str]:
     train, advantage, start = config.train, config.advantage, config.warm_start
-    updates = [row for row in rows if row["stage"] == "train"]
-    played = [row["episodes"] / row["step"] for row in updates]
-    turns = math.fsum(
-        count * row["rollout/turns"] for count, row in zip(played, updates, strict=True)
-    )
+    episodes = max((row["episodes"] for row in rows if row["stage"] == "train"), default=0)
+    turns = max(count_turns(rows).values())
     shown = f"{start.episodes:,} scripted episodes imitated, {start.epochs} times"
     return {
         "estimator": f"{advantage.estimator}, gamma {advantage.gamma:g}, "
         f"lambda {advantage.lambda_turn:g} over turns, {advantage.lambda_segment:g} over segments",
         "warm start": shown if start.enabled == "yes" else "none",
-        "so far": f"{step:,} of {train.updates:,} updates, {math.fsum(played):,.0f} episodes, "
-        f"{turns:,.0f} turns",
+        "so far": f"{step:,} of {train.updates:,} updates, {episodes:,} episodes, {turns:,} turns",
         "learning rate": f"{train.lr:g}, of the critic {train.critic_lr:g}",
         "seed": str(config.run.seed),
         "made with": ", ".join(f"{name} {version}" for name, version in list_versions().items()),
@@ -148,9 +142,6 @@ def find_commit() -> str | None:
 
 def draw_results(config: Config, step: int, row: Row) -> str:
     """The last evaluation: a line a task type, then all, each with its Wilson 95 % interval."""
-    names = [key.removeprefix(TYPE) for key in row if key.startswith(TYPE)]
-    counts = [(name, row[f"{TYPE}{name}"], row[f"eval/episodes/{name}"]) for name in names]
-    counts.append(("all", row["eval/success"], row["eval/episodes"]))
     split = getattr(config.env, "eval_split", None)
     when = "this update" if row["step"] == step else f"update {row['step']:,}, the last evaluated"
     lines = [
@@ -161,9 +152,9 @@ def draw_results(config: Config, step: int, row: Row) -> str:
         "| task type | games | success | 95 % interval |",
         "|---|---|---|---|",
     ]
-    for name, rate, count in counts:
-        low, high = map(format_percent, wilson(round(rate * count), count))
-        lines.append(f"| {clean(name)} | {count:,} | {format_percent(rate)} | {low} to {high} |")
+    for name, rate, count, *bounds in list_success(row):
+        success, low, high = map(format_percent, (rate, *bounds))
+        lines.append(f"| {clean(name)} | {count:,} | {success} | {low} to {high} |")
     return "\n".join(lines)
 
 

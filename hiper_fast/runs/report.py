@@ -8,7 +8,6 @@ markup.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -19,8 +18,9 @@ import yaml
 
 from hiper_fast import response
 from hiper_fast.runs.charts import WIDE, Format, Point, Series, draw_chart, draw_intervals
+from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.formats import format_decimal, format_percent, format_seconds
-from hiper_fast.runs.health import Alert, Health
+from hiper_fast.runs.health import Alert, Health, read_finite, read_number
 from hiper_fast.runs.metrics import read_metrics, wilson
 
 PAGE = Path(__file__).parent / "page"
@@ -60,13 +60,7 @@ def build(run_dir: str | Path) -> Path:
         script=(PAGE / "viewer.js").read_text(encoding="utf-8"),
         data=_dump_for_script(viewer),
     )
-    target, temporary = run_dir / "report.html", run_dir / ".report.html.tmp"
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+    return replace_text(run_dir / "report.html", page, errors="replace")
 
 
 def _select_stage(rows: Iterable[Row], stage: str) -> list[Row]:
@@ -79,22 +73,18 @@ def select_evaluations(rows: Iterable[Row]) -> list[Row]:
     """Evaluation rows that have a success rate, each with its interval."""
     evals = []
     for row in _select_stage(rows, "eval"):
-        rate = _read_finite(row.get("eval/success"))
+        rate = read_number(row, "eval/success")
         if rate is None:
             continue
-        low, high = _read_finite(row.get("eval/low")), _read_finite(row.get("eval/high"))
+        low, high = read_number(row, "eval/low"), read_number(row, "eval/high")
         if low is None or high is None:
             low, high = _compute_interval(rate, row.get("eval/episodes"))
         evals.append({**row, "eval/low": low, "eval/high": high})
     return evals
 
 
-def _read_finite(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 def _compute_interval(rate: float, episodes: Any) -> tuple[float, float]:
-    n = int(_read_finite(episodes) or 0)
+    n = int(read_finite(episodes) or 0)
     return wilson(round(min(1.0, max(0.0, rate)) * n), n)
 
 
@@ -127,10 +117,10 @@ def _summarize(config: str) -> str:
 def _draw_cards(rows: list[Row], train: list[Row], evals: list[Row]) -> str:
     cards = _draw_rate_cards(evals)
     if train and not evals:
-        rate = format_percent(_read_finite(train[-1].get("rollout/success")))
+        rate = format_percent(read_number(train[-1], "rollout/success"))
         cards.append(_draw_card("Success in training", rate, "no evaluation yet"))
     if train:
-        episodes = _read_finite(train[-1].get("episodes"))
+        episodes = read_number(train[-1], "episodes")
         note = f"{int(episodes):,} episodes" if episodes else ""
         cards.append(_draw_card("Updates", f"{train[-1]['step']:,}", note))
     # The warm start's rows count from its beginning, so its last one is its length.
@@ -173,7 +163,7 @@ def _draw_card(label: str, figure: str, note: str = "", kind: str = "") -> str:
 
 
 def _add_up(rows: Iterable[Row], stage: str, key: str = "time/total") -> float:
-    return sum(_read_finite(row.get(key)) or 0.0 for row in rows if row["stage"] == stage)
+    return sum(read_number(row, key) or 0.0 for row in rows if row["stage"] == stage)
 
 
 def _draw_health(rows: list[Row]) -> str:
@@ -221,11 +211,11 @@ def _draw_task(name: str | None, evals: list[Row]) -> str:
     suffix = "" if name is None else f"/{name}"
     cells, intervals = [], []
     for row in evals:
-        rate = _read_finite(row.get(f"eval/success{suffix}"))
+        rate = read_number(row, f"eval/success{suffix}")
         if rate is None:
             cells.append('<td class="number">–</td><td></td>')
             continue
-        n = _read_finite(row.get(f"eval/episodes{suffix}"))
+        n = read_number(row, f"eval/episodes{suffix}")
         low, high = _compute_interval(rate, n) if name else (row["eval/low"], row["eval/high"])
         intervals.append(("last" if row is evals[-1] else "first", rate, low, high))
         games = f"{int(n)} games" if n else ""
@@ -249,7 +239,7 @@ def _draw_success(train: list[Row], evals: list[Row], warm: list[Row]) -> str:
         Series("training", "faint", raw),
         Series(f"training, mean of {window}", "a", _smooth(raw, window)),
     ]
-    teacher = _read_finite(warm[-1].get("warm_start/teacher")) if warm else None
+    teacher = read_number(warm[-1], "warm_start/teacher") if warm else None
     if teacher is not None:
         series.append(Series("scripted player", "s2", [teacher] * len(steps)))
     keys = ("step", "eval/success", "eval/low", "eval/high")
@@ -328,7 +318,7 @@ def _draw_times(train: list[Row]) -> str:
 
 
 def _read_column(rows: list[Row], key: str, steps: list[int]) -> list[float | None]:
-    by_step = {row["step"]: _read_finite(row.get(key)) for row in rows}
+    by_step = {row["step"]: read_number(row, key) for row in rows}
     return [by_step.get(step) for step in steps]
 
 
@@ -425,14 +415,14 @@ def _choose_scale(episodes: list[dict]) -> float | None:
     """The advantage shown in full colour, None without any."""
     turns = [turn for episode in episodes for turn in episode.get("turns", [])]
     advantages = [turn.get(f"advantage_{level}") for turn in turns for level in LEVELS.values()]
-    sizes = sorted(abs(value) for value in map(_read_finite, advantages) if value is not None)
+    sizes = sorted(abs(value) for value in map(read_finite, advantages) if value is not None)
     if not sizes:
         return None
     return max(_round(sizes[int(FULL_COLOUR * (len(sizes) - 1))]), LEAST_SCALE)
 
 
 def _round(value: Any) -> float | None:
-    value = _read_finite(value)
+    value = read_finite(value)
     return None if value is None else round(value, DIGITS)
 
 

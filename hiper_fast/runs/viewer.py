@@ -11,6 +11,7 @@ from torch import Tensor
 from hiper_fast.estimators import HIGH, LOW, SWITCH, Credit
 from hiper_fast.ops import reference
 from hiper_fast.rollout.trajectory import Trajectories
+from hiper_fast.runs.folder import replace_text
 
 # As the file calls them: the block that a level trains, and the column of its value.
 LEVELS = {
@@ -41,10 +42,7 @@ def write_episodes(
     for index in range(min(count, len(trajectories.episodes))):
         record = build_record(trajectories, index, credit, values)
         lines.append(json.dumps(record | {"step": step, "stage": stage}))
-    # A kill or a full disk never leaves half a line.
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    temporary.replace(path)
+    replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def build_record(

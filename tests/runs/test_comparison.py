@@ -2,15 +2,16 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Page
 
 from hiper_fast.options import ConfigError
-from hiper_fast.runs.comparison import Question, compare, count_turns, read_record
+from hiper_fast.runs.comparison import Question, compare, read_record
 from hiper_fast.runs.comparison_page import build_tables, tell_findings, write_page
+from hiper_fast.runs.metrics import count_turns
 
 pytest.importorskip("scipy")
 
@@ -205,34 +206,6 @@ def test_results_hold_every_game(study):
         "won": {"look": "1111", "put": "111110"},
     }
     assert results["games"] == {"look": 4, "put": 6}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects them and the text outside scripts and styles."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.open):
-            self.text += data
 
 
 def test_the_page_and_its_text(study, tmp_path):

@@ -5,59 +5,17 @@ import math
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers import Page
 
 from hiper_fast.report import main
 from hiper_fast.runs import report
 from hiper_fast.runs.charts import choose_ticks
 from hiper_fast.runs.metrics import wilson
 
-VOID = {"meta", "br", "input", "link", "img", "hr"}
 EVIL = '</script><script>alert("x")</script><!-- <b>&amp; \u2028 \ud800'
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects them with the text of each script."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.scripts: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "script":
-            self.scripts.append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["script"]:
-            self.scripts[-1] += data
-        elif self.open[-1:] != ["style"]:
-            self.text += data
-
-    @property
-    def ids(self) -> set[str]:
-        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
-
-    @property
-    def data(self) -> list[dict]:
-        return json.loads(self.scripts[0])
 
 
 def turn(**changes) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -53,14 +54,19 @@ class Family(RoomFamily):
     defaults = HERE / "defaults.yaml"
 
     def make(self) -> AlfWorldSplit:
-        return AlfWorldSplit(self.options.split, self.options.engine, holds_out=True)
+        kept, _ = self.divided
+        return AlfWorldSplit(self.options.split, self.options.engine, among=kept)
+
+    @cached_property
+    def divided(self) -> tuple[list[Path], list[Path]]:
+        """The games to train on, and those that are held out of them; the disk is asked once."""
+        return hold_out(self.options.split)
 
     def list_panel(self, panel: str, count: int) -> list[family.Task]:
-        split = {"test": self.options.eval_split, "tune": self.options.split}[panel]
-        every = games(split) if panel == "test" else hold_out(split)[1]
+        every = games(self.options.eval_split) if panel == "test" else self.divided[1]
         if not every:
             raise ValueError(
-                f"eval.panel tune holds games out of {split!r}, which has fewer than {HELD_OUT} tasks"
+                f"eval.panel tune holds games out of {self.options.split!r}, which has fewer than {HELD_OUT} tasks"
             )
         drawn = random.Random("panel").sample(every, min(count, len(every)))
         return [{"options": {"game": game}} for game in drawn]

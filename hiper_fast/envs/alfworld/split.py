@@ -17,12 +17,14 @@ class AlfWorldSplit:
     """The games of one split: `reset(seed=s)` draws one by the seed, `reset()` the next at random.
 
     `options={"game": …}` plays that game instead. engine: "native" (`AlfWorld`) or "textworld".
-    holds_out: draw none of the games that `hold_out` keeps for choosing settings.
+    among: draw from these games of it alone.
     """
 
-    def __init__(self, split: str = "train", engine: str = "native", *, holds_out: bool = False):
+    def __init__(
+        self, split: str = "train", engine: str = "native", *, among: list[Path] | None = None
+    ):
         self._engine = find_engine(engine)
-        self._games = hold_out(split)[0] if holds_out else games(split)
+        self._games = games(split) if among is None else among
         self._random = random.Random()
         self._env: Environment | None = None
 
