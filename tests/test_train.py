@@ -533,14 +533,15 @@ def test_a_full_disk_never_leaves_half_an_episode(tmp_path, monkeypatch):
     viewer.write_episodes(tmp_path, 3, "eval", batch)
     whole, write_text = (tmp_path / "step-000003.jsonl").read_text(), Path.write_text
 
-    def full(self, text):
-        write_text(self, text[: len(text) // 2])
+    def full(self, text, **options):
+        write_text(self, text[: len(text) // 2], **options)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(Path, "write_text", full)
         viewer.write_episodes(tmp_path, 3, "train", batch)
     assert (tmp_path / "step-000003.jsonl").read_text() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["step-000003.jsonl"], "no half file stays"
     viewer.write_episodes(tmp_path, 3, "train", batch)
     lines = (tmp_path / "step-000003.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == ["eval", "train"]
