@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiper_fast import ops
 from hiper_fast.agent import attention
+from hiper_fast.agent.head import measure, read_hidden
 from hiper_fast.agent.layers import compile_layers, find_layers
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World, call_inside
@@ -56,6 +58,7 @@ class Agent:
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
         self.lora = hasattr(model, "peft_config")
+        self.head = measure(model, count_tokens(tokenizer))
         self.stop_ids = find_stop_ids(model, tokenizer)
         if not self.stop_ids:
             raise ConfigError(
@@ -131,32 +134,42 @@ class Agent:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probs, float32 [n], of `targets` [n], and if asked for entropies [n]; `hidden` [n, h] predicts them."""
         model = self.reference if reference else self.model
-        options = {"targets": targets, "temperature": temperature, "entropy": entropy}
-        return call_inside(
-            model, lambda: ops.linear_logprobs(hidden, **options, **take_head(model))
-        )
+        options = {"targets": targets, "entropy": entropy}
+        return self._apply(ops.linear_logprobs, model, hidden, temperature, options)
 
     def ppo_loss(
-        self, hidden: Tensor, *data: Tensor, **options
+        self, hidden: Tensor, *data: Tensor, temperature: float, **options
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`ops.linear_ppo` through the head; `data`: targets, old log-probs, advantages, [n]."""
         names = "targets", "old_logprobs", "advantages"
         options |= zip(names, data, strict=True)
-        model = self.model
-        return call_inside(model, lambda: ops.linear_ppo(hidden, **options, **take_head(model)))
+        return self._apply(ops.linear_ppo, self.model, hidden, temperature, options)
 
+    def _apply(
+        self,
+        op: Callable,
+        model: PreTrainedModel,
+        hidden: Tensor,
+        temperature: float,
+        options: dict,
+    ):
+        def run():
+            rows, weights = self.head.take_weights(model, hidden)
+            return op(rows, **weights, **self.head.temper(temperature), **options)
 
-def take_head(model: PreTrainedModel) -> dict[str, Tensor | None]:
-    head = model.get_output_embeddings()
-    return {"weight": head.weight, "bias": getattr(head, "bias", None)}
+        return call_inside(model, run)
 
 
 def run_trunk(model: PreTrainedModel, batch: Microbatch) -> Tensor:
-    """A trunk's last hidden states [tokens, h] of packed sequences, each read as if alone."""
+    """What a model's head reads [tokens, h], or a trunk's last hidden states, of packed sequences, each as if alone."""
     options = attention.describe_packing(batch, model.dtype)
     options |= {"position_ids": batch.position_ids[None], "use_cache": False}
-    out = call_inside(model, lambda: model.base_model(batch.input_ids[None], **options))
-    return out.last_hidden_state[0]
+    return call_inside(model, lambda: read_hidden(model, batch.input_ids[None], **options))[0]
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The ids that stand for something; a model's embedding may have more."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -17,13 +17,12 @@ from transformers import (
 
 from hiper_fast.agent import layers, lora, tiny
 from hiper_fast.agent.agent import Agent
+from hiper_fast.agent.probe import Probe
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World
 from hiper_fast.options import ConfigError
 
 LOAD_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError
-SCALES = "final_logit_softcapping", "logit_scale", "logits_scaling"  # what changes logits
-
 
 Words = tuple[list[str], list[str]]  # words, command openings
 
@@ -36,7 +35,7 @@ def load_agent(
     vocabulary: Callable[[], Words] = lambda: ([], []),
     world: World = ALONE,
 ) -> Agent:
-    """The policy of `model.path`, any causal LM; "tiny" is built here with random weights.
+    """The policy of `model.path`, any causal LM that passes the probe; "tiny" is built here with random weights.
 
     The tiny model's tokenizer is that of a family of games: `tokenizer_file`, or without one made of its
     `vocabulary` and of bytes. One of many processes keeps the model in the CPU's memory, until
@@ -50,17 +49,19 @@ def load_agent(
         model = build_tiny(config, seed, tokenizer)
     else:
         model, tokenizer = load_pretrained(config)
-        check_logits(model, config)
         if not lora.load_adapters(model) and config.lora_rank:
             lora.add_lora(model, config, seed)
     model.to(device)
+    probe = Probe(model)
+    agent = Agent(model, tokenizer, config, tiny=is_tiny, world=world)
+    probe.check(agent)
     if config.gradient_checkpointing:
         layers.recompute(model.base_model)
     if config.compile:
         layers.check_compiler(device)
         layers.keep_attention_eager()
         layers.compile_layers(model.base_model)
-    return Agent(model, tokenizer, config, tiny=is_tiny, world=world)
+    return agent
 
 
 def find_device(config: ModelConfig, world: World) -> torch.device:
@@ -109,14 +110,5 @@ def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTok
                 mend = "; to download it, add --model.local_files_only=false"
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
+    model.config.output_router_logits = False  # no auxiliary loss is trained: docs/policy.md
     return model, tokenizer
-
-
-def check_logits(model: PreTrainedModel, config: ModelConfig) -> None:
-    """ConfigError for a model whose logits are not what its head gives."""
-    for name in SCALES:
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"model.path: {config.path} changes logits after the head ({name}); the fused "
-                "log-probs cannot"
-            )

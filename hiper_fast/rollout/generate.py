@@ -26,6 +26,7 @@ def generate(
     generator: torch.Generator,
     batch_tokens: int = 8192,
     pasts: list[Past | None] | None = None,
+    vocabulary: int | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Samples a response to every prompt.
 
@@ -37,6 +38,8 @@ def generate(
     pasts: per prompt that of its first tokens, which then count as read, or None. In its place
     comes that of the prompt and its response but for the last token, for a prompt that goes on
     from there.
+
+    vocabulary: only ids below it are drawn, and have a probability; None: all of the model's.
     """
     unread = [len(prompt) for prompt in prompts]
     for row, past in enumerate(pasts or ()):
@@ -49,7 +52,7 @@ def generate(
         size = max(1, batch_tokens // width)
         batch, order = Batch(model, prompts, order[:size], width, pasts), order[size:]
         for step in range(max_new_tokens):
-            tokens, logprobs = sample(batch.read(), temperature, generator)
+            tokens, logprobs = sample(batch.read()[:, :vocabulary], temperature, generator)
             drawn = zip(batch.rows, tokens.tolist(), logprobs.tolist(), strict=True)
             for row, token, logprob in drawn:
                 results[row][0].append(token)

@@ -38,6 +38,7 @@ class Engine:
                 generator=self.generator,
                 batch_tokens=self.config.batch_tokens,
                 pasts=pasts,
+                vocabulary=self.agent.head.vocabulary,
             )
         if continued:
             for request, (ids, _), past in zip(requests, samples, pasts, strict=True):

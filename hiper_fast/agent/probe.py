@@ -1,0 +1,140 @@
+"""At load: what is sampled is what is trained. The three ways to a token's log-prob, on two short random sequences.
+
+`expect` asks the model as it came, each sequence by itself; `check` then asks the agent: packed through the fused
+head, as an update does, and step by step with a padded batch and its cache, as a rollout does. A model whose
+architecture makes them differ would train on ratios that are wrong from the first update on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.options import ConfigError
+from hiper_fast.packing import microbatches, prefix_sums
+from hiper_fast.rollout.generate import Batch, take_past
+
+LENGTHS = 13, 6  # tokens of the two sequences, the first longer by the longest window
+LAST = 5  # tokens of each that are compared, the last ones
+STEPS = 2  # of them sampled one by one
+# The largest difference, in units of how much the model's log-probs of a next token differ among themselves.
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+SEED = 2602_16165
+
+
+class Probe:
+    """The sequences, and what the model gives for each alone, float32 log-probs [2, LAST, v]."""
+
+    def __init__(self, model: PreTrainedModel):
+        window = max((w for w in list_windows(model) if w), default=0)
+        generator = torch.Generator().manual_seed(SEED)
+        most = model.get_input_embeddings().num_embeddings
+        self.sequences = [
+            torch.randint(most, (length,), generator=generator).to(model.device)
+            for length in (LENGTHS[0] + window, LENGTHS[1])
+        ]
+        with refusing(model), stirred(model), torch.no_grad():
+            alone = [
+                model(input_ids=ids[None], use_cache=False, logits_to_keep=LAST + 1)
+                for ids in self.sequences
+            ]
+        self.logits = torch.stack([out.logits[0, -LAST - 1 : -1].float() for out in alone])
+
+    def check(self, agent: Agent) -> None:
+        """ConfigError that says which way differs from the model's own, and by how much."""
+        model = agent.model
+        expected = self.logits[..., : agent.head.vocabulary].log_softmax(-1)
+        spread = float(expected.std(-1).median())
+        targets = torch.stack([ids[-LAST:] for ids in self.sequences])
+        targets = targets.clamp(max=agent.head.vocabulary - 1)
+        with refusing(model), stirred(model), torch.no_grad():
+            ways = {
+                "packed into one sequence, as updates read them": self.read_packed(agent, targets),
+                "step by step with a cache, as rollouts sample": self.read_in_steps(agent),
+                "step by step after a past, as conversations go on": self.read_in_steps(
+                    agent, pasts=True
+                ),
+            }
+        known = expected.gather(-1, targets[..., None])[..., 0]
+        for way, found in ways.items():
+            wanted = known if found.dim() == 2 else expected[:, -STEPS - 1 :]
+            worst = float((found - wanted).abs().max())
+            if not worst <= TOLERANCE[model.dtype] * spread:
+                raise ConfigError(
+                    f"model.path: {type(model).__name__} gives other log-probs when its sequences are {way}, than "
+                    f"when each is read alone: by up to {worst:.2g}, where they spread by {spread:.2g}; it "
+                    "cannot be trained here: use another model"
+                )
+
+    def read_packed(self, agent: Agent, targets: Tensor) -> Tensor:
+        """Log-probs [2, LAST] of `targets`."""
+        lengths = [len(ids) for ids in self.sequences]
+        [batch] = microbatches(torch.cat(self.sequences).cpu(), prefix_sums(lengths), sum(lengths))
+        hidden = run_trunk(agent.model, batch.to(agent.device))
+        ends = batch.cu_seqlens[1:].tolist()
+        rows = torch.cat([hidden[end - LAST - 1 : end - 1] for end in ends])
+        return agent.logprobs(rows, targets.flatten(), 1.0).view(2, LAST)
+
+    def read_in_steps(self, agent: Agent, *, pasts: bool = False) -> Tensor:
+        """Log-probs [2, STEPS + 1, v] of all tokens, the last STEPS + 1 times."""
+        prompts = [ids[: -STEPS - 1].tolist() for ids in self.sequences]
+        known = (
+            [self.read_past(agent, prompt[: len(prompt) // 2]) for prompt in prompts]
+            if pasts
+            else None
+        )
+        width = max(len(p) - (0 if known is None else len(p) // 2) for p in prompts)
+        batch, found = Batch(agent.model, prompts, [0, 1], width, known), []
+        for step in range(STEPS + 1):
+            logits = batch.read()[:, : agent.head.vocabulary]
+            found.append(logits.float().log_softmax(-1))
+            if step < STEPS:
+                tokens = torch.stack([ids[step - STEPS - 1] for ids in self.sequences])
+                batch.go_on(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+        return torch.stack(found, 1)
+
+    def read_past(self, agent: Agent, ids: list[int]) -> tuple[Tensor, Tensor]:
+        batch = Batch(agent.model, [ids], [0], len(ids), [None])
+        batch.read()
+        return take_past(batch.cache, 0, len(ids))
+
+
+def list_windows(model: PreTrainedModel) -> list[int | None]:
+    config = model.config.get_text_config()
+    return [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+
+
+@contextlib.contextmanager
+def refusing(model: PreTrainedModel) -> Iterator[None]:
+    """Turns whatever a model raises in the probe into one ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise ConfigError(
+            f"model.path: {type(model).__name__} cannot read two short random sequences ({reason}); use another model"
+        ) from error
+
+
+@contextlib.contextmanager
+def stirred(model: PreTrainedModel) -> Iterator[None]:
+    """Within, adapters that change nothing yet do: else a head that forgets them would pass."""
+    fresh = [p for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for p in fresh:
+            p.copy_(torch.randn(p.shape, generator=generator) / p.shape[0] ** 0.5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in fresh:
+                p.zero_()
