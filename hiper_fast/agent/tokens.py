@@ -10,7 +10,8 @@ from hiper_fast.ops import TokenPieces
 from hiper_fast.options import ConfigError
 from hiper_fast.response import parse
 
-RESPONSE = "<switch>SWITCH</switch><subgoal>find it</subgoal><action>take it</action>"
+ACTION = "click[mug 1]"
+RESPONSE = f"<switch>SWITCH</switch><subgoal>find mug</subgoal><action>{ACTION}</action>"
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -28,15 +29,25 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> 
         )
 
 
+def list_pieces(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> TokenPieces:
+    """The bytes of every row of the model's embedding; ConfigError where they cannot be known, or are too few."""
+    check_tokenizer(tokenizer, num_embeddings)
+    try:
+        return TokenPieces(tokenizer, num_embeddings)
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}; use a model with another tokenizer") from error
+
+
 def check_tags(
     tokenizer: PreTrainedTokenizerBase, pieces: TokenPieces, config: AgentConfig
 ) -> None:
-    """ConfigError where even a perfect response, as token ids, would read as one out of format."""
+    """ConfigError where even a perfect response, as token ids, would read as another or as one out of format."""
 
     def read(text: str) -> bytes:
         return b"".join(pieces[i] for i in tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    if parse(read(RESPONSE), plans=config.subgoals).valid:
+    parsed = parse(read(RESPONSE), plans=config.subgoals)
+    if parsed.valid and parsed.action == ACTION:
         return
     tags = TAGS if config.subgoals else TAGS[-2:]
     lost = [tag for tag in tags if tag.encode() not in read(tag)]
@@ -50,8 +61,8 @@ def check_tags(
             "of the lists of special tokens)"
         )
     raise ConfigError(
-        f"model.path: its tokenizer cannot write {' '.join(lost or tags)}: it makes "
-        f"{read(RESPONSE).decode(errors='replace')!r} of {RESPONSE!r}; take a model whose tokenizer keeps text as it is"
+        f"model.path: its tokenizer cannot write {' '.join(lost) or 'commands'}: of {RESPONSE!r} it makes "
+        f"{read(RESPONSE).decode(errors='replace')!r}; use a model whose tokenizer keeps text as it is"
     )
 
 

@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from hiper_fast import ops
 from hiper_fast.agent import tiny
-from hiper_fast.agent.tokens import check_length, check_tags, check_tokenizer, vocabulary_size
+from hiper_fast.agent.tokens import (
+    check_length,
+    check_tags,
+    check_tokenizer,
+    list_pieces,
+    vocabulary_size,
+)
 from hiper_fast.config import AgentConfig
 from hiper_fast.configure import list_recipes, resolve
 from hiper_fast.options import ConfigError
@@ -31,7 +37,7 @@ def make_spelling():
 
 def make_words():
     """Words by a space each, as BERT's."""
-    words = "switch subgoal action find take it < > / [UNK]".split()
+    words = "switch subgoal action find click mug 1 < > / [ ] [UNK]".split()
     vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -91,6 +97,10 @@ def test_a_tokenizer_that_cannot_write_tags_is_refused():
     with pytest.raises(ConfigError, match="its tokenizer cannot write <switch> </switch>") as error:
         check(make_words())
     assert "< switch >" in str(error.value)
+    tokenizer = make_words()
+    tokenizer.add_tokens(tiny.TAGS)
+    with pytest.raises(ConfigError, match="cannot write commands: .* click \\[ mug 1 \\]</action>"):
+        check(tokenizer)
 
 
 # Ids and embeddings.
@@ -111,6 +121,16 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused():
         check_tokenizer(tokenizer, rows)
     with pytest.raises(ConfigError, match="ids up to 255, its embedding 255 rows"):
         check_tokenizer(tokenizer, 255)
+
+
+def test_the_bytes_of_every_row_or_the_reason_why_not():
+    assert len(list_pieces(make_spelling(), 300)) == 300
+    with pytest.raises(ConfigError, match="ids up to 255, its embedding 255 rows"):
+        list_pieces(make_spelling(), 255)
+    tokenizer = make_words()
+    tokenizer.backend_tokenizer.decoder = decoders.CTC()
+    with pytest.raises(ConfigError, match="model.path: tokenizer: .*CTC.*; use a model"):
+        list_pieces(tokenizer, 300)
 
 
 # Positions.
