@@ -218,6 +218,8 @@ def spell(run: Run) -> list[str]:
 def spell_value(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, dict):
+        return json.dumps(value)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -27,6 +27,11 @@ class AgentConfig:
         "prompt style: reference or compact, a prompt a turn; transcript, one conversation an episode, that trains as "
         "one sequence; or auto: compact for the tiny model, else reference",
     )
+    chat_template: dict = option(
+        {},
+        "what the model's chat template is told beside the messages, as '{enable_thinking: false}'; a name that it "
+        "never reads is refused",
+    )
     subgoals: bool = option(
         True,
         "every response keeps or switches a subgoal and names it; false: it is an action alone, as flat PPO has",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import yaml
 
 BOUNDS = {  # name of a bound -> (the words of its error, whether a value keeps it)
     "above": ("above", lambda value, bound: value > bound),
@@ -56,8 +59,8 @@ def option(
         "local": local,
         "unbounded": unbounded,
     }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -108,12 +111,14 @@ def check_declared(cls: type) -> None:
 
 def check_kind(option: Option, kind: Any) -> None:
     kind = strip_none(kind)
+    if kind is dict:
+        return
     if typing.get_origin(kind) is list:
         [kind] = typing.get_args(kind)
     if kind not in (bool, int, float, str) and typing.get_origin(kind) is not Literal:
         raise ConfigError(
-            f"{option.name}: a type of options is int, float, bool, str, Literal, a list of one of them, or "
-            f"any of these | None; not {kind}"
+            f"{option.name}: a type of options is int, float, bool, str, Literal, a list of one of them, dict, "
+            f"or any of these | None; not {kind}"
         )
     if kind in (int, float) and not option.bounds and not option.unbounded:
         raise ConfigError(
@@ -161,6 +166,8 @@ def convert(option: Option, kind: Any, value: Any) -> Any:
         kind = strip_none(kind)
     if typing.get_origin(kind) is list:
         return convert_list(option, kind, value)
+    if kind is dict:
+        return convert_mapping(option, value)
     if typing.get_origin(kind) is Literal:
         return convert_choice(option, value)
     if kind is bool:
@@ -180,6 +187,17 @@ def convert_list(option: Option, kind: Any, value: Any) -> list:
         raise wrong_type(option, f"{option.count} values (a,b,c)", value)
     [item_kind] = typing.get_args(kind)
     return [convert(option, item_kind, item) for item in items]
+
+
+def convert_mapping(option: Option, value: Any) -> dict:
+    """Names and what JSON has; a text is read as YAML."""
+    try:
+        given = yaml.safe_load(value) if isinstance(value, str) else value
+        if isinstance(given, dict) and json.loads(json.dumps(given)) == given:
+            return given
+    except (yaml.YAMLError, TypeError):
+        pass
+    raise wrong_type(option, "a mapping of names to JSON's values ({name: value})", value)
 
 
 def convert_choice(option: Option, value: Any) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
 from hiper_fast.config import AgentConfig
 from hiper_fast.envs.prompts import State, Style
-
-# Stands for a response where a chat template is asked what follows one.
-ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"
+from hiper_fast.rollout import chat
 
 
 class Prompter:
-    """States -> token ids, through the tokenizer's chat template where it has one.
+    """States -> token ids, through the tokenizer's chat template where it has one, else behind its own BOS, if any.
 
     With a context, they are the new ones: what follows the last response, from its end token on if that is not sampled.
+    ConfigError for a chat template that cannot make such prompts, or cannot read `agent.chat_template`.
     """
 
     def __init__(
@@ -25,7 +25,9 @@ class Prompter:
         config: AgentConfig,
         style: Style,
     ):
+        chat.check(tokenizer, config)
         self.tokenizer, self.config, self.style = tokenizer, config, style
+        self.opening = find_opening(tokenizer)
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def __call__(self, states: list[State]) -> list[tuple[list[int], bool]]:
@@ -55,21 +57,25 @@ class Prompter:
     def encode(self, states: list[State]) -> list[list[int]]:
         prompts = self.tokenize([self.write(state) for state in states])
         for state, ids in zip(states, prompts, strict=True):
-            if state.context and ids[0] == state.context[-1] and ids[0] in self.special:
-                del ids[0]
+            if state.context:
+                del ids[: self.measure_end(ids, state.context[-1])]
+            elif self.tokenizer.chat_template is None:
+                ids[:0] = self.opening
         return prompts
+
+    def measure_end(self, ids: list[int], last: int) -> int:
+        """How many of the `ids` after a response say again that it has ended, which its `last` token said."""
+        if last not in self.special or last not in ids:
+            return 0
+        place = ids.index(last)
+        return 0 if self.tokenizer.decode(ids[:place]).strip() else place + 1
 
     def write(self, state: State) -> str:
         text = self.style.render(state)
         if self.tokenizer.chat_template is None:
             return f"{self.tokenizer.eos_token or ''}\n{text}" if state.context else text
-        messages = [{"role": "user", "content": text}]
-        if state.context:
-            before = {"role": "user", "content": "-"}, {"role": "assistant", "content": ANSWER}
-            messages = [*before, *messages]
-        template = self.tokenizer.apply_chat_template
-        text = template(messages, tokenize=False, add_generation_prompt=True)
-        return text.partition(ANSWER)[2] if state.context else text
+        write = chat.go_on if state.context else chat.render
+        return write(self.tokenizer, self.config.chat_template, text)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -81,5 +87,14 @@ class Prompter:
             len(ids) > limit and words
         ):  # again and again, for a style may render less than it is given
             words = words[: max(0, len(words) - (len(ids) - limit))]
-            [ids] = self.encode([replace(bare, observation=self.tokenizer.decode(words))])
-        return ids[max(0, len(ids) - limit) :]
+            text = self.tokenizer.decode(words, clean_up_tokenization_spaces=False)
+            [ids] = self.encode([replace(bare, observation=text)])
+        opening = list(takewhile(self.special.__contains__, ids))[:limit]
+        return opening + ids[max(len(opening), len(ids) - limit + len(opening)) :]
+
+
+def find_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text: BOS, where the model was trained with it."""
+    whole, text = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
+    places = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    return whole[: next(places, 0)]
