@@ -196,6 +196,32 @@ def test_a_search_is_listed_whatever_its_words(action, allowed):
     assert not listed("search[tea]", ["click[buy now]"])
 
 
+@pytest.mark.parametrize(
+    "action, near",
+    [
+        ("'search[tea]'", True),
+        ("search[tea].", True),
+        ("`click[buy now]`", True),
+        ("\u201cclick[buy now]\u201d.", True),
+        ("search['tea']", False),  # is listed
+        ("click[buy now]", False),
+        ("'click[tea]'", False),
+        ("'search[]'", False),
+        ("", False),
+    ],
+)
+def test_a_search_in_quotes_is_a_near_miss(action, near):
+    family = families.find("webshop")(settings().env)
+    assert family.is_near_miss(action, ["search[<your query>]", "click[buy now]"]) is near
+    assert not family.is_near_miss("'search[tea]'", ["click[buy now]"])
+
+
+def test_case_is_no_more_than_a_near_miss():
+    family = families.find("household")(configure().env)
+    assert family.is_near_miss("go to desk 1", ["Go to Desk 1."])
+    assert not family.is_near_miss("Go to Desk 1.", ["Go to Desk 1."])
+
+
 def test_an_episode_has_the_environments_score(agent):
     config = settings()
     games = Games(config)

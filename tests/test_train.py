@@ -104,6 +104,7 @@ TRAIN_KEYS = {
     ),
     *(
         "rollout/valid_rate",
+        "rollout/near_miss_rate",
         "rollout/prompt_tokens",
         "rollout/response_tokens",
         "rollout/truncated_prompts",

@@ -17,8 +17,8 @@ def make(name: str, **config: Any) -> Environment:
     """Build an environment whose `reset(seed=…)` draws the episode.
 
     - `make("household", size="small", task_types=None)`: generated games.
-    - `make("alfworld", split="train", engine="native")`: the official games under $ALFWORLD_DATA;
-      `engine="textworld"` plays them through the TextWorld package.
+    - `make("alfworld", split="train", task_types=None, engine="native")`: the official games under
+      $ALFWORLD_DATA; `engine="textworld"` plays them through the TextWorld package.
     - `make("webshop", split="train", data=None)`: WebShop on the files in the folder `data`
       (default: $WEBSHOP_DATA, else the embedded shop), and all options of `webshop.build`.
     - `make("package.module:Family", …)`: an environment of another package.

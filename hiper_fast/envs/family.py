@@ -21,6 +21,7 @@ Task = dict[str, Any]  # the keyword arguments of `env.reset`
 
 SAMPLED = 64  # games whose first turns give the words of a tokenizer
 PANEL = 2**31  # seeds below it are for training, from it on for evaluation
+MARKS = " \t\r\n'\"`\u2018\u2019\u201c\u201d"  # what a command may be quoted in
 FIRST_SEEDS = {"tune": PANEL, "test": PANEL + 2**30}  # of each panel
 
 
@@ -69,6 +70,12 @@ class Family:
         """Whether `action` is among the commands."""
         return action in commands
 
+    def is_near_miss(self, action: str, commands: list[str]) -> bool:
+        """Whether `action` is not listed, but is without quotes, backticks, a full stop, case."""
+        if self.is_listed(action, commands):
+            return False
+        return self.is_listed(strip_marks(action), [strip_marks(command) for command in commands])
+
     def split_lines(self, observation: str, commands: list[str]) -> list[tuple[str, bool]]:
         """The observation as a person reads it: each line, and whether it can be clicked."""
         return [(line, False) for line in observation.splitlines()]
@@ -101,6 +108,11 @@ families = Families(
     attribute="Family",
     group="hiper_fast.families",
 )
+
+
+def strip_marks(command: str) -> str:
+    """A command without what a writer puts around it: quotes, blanks, full stops behind; lower-case."""
+    return command.lstrip(MARKS).rstrip(MARKS + ".").lower()
 
 
 def parse_number(name: str) -> int:

@@ -54,6 +54,7 @@ class Play:
         episode.turns.append(Turn(state.observation, said, state.subgoal, action))
         episode.states.append(key_state(state.observation, state.commands))
         is_listed = self.family.is_listed(action.strip(), state.commands)
+        episode.near_misses += self.family.is_near_miss(action.strip(), state.commands)
         observation, _, terminated, _, self.info = self.env.step(action)
         episode.responses.append(answer.ids)
         if episode.continued:

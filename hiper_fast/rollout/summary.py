@@ -16,6 +16,7 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
     first_turns = trajectories.cu_turns[:-1].long()
     segments = trajectories.switch.index_fill(0, first_turns, True).sum().item()
     truncated = (episode.truncated_prompts for episode in trajectories.episodes)
+    near_misses = (episode.near_misses for episode in trajectories.episodes)
     return {
         "rollout/success": trajectories.won.float().mean().item(),
         **summarise_scores("rollout", trajectories.episodes),
@@ -24,6 +25,7 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
         "rollout/segment_length": turns / segments,
         "rollout/switch_rate": trajectories.switch.float().mean().item(),
         "rollout/valid_rate": trajectories.valid.float().mean().item(),
+        "rollout/near_miss_rate": sum(near_misses) / turns,
         "rollout/prompt_tokens": trajectories.prompt_ids.numel() / turns,
         "rollout/response_tokens": trajectories.response_ids.numel() / turns,
         "rollout/truncated_prompts": sum(truncated),

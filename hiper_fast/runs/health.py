@@ -125,6 +125,11 @@ RULES = (
         "lower train.lr, raise train.kl_coef, leave advantage.malformed on",
     ),
     Rule(
+        "rollout/near_miss_rate", above(0.1),
+        "many actions would be admissible without their quotes, full stop or capitals",
+        "give a warm start, or a line in the prompt that asks for the bare command",
+    ),
+    Rule(
         "rollout/success", below(0.01),
         "all episodes are lost: nothing shows the way",
         "give a warm start, easier games or a larger env.max_turns",

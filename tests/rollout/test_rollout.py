@@ -382,6 +382,15 @@ def test_summary_of_a_batch_made_by_hand(agent):
     )
 
 
+def test_near_misses_are_counted_and_played_as_they_are(agent):
+    actions = ["'win'", "`Win.`", '"wait 2".', "WIN'", "win not", "'", "", "wait 7", "win"]
+    plays, episodes = run(agent, [[say(KEEP, "s", action) for action in actions], ["win"]])
+    assert plays[0].env.told == [action.lower() for action in actions]
+    assert [episode.near_misses for episode in episodes] == [4, 0]
+    t = pack(episodes, agent.find_roles)
+    assert summarise(t)["rollout/near_miss_rate"] == pytest.approx(4 / 10)
+
+
 def test_groups_alike_by_hand(agent):
     win, lose, wait = (say(SWITCH, "s", action) for action in ("win", "lose", "wait"))
     _, episodes = run(agent, [[win], [wait, lose], [lose], [wait, win], [lose], [win]])

@@ -17,7 +17,8 @@ GOOD_RUNS = sorted((ROOT / "benchmarks" / "results").glob("*-seed*.jsonl"))
 
 HEALTHY = {
     "rollout/success": 0.5, "rollout/switch_rate": 0.4, "rollout/segment_length": 2.5, "rollout/turns": 12.0,
-    "rollout/valid_rate": 0.99, "rollout/groups_alike": 0.3, "rollout/truncated_prompts": 0,
+    "rollout/valid_rate": 0.99, "rollout/near_miss_rate": 0.01, "rollout/groups_alike": 0.3,
+    "rollout/truncated_prompts": 0,
     "value/explained_low": 0.3, "value/explained_high": 0.2, "value/explained_switch": 0.4,
     "loss/policy": -0.01, "loss/kl": 0.02, "loss/clip_fraction": 0.01, "optim/grad_norm": 0.2,
     "policy/entropy_switch": 0.2, "policy/entropy_subgoal": 0.1, "policy/entropy_action": 0.3,
@@ -27,6 +28,7 @@ BAD = [  # metric, its bad value, what the message says of it
     ("rollout/switch_rate", 0.97, "0.97, above 0.9 since update"),
     ("rollout/segment_length", 11.5, "0.958, above 0.9 of the episode since update"),
     ("rollout/valid_rate", 0.93, "0.93, more than 0.05 below the first updates since update"),
+    ("rollout/near_miss_rate", 0.3, "0.3, above 0.1 since update"),
     ("rollout/success", 0.0, "0, below 0.01 since update"),
     ("rollout/success", 1.0, "1, above 0.99 since update"),
     ("rollout/groups_alike", 0.9, "0.9, above 0.8 since update"),

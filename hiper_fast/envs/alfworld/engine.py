@@ -106,7 +106,7 @@ class AlfWorld:
 
     def _list_commands(self) -> list[str]:
         game, held = self.game, self._held
-        commands = ["help", "inventory", "look"]
+        commands = ["inventory", "look", *["help"] * game.dialect.helps]
         commands += [
             f"go to {r}" for r, location in game.location.items() if location != self._here
         ]
@@ -138,7 +138,8 @@ class AlfWorld:
                 commands.append(f"take {thing} from {receptacle}")
         if held is not None:
             if not closed and game.type_of.get(held) in game.accepts.get(receptacle, ()):
-                commands.append(f"move {held} to {receptacle}")
+                put, into = game.dialect.put, game.dialect.into
+                commands.append(f"{put} {held} {into} {receptacle}")
             verb, ability = _APPLIANCES.get(game.type_of.get(receptacle), (None, None))
             if verb and held in game.able[ability]:
                 commands.append(f"{verb} {held} with {receptacle}")
@@ -150,7 +151,8 @@ class AlfWorld:
         self._delete("atlocation", self.game.agent, self._here)
         self._here = self.game.location[receptacle]
         self._add("atlocation", self.game.agent, self._here)
-        return f"You arrive at {receptacle}. {self._describe_receptacle(receptacle)}"
+        reached = self._here if self.game.dialect.names_location else receptacle
+        return f"You arrive at {reached}. {self._describe_receptacle(receptacle)}"
 
     def _open(self, receptacle: str) -> str:
         self._add("opened", receptacle)
@@ -173,8 +175,9 @@ class AlfWorld:
         )
         return f"You pick up the {thing} from the {receptacle}."
 
-    def _move(self, rest: str) -> str:
-        thing, _, receptacle = rest.partition(" to ")
+    def _put(self, rest: str) -> str:
+        put, into = self.game.dialect.put, self.game.dialect.into
+        thing, _, receptacle = rest.partition(f" {into} ")
         self._add("inreceptacle", thing, receptacle)
         self._add("objectatlocation", thing, self._here)
         self._delete("holds", self.game.agent, thing)
@@ -184,7 +187,7 @@ class AlfWorld:
         contents = [other for other in self._contents.get(receptacle, ()) if other != thing]
         insort(contents, thing, key=self.game.rank.__getitem__)
         self._contents[receptacle] = tuple(contents)
-        return f"You move the {thing} to the {receptacle}."
+        return f"You {put} the {thing} {into} the {receptacle}."
 
     def _clean(self, rest: str) -> str:
         thing, _, receptacle = rest.partition(" with ")
@@ -239,7 +242,8 @@ class AlfWorld:
         "open": _open,
         "close": _close,
         "take": _take,
-        "move": _move,
+        "move": _put,
+        "put": _put,
         "clean": _clean,
         "heat": _heat,
         "cool": _cool,

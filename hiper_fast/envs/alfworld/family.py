@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hiper_fast.config import EnvConfig
 from hiper_fast.options import option
@@ -14,7 +14,7 @@ from hiper_fast.options import option
 from .. import family
 from ..player import Player
 from . import prompts
-from .game import games
+from .listing import Listing, list_games
 from .player import make_player
 from .split import HELD_OUT, AlfWorldSplit, hold_out
 
@@ -45,6 +45,7 @@ class Options(RoomOptions):
     eval_split: str = option(
         "valid_seen", "the split of the panel test; tune is games held out of the one to train on"
     )
+    task_types: list[str] | None = option(None, "only these task types (default: all six)")
     max_turns: int = option(50, "turns after which an episode is truncated", above=0)
 
 
@@ -53,17 +54,27 @@ class Family(RoomFamily):
     environment = AlfWorldSplit
     defaults = HERE / "defaults.yaml"
 
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.listings: dict[str, Listing] = {}  # of the splits asked for so far
+
     def make(self) -> AlfWorldSplit:
         kept, _ = self.divided
         return AlfWorldSplit(self.options.split, self.options.engine, among=kept)
 
     @cached_property
     def divided(self) -> tuple[list[Path], list[Path]]:
-        """The games to train on, and those that are held out of them; the disk is asked once."""
-        return hold_out(self.options.split)
+        """The games to train on, and those that are held out of them."""
+        return hold_out(self.list_games(self.options.split))
+
+    def list_games(self, split: str) -> list[Path]:
+        """The games of a split; the disk is asked once."""
+        if split not in self.listings:
+            self.listings[split] = list_games(split, self.options.task_types)
+        return self.listings[split].games
 
     def list_panel(self, panel: str, count: int) -> list[family.Task]:
-        every = games(self.options.eval_split) if panel == "test" else self.divided[1]
+        every = self.list_games(self.options.eval_split) if panel == "test" else self.divided[1]
         if not every:
             raise ValueError(
                 f"eval.panel tune holds games out of {self.options.split!r}, which has fewer than {HELD_OUT} tasks"
@@ -73,3 +84,6 @@ class Family(RoomFamily):
 
     def find_task(self, name: str) -> family.Task:
         return {"options": {"game": name}}
+
+    def describe_data(self) -> dict[str, Any]:
+        return {split: str(listing) for split, listing in self.listings.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import GameError
+from .dialect import Dialect, read_dialect
 from .pddl import Fact, Formula, Grounder, Problem, list_atoms, read_problem, rename
 
 TASK_TYPES = (
@@ -25,6 +26,7 @@ TASK_TYPES = (
     "pick_two_obj_and_place",
 )
 
+GAME_FILE = "game.tw-pddl"
 MAX_FILE_BYTES = 16 << 20  # official games have at most 150 kB
 
 _STATES = {"isclean": "clean", "ishot": "hot", "iscool": "cool"}
@@ -85,6 +87,7 @@ class Game:
     task_type: str  # "other" where goal is None
     goal: Goal | None  # None for a goal outside the six task types
     walkthrough: tuple[str, ...]
+    dialect: Dialect  # how its commands are worded
     goal_formula: Formula = field(repr=False)
     goal_atoms: frozenset[Fact] = field(repr=False)
     facts: frozenset[Fact] = field(repr=False)  # the fluents that hold at the start
@@ -127,7 +130,7 @@ class Game:
 def find_game_file(path: str | os.PathLike) -> Path:
     """The game file that a path names: itself, or the `game.tw-pddl` in it if it is a folder."""
     path = Path(path)
-    return path / "game.tw-pddl" if path.is_dir() else path
+    return path / GAME_FILE if path.is_dir() else path
 
 
 def read_game(path: Path) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def read_game(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise GameError(f"cannot play {path}: it is larger than {MAX_FILE_BYTES >> 20} MiB")
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise GameError(f"cannot read {path}: {error.strerror}") from error
     except GameError:
@@ -144,26 +147,11 @@ def read_game(path: Path) -> dict[str, Any]:
         raise GameError(
             f"cannot play {path}: it is not valid JSON ({error}); is it truncated?"
         ) from None
-
-
-def games(split: str) -> list[Path]:
-    """The sorted game files of a split ("train", "valid_seen", …) under $ALFWORLD_DATA."""
-    root = os.environ.get("ALFWORLD_DATA")
-    if not root:
-        raise ValueError(
-            "ALFWORLD_DATA is not set; point it at the folder that contains json_2.1.1"
+    if not isinstance(content, dict):
+        raise GameError(
+            f"cannot play {path}: it must hold a JSON object, not {type(content).__name__}"
         )
-    folder = Path(root).expanduser()
-    if (folder / "json_2.1.1").is_dir():
-        folder = folder / "json_2.1.1"
-    if not (folder / split).is_dir():
-        raise ValueError(
-            f"no split {split!r} under ALFWORLD_DATA: {folder / split} is not a folder"
-        )
-    found = sorted((folder / split).glob("*/*/game.tw-pddl"))
-    if not found:
-        raise ValueError(f"split {split!r} is empty: no */*/game.tw-pddl under {folder / split}")
-    return found
+    return content
 
 
 def parse_game(game: Game | Mapping[str, Any] | str | os.PathLike) -> Game:
@@ -209,6 +197,7 @@ def _build(data: Mapping[str, Any], name: str) -> Game:
         task_type=goal.task_type if goal else "other",
         goal=goal,
         walkthrough=walkthrough,
+        dialect=read_dialect(data["grammar"]),
         goal_formula=formula,
         goal_atoms=frozenset(list_atoms(formula)),
         facts=frozenset(fact for predicate in _FLUENTS for fact in facts[predicate]),

@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 
 from ..player import Move
+from .dialect import PUT
 from .game import Game, Goal
 from .subgoals import CHANGES, subgoal_phrases, type_of
 
 LISTED = r"(?:The (.+?) is open\. In it|On the (.+?)), you see (.+?)\."
+PLACED = r"(?:move|put) (.+) (?:to|in/on) (.+)"
 RENUMBERED = 0.5  # how often a stumble has a random number, so that it may be inadmissible
 HIGHEST_NUMBER = 4  # of these
 RIGHT_SUBGOAL = 0.5  # how often a stumble keeps the subgoal
@@ -47,7 +49,7 @@ class Searcher:
             self.holding = match[1]
             self.seen.pop(match[1], None)
             self.placed.discard(match[1])
-        elif match := re.fullmatch(r"move (.+) to (.+)", action):
+        elif match := re.fullmatch(PLACED, action):
             self.holding = None
             self.seen[match[1]] = match[2]
             kinds = type_of(match[1]), type_of(match[2])
@@ -94,11 +96,10 @@ class Searcher:
         if self.goal.lamp_type:
             return self.light(commands)
         target = next(r for r in self.receptacles if type_of(r) == self.goal.receptacle_type)
+        puts = [f"{verb} {self.holding} {into} {target}" for verb, into in PUT.values()]
         return Move(
             self.phrases["put second" if self.placed else "put"],
-            self.choose_first(
-                commands, f"move {self.holding} to {target}", f"open {target}", f"go to {target}"
-            ),
+            self.choose_first(commands, *puts, f"open {target}", f"go to {target}"),
         )
 
     def fetch(self, commands: list[str]) -> Move:
@@ -127,7 +128,7 @@ class Searcher:
 
     def put_down(self, commands: list[str]) -> str:
         """Rids the hands of a thing taken by mistake: here if it fits, else somewhere else."""
-        here = sorted(c for c in commands if c.startswith(("move ", "open ")))
+        here = sorted(c for c in commands if c.startswith(("move ", "put ", "open ")))
         if here:
             return here[0]
         return self.rng.choice([c for c in commands if c.startswith("go to ")])
@@ -154,7 +155,7 @@ class Searcher:
 
 
 class Walkthrough:
-    """Plays the game's own solution; a step serves the next take, change, move or use."""
+    """Plays the game's own solution; a step serves the next take, change, put or use."""
 
     def __init__(self, goal: Goal, walkthrough: tuple[str, ...]):
         self.moves = map(Move, assign_subgoals(goal, walkthrough), walkthrough)
@@ -181,7 +182,7 @@ def assign_subgoals(goal: Goal, walkthrough: Sequence[str]) -> list[str]:
             taken += 1
         elif verb in ("clean", "heat", "cool", "use"):
             phase = own = verb
-        elif verb == "move":
+        elif verb in ("move", "put"):
             phase = own = f"put{nth}"
         else:
             subgoals.append(None)

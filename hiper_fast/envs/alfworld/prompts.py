@@ -15,7 +15,7 @@ COMPACT_WORDS = (
 ).split()
 VERBS = ["close", "move", "go to", "open", "heat", "cool", "clean", "slice", "take", "put", "use"]
 SEARCHING = ["open", "go to"]
-COMMAND = re.compile(rf"({'|'.join(VERBS)}) (.+?)((?: from| to| with| in| on) .+)?")
+COMMAND = re.compile(rf"({'|'.join(VERBS)}) (.+?)((?: from| to| with| in/on| in| on) .+)?")
 WORD, NUMBER = re.compile("[a-z]+"), re.compile("[0-9]+")
 PREPOSITIONS = {"to", "from", "with"}
 LIST_ITEM = re.compile(r",? (?:and )?an? (?=[a-z]+ \d)")

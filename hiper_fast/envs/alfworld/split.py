@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..base import Environment, Info, check_options
 from .engine import AlfWorld
-from .game import Game, games
+from .game import Game
+from .listing import games
 
 HELD_OUT = 20  # one task in so many is kept to choose settings on
 
@@ -17,14 +19,19 @@ class AlfWorldSplit:
     """The games of one split: `reset(seed=s)` draws one by the seed, `reset()` the next at random.
 
     `options={"game": …}` plays that game instead. engine: "native" (`AlfWorld`) or "textworld".
-    among: draw from these games of it alone.
+    task_types: only these (None: all six). among: draw from these games of the split alone.
     """
 
     def __init__(
-        self, split: str = "train", engine: str = "native", *, among: list[Path] | None = None
+        self,
+        split: str = "train",
+        engine: str = "native",
+        *,
+        task_types: Collection[str] | None = None,
+        among: list[Path] | None = None,
     ):
         self._engine = find_engine(engine)
-        self._games = games(split) if among is None else among
+        self._games = games(split, task_types) if among is None else among
         self._random = random.Random()
         self._env: Environment | None = None
 
@@ -52,10 +59,10 @@ class AlfWorldSplit:
         return self._env.step(command)
 
 
-def hold_out(split: str) -> tuple[list[Path], list[Path]]:
-    """The games to train on, and others: of a twentieth of the split's tasks, all trials of each."""
+def hold_out(every: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The games to train on, and others: of a twentieth of their tasks, all trials of each."""
     tasks: dict[Path, list[Path]] = {}
-    for game in games(split):
+    for game in every:
         tasks.setdefault(game.parent.parent, []).append(game)
     held = set(random.Random("tune").sample(list(tasks), len(tasks) // HELD_OUT))
     kept = [game for task, trials in tasks.items() if task not in held for game in trials]

@@ -72,6 +72,7 @@ def tiny(goal=MUG_IN_FRIDGE, init=TINY_INIT, objects=TINY_OBJECTS, **changes):
         "grammar": '"rhs": "Your task is to: put a mug in fridge."',
         "pddl_problem": f"(define (problem tiny) (:domain alfred)(:objects {objects}) "
         f"(:init {init}) (:goal {goal}))",
+        "solvable": True,
         "walkthrough": GET_MUG + PUT_IN_FRIDGE,
     } | changes
 

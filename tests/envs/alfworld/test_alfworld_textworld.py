@@ -10,10 +10,12 @@ import tarfile
 
 import pytest
 from test_alfworld_engine import tiny
+from test_alfworld_games import age
 
 from hiper_fast import envs
 from hiper_fast.envs import household
 from hiper_fast.envs.alfworld import TASK_TYPES, AlfWorld, Game
+from hiper_fast.envs.alfworld.game import read_game
 from hiper_fast.envs.textworld import TextWorld
 
 
@@ -75,6 +77,18 @@ def assert_agree(game, commands, steps=40, seed=0):
 def test_official_walkthroughs_and_random_play_agree(textworld, official):
     for seed, path in enumerate(official):
         assert_agree(path, Game.load(path).walkthrough, steps=15, seed=seed)
+
+
+def test_an_official_game_in_the_words_before_alfworld_0_4_agrees(textworld, official):
+    path = next(path for path in official if "pick_two_obj" in str(path))
+    game = age(read_game(path))
+    result = assert_agree(game, [*game["walkthrough"][:4], "help", *game["walkthrough"][4:]])
+    assert "help" not in result[-1]["admissible_commands"]
+
+
+def test_a_generated_game_in_the_words_before_alfworld_0_4_agrees(textworld):
+    game = age(household.generate(TASK_TYPES[0], seed=1, size="small"))
+    assert_agree(game, game["walkthrough"], steps=15)
 
 
 def test_switching_games_and_arguments(textworld):
