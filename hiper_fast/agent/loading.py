@@ -51,16 +51,28 @@ def load_agent(
         model, tokenizer = load_pretrained(config)
         if not lora.load_adapters(model) and config.lora_rank:
             lora.add_lora(model, config, seed)
-    model.to(device)
-    probe = Probe(model)
-    agent = Agent(model, tokenizer, config, tiny=is_tiny, world=world)
-    probe.check(agent)
+    agent = prepare(model.to(device), tokenizer, config, tiny=is_tiny, world=world)
     if config.gradient_checkpointing:
         layers.recompute(model.base_model)
     if config.compile:
         layers.check_compiler(device)
         layers.keep_attention_eager()
         layers.compile_layers(model.base_model)
+    return agent
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    *,
+    tiny: bool = False,
+    world: World = ALONE,
+) -> Agent:
+    """An agent of a model that passes the probe; ConfigError if it does not."""
+    probe = Probe(model)
+    agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
+    probe.check(agent)
     return agent
 
 

@@ -1,0 +1,224 @@
+"""Which of transformers' causal LMs can be trained here: a tiny random model of every type, taken through loading.
+
+python benchmarks/models.py [TYPE …] [--page docs/models.md]
+
+A type works if it loads and the log-probs that `generate` stores while it samples are those that an update reads from packed
+microbatches, and those of the model as it came. Or it is refused, with a ConfigError. All else is a fault: exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import re
+import sys
+import textwrap
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hiper_fast.agent import tiny
+from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.loading import prepare
+from hiper_fast.config import ModelConfig
+from hiper_fast.options import ConfigError
+from hiper_fast.packing import microbatches, prefix_sums
+from hiper_fast.rollout.generate import generate
+
+TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TOKENIZER = tiny.build_tokenizer([], [])
+PADDING = 11  # rows of the embedding that stand for no token
+WINDOW = 6
+SIZES = [  # what a field of a configuration is called -> its value; the first that fits
+    (r"(decoder_|unpadded_)?vocab_size(_per_layer_input)?", len(TOKENIZER) + PADDING),
+    (r"num_hidden_layers|n_layers?|num_layers|(num_)?decoder_layers|num_blocks|depth", 2),
+    (r"(num_)?encoder_layers|num_nextn_predict_layers|first_k_dense_replace|num_dense_layers", 1),
+    (r".*(key_value_heads|kv_n_heads|kv_heads)", 2),
+    (r".*(attention_heads|n_heads?|num_heads|num_query_groups)", 4),
+    (r"hidden_size(_global)?|n_embd|d_model|emb_dim|.*embedding_(dim|size)|lru_width", 32),
+    (r"attention_hidden_size|word_embed_proj_dim", 32),
+    (r".*intermediate_size|.*ffn(_hidden)?_(dim|size)|dim_ff|dff|d_inner|n_inner", 48),
+    (r"feed_forward_size|mlp_dim|intermediate_size_mlp", 48),
+    (r"qk_head_dim", 16),
+    (r".*head_dim|attention_head_size|dim_head|kv_channels|d_head|rotary_dim", 8),
+    (r".*lora_rank|laurel_rank|gated_norm_rank|hidden_size_per_layer_input", 8),
+    (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
+    (r".*experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
+    (r"topk_group|n_group|num_expert_group|.*num_shared_experts|n_shared_experts", 1),
+    (r"max_(position_embeddings|target_positions|seq_len)|n_positions|n_ctx|context_length", 128),
+    (r"model_max_length|original_max_position_embeddings", 128),
+    (r"sliding_window(_size)?|attention_window_size|window_size|attention_chunk_size", WINDOW),
+    (r"local_attention(_window_len)?|keep_window_size", WINDOW),
+]
+OPTIONS = {  # not sizes: what makes a model of its kind
+    "use_sliding_window": True,
+    "is_decoder": True,
+    "pad_token_id": TOKENIZER.pad_token_id,
+    "eos_token_id": TOKENIZER.eos_token_id,
+    "bos_token_id": None,
+}
+SPECIAL = {}  # type -> fields of its configuration
+LENGTHS = 23, 3, 1, 14, 9, 2  # of the prompts
+RESPONSE = 8
+BATCH_TOKENS = 50  # of prompts at once, and of a microbatch
+TOLERANCE = 1e-4  # nats
+SEED = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    type: str
+    name: str
+    kind: str  # works, refused, not built, or fault
+    reason: str = ""
+
+
+def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedConfig:
+    """A configuration of the same class with tiny sizes."""
+    options = {}
+    for field, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            options[field] = shrink(value)
+        elif field in OPTIONS:
+            options[field] = OPTIONS[field]
+        elif isinstance(value, int | None) and not isinstance(value, bool):
+            sizes = [size for name, size in SIZES if re.fullmatch(name, field)]
+            options |= {field: sizes[0]} if sizes else {}
+        elif field == "layer_types" and value:
+            kinds = list(dict.fromkeys(value))
+            options[field] = kinds * (1 + (len(kinds) == 1))
+    if "layer_types" in options:
+        options["num_hidden_layers"] = len(options["layer_types"])
+    return type(default)(**options | (given or {}))
+
+
+def build(model_type: str) -> PreTrainedModel:
+    """A model with weights that make its log-probs spread by a nat or more, so that an error shows."""
+    special = SPECIAL.get(model_type, {})
+    config = shrink(CONFIG_MAPPING[model_type](), special)
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scatter(model)
+    return model
+
+
+@torch.no_grad()
+def scatter(model: PreTrainedModel) -> None:
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.normal_(std=1.5 * p.shape[-1] ** -0.5)
+        elif p.is_floating_point():
+            p.add_(0.3 * torch.randn(p.shape))
+
+
+def sample(agent: Agent, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Responses and their log-probs as a rollout makes them."""
+    return generate(
+        agent.model,
+        prompts,
+        max_new_tokens=RESPONSE,
+        temperature=1.0,
+        stop_ids=agent.stop_ids,
+        generator=torch.Generator().manual_seed(SEED),
+        batch_tokens=BATCH_TOKENS,
+        vocabulary=agent.head.vocabulary,
+    )
+
+
+@torch.no_grad()
+def read_packed(agent: Agent, sequences: list[list[int]]) -> list[Tensor]:
+    """Log-probs of every token but the first of each sequence, as an update reads them."""
+    found: list[Tensor] = [torch.empty(0)] * len(sequences)
+    ids = torch.tensor(sum(sequences, []))
+    for batch in microbatches(ids, prefix_sums([len(s) for s in sequences]), BATCH_TOKENS):
+        hidden = run_trunk(agent.model, batch)
+        logprobs = agent.logprobs(hidden, batch.input_ids.roll(-1), 1.0)
+        sizes = batch.cu_seqlens.diff().tolist()
+        for index, rows in zip(batch.index.tolist(), logprobs.split(sizes), strict=True):
+            found[index] = rows[:-1]
+    return found
+
+
+@torch.no_grad()
+def read_alone(model: PreTrainedModel, vocabulary: int, sequences: list[list[int]]) -> list[Tensor]:
+    """The same by the model as it came, each sequence by itself."""
+    found = []
+    for ids in map(torch.tensor, sequences):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1, :vocabulary].float()
+        found.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    return found
+
+
+def compare(model: PreTrainedModel, agent: Agent) -> tuple[float, float]:
+    """Largest differences in nats: of rollout and update, and of either and the `model` as it came."""
+    generator = torch.Generator().manual_seed(SEED)
+    prompts = [torch.randint(len(TOKENIZER), (n,), generator=generator).tolist() for n in LENGTHS]
+    responses = sample(agent, prompts)
+    sequences = [prompt + ids for prompt, (ids, _) in zip(prompts, responses, strict=True)]
+    sampled = torch.cat([torch.tensor(logprobs) for _, logprobs in responses])
+    ways = read_packed(agent, sequences), read_alone(model, agent.head.vocabulary, sequences)
+    packed, alone = (
+        torch.cat([r[-len(ids) :] for r, (ids, _) in zip(rows, responses, strict=True)])
+        for rows in ways
+    )
+    differences = (sampled - packed).abs().max(), (sampled - alone).abs().max()
+    return tuple(float(x) for x in differences)
+
+
+def check(model_type: str) -> Outcome:
+    def outcome(kind: str, reason: str = "") -> Outcome:
+        return Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], kind, reason)
+
+    try:
+        model = build(model_type)
+    except Exception as error:
+        return outcome("not built", describe(error))
+    try:
+        agent = prepare(copy.deepcopy(model), TOKENIZER, ModelConfig(device="cpu"))
+    except ConfigError as error:
+        return outcome("refused", str(error))
+    except Exception as error:
+        return outcome("fault", describe(error))
+    try:
+        update, alone = compare(model, agent)
+    except Exception as error:
+        return outcome("fault", describe(error))
+    if not max(update, alone) <= TOLERANCE:
+        return outcome("fault", f"update differs from rollout by {update:.2g}, model by {alone:.2g}")
+    return outcome("works", f"{update:.1e}")
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", default=TYPES, metavar="TYPE")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    outcomes = []
+    for model_type in options.types:
+        start = time.time()
+        outcomes.append(check(model_type))
+        o = outcomes[-1]
+        print(f"{o.type:24} {o.kind:10} {time.time() - start:5.1f}s {textwrap.shorten(o.reason, 230)}", flush=True)
+    print(Counter(o.kind for o in outcomes))
+    return int(any(o.kind == "fault" for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
