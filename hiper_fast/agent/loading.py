@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hiper_fast.agent import layers, lora, tiny
+from hiper_fast.agent import attention, layers, lora, tiny
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.probe import Probe
 from hiper_fast.config import ModelConfig
@@ -70,6 +70,7 @@ def prepare(
     world: World = ALONE,
 ) -> Agent:
     """An agent of a model that passes the probe; ConfigError if it does not."""
+    attention.check_mixing(model)
     probe = Probe(model)
     agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
     probe.check(agent)

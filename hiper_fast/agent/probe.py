@@ -8,7 +8,7 @@ architecture makes them differ would train on ratios that are wrong from the fir
 from __future__ import annotations
 
 import contextlib
-import textwrap
+import re
 from collections.abc import Iterator
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.head import refusing
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 from hiper_fast.rollout.generate import Batch, take_past
 
 LENGTHS = 13, 6  # tokens of the two sequences, the first longer by the longest window
 LAST = 5  # tokens of each that are compared, the last ones
+LONGEST_WINDOW = 4096
 STEPS = 2  # of them sampled one by one
 # The largest difference, in units of how much the model's log-probs of a next token differ among themselves.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -32,7 +34,7 @@ class Probe:
     """The sequences, and what the model gives for each alone, float32 log-probs [2, LAST, v]."""
 
     def __init__(self, model: PreTrainedModel):
-        window = max((w for w in list_windows(model) if w), default=0)
+        window = max(list_windows(model), default=0)
         generator = torch.Generator().manual_seed(SEED)
         most = model.get_input_embeddings().num_embeddings
         self.sequences = [
@@ -105,23 +107,11 @@ class Probe:
         return take_past(batch.cache, 0, len(ids))
 
 
-def list_windows(model: PreTrainedModel) -> list[int | None]:
-    config = model.config.get_text_config()
-    return [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-
-
-@contextlib.contextmanager
-def refusing(model: PreTrainedModel) -> Iterator[None]:
-    """Turns whatever a model raises in the probe into one ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise ConfigError(
-            f"model.path: {type(model).__name__} cannot read two short random sequences ({reason}); use another model"
-        ) from error
+def list_windows(model: PreTrainedModel) -> list[int]:
+    """How far the layers look back, where that is so little that the probe can look further."""
+    fields = vars(model.config.get_text_config(decoder=True)).items()
+    windows = [value for name, value in fields if re.search("window|local_attention", name)]
+    return [w for w in windows if type(w) is int and w <= LONGEST_WINDOW]
 
 
 @contextlib.contextmanager
