@@ -41,6 +41,9 @@ TOKENIZER = tiny.build_tokenizer([], [])
 PADDING = 11  # rows of the embedding that stand for no token
 WINDOW = 6
 SIZES = [  # what a field of a configuration is called -> its value; the first that fits
+    (r"indexer_kv_heads", 1),
+    (r"indexer_compress_ratio", 2),
+    (r"indexer_budget", 8),
     (r"(decoder_|unpadded_)?vocab_size(_per_layer_input)?", len(TOKENIZER) + PADDING),
     (r"num_hidden_layers|n_layers?|num_layers|(num_)?decoder_layers|num_blocks|depth", 2),
     (r"(num_)?encoder_layers|num_nextn_predict_layers|first_k_dense_replace|num_dense_layers", 1),
@@ -56,22 +59,39 @@ SIZES = [  # what a field of a configuration is called -> its value; the first t
     (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
     (r".*experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
     (r"topk_group|n_group|num_expert_group|.*num_shared_experts|n_shared_experts", 1),
-    (r"max_(position_embeddings|target_positions|seq_len)|n_positions|n_ctx|context_length", 128),
-    (r"model_max_length|original_max_position_embeddings", 128),
+    (r"max_(position_embeddings|target_positions|seq_len)|n_positions|n_ctx|context_length", 40),
+    (r"model_max_length|original_max_position_embeddings", 40),
     (r"sliding_window(_size)?|attention_window_size|window_size|attention_chunk_size", WINDOW),
     (r"local_attention(_window_len)?|keep_window_size", WINDOW),
+    (r"encoder_hash_byte_group_vocab", 100),
 ]
 OPTIONS = {  # not sizes: what makes a model of its kind
     "use_sliding_window": True,
     "is_decoder": True,
     "pad_token_id": TOKENIZER.pad_token_id,
     "eos_token_id": TOKENIZER.eos_token_id,
-    "bos_token_id": None,
+    "bos_token_id": TOKENIZER.eos_token_id,
 }
-SPECIAL = {}  # type -> fields of its configuration
+BOTH = ["sliding_attention", "full_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+SPECIAL = {  # type -> fields of its configuration that follow no rule
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(BOTH, ROPE)},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 4.0}},
+    "gemma3n_text": {"layer_types": BOTH * 2, "num_kv_shared_layers": 2},
+    "gemma4_text": {"layer_types": BOTH * 2, "num_kv_shared_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"full_attn_idxs": [1]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral3": {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1,
+                                              "original_max_position_embeddings": 10}},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 LENGTHS = 23, 3, 1, 14, 9, 2  # of the prompts
 RESPONSE = 8
-BATCH_TOKENS = 50  # of prompts at once, and of a microbatch
+BATCH_TOKENS = 60  # of prompts at once, and of a microbatch
 TOLERANCE = 1e-4  # nats
 SEED = 0
 
@@ -92,21 +112,22 @@ def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedCo
             options[field] = shrink(value)
         elif field in OPTIONS:
             options[field] = OPTIONS[field]
-        elif isinstance(value, int | None) and not isinstance(value, bool):
-            sizes = [size for name, size in SIZES if re.fullmatch(name, field)]
-            options |= {field: sizes[0]} if sizes else {}
-        elif field == "layer_types" and value:
+        elif value is None or type(value) is int:
+            options |= {field: size for name, size in SIZES[::-1] if re.fullmatch(name, field)}
+        elif field in ("layer_types", "layers_block_type") and value:
             kinds = list(dict.fromkeys(value))
             options[field] = kinds * (1 + (len(kinds) == 1))
-    if "layer_types" in options:
-        options["num_hidden_layers"] = len(options["layer_types"])
-    return type(default)(**options | (given or {}))
+    options |= given or {}
+    for field in {"layer_types", "layers_block_type"} & options.keys():
+        options["num_hidden_layers"] = len(options[field])
+    if "kv_lora_rank" in options:  # latent attention, in which no heads share a key
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    return type(default)(**options)
 
 
 def build(model_type: str) -> PreTrainedModel:
     """A model with weights that make its log-probs spread by a nat or more, so that an error shows."""
-    special = SPECIAL.get(model_type, {})
-    config = shrink(CONFIG_MAPPING[model_type](), special)
+    config = shrink(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type))
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config).eval()
     scatter(model)
