@@ -34,7 +34,7 @@ from hiper_fast.agent.loading import prepare
 from hiper_fast.config import ModelConfig
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.rollout.generate import generate
+from hiper_fast.agent.generate import generate
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TOKENIZER = tiny.build_tokenizer([], [])
@@ -216,7 +216,9 @@ def check(model_type: str) -> Outcome:
     except Exception as error:
         return outcome("fault", describe(error))
     if not max(update, alone) <= TOLERANCE:
-        return outcome("fault", f"update differs from rollout by {update:.2g}, model by {alone:.2g}")
+        return outcome(
+            "fault", f"update differs from rollout by {update:.2g}, model by {alone:.2g}"
+        )
     return outcome("works", f"{update:.1e}")
 
 
@@ -236,7 +238,10 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.time()
         outcomes.append(check(model_type))
         o = outcomes[-1]
-        print(f"{o.type:24} {o.kind:10} {time.time() - start:5.1f}s {textwrap.shorten(o.reason, 230)}", flush=True)
+        print(
+            f"{o.type:24} {o.kind:10} {time.time() - start:5.1f}s {textwrap.shorten(o.reason, 230)}",
+            flush=True,
+        )
     print(Counter(o.kind for o in outcomes))
     return int(any(o.kind == "fault" for o in outcomes))
 

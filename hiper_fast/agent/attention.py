@@ -37,7 +37,7 @@ def use(model: PreTrainedModel) -> None:
     check_mixing(model)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        refuse(model, "has attention code of its own")
+        refuse(model, "has token mixing other than plain attention")
 
 
 def check_mixing(model: PreTrainedModel) -> None:

@@ -20,10 +20,12 @@ from hiper_fast.agent.agent import Agent, run_trunk
 from hiper_fast.agent.head import refusing
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.rollout.generate import Batch, take_past
+from hiper_fast.agent.generate import Batch, take_past
 
 LENGTHS = 19, 6  # tokens of the two sequences
-WINDOW_NAMES = re.compile("sliding_window(_size)?|attention_window(_size)?|window_size|local_attention")
+WINDOW_NAMES = re.compile(
+    "sliding_window(_size)?|attention_window(_size)?|window_size|local_attention"
+)
 WINDOW = 5  # how far sliding attention looks back meanwhile, so that the first is longer
 LAST = 5  # tokens of each that are compared, the last ones
 STEPS = 2  # of them sampled one by one
@@ -114,8 +116,12 @@ def narrowed(model: PreTrainedModel) -> Iterator[None]:
 
     Those as long as all positions are left alone: nothing is longer.
     """
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf)
-    owners = {id(o): o for module in model.modules() for o in (module, getattr(module, "config", module))}
+    positions = getattr(
+        model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf
+    )
+    owners = {
+        id(o): o for module in model.modules() for o in (module, getattr(module, "config", module))
+    }
     found = [
         (owner, name, value)
         for owner in owners.values()

@@ -158,7 +158,10 @@ def join_pasts(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
 def take_past(cache: DynamicCache, row: int, length: int) -> Past:
     """What a left-padded cache holds of one row's `length` tokens."""
     return [
-        tuple(states[row, :, -length:].transpose(0, 1).clone() for states in (layer.keys, layer.values))
+        tuple(
+            states[row, :, -length:].transpose(0, 1).clone()
+            for states in (layer.keys, layer.values)
+        )
         for layer in cache.layers
         if layer.keys is not None  # the last layers may use the keys of others
     ]
