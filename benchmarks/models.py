@@ -49,8 +49,9 @@ SIZES = [  # what a field of a configuration is called -> its value; the first t
     (r"(num_)?encoder_layers|num_nextn_predict_layers|first_k_dense_replace|num_dense_layers", 1),
     (r".*(key_value_heads|kv_n_heads|kv_heads)", 2),
     (r".*(attention_heads|n_heads?|num_heads|num_query_groups)", 4),
-    (r"hidden_size(_global)?|n_embd|d_model|emb_dim|.*embedding_(dim|size)|lru_width", 32),
-    (r"attention_hidden_size|word_embed_proj_dim", 32),
+    (r"(input_|output_)?embedding_size|word_embed_proj_dim", 16),
+    (r"hidden_size(_global)?|n_embd|d_model|emb_dim|embedding_dim|lru_width", 32),
+    (r"attention_hidden_size", 32),
     (r".*intermediate_size|.*ffn(_hidden)?_(dim|size)|dim_ff|dff|d_inner|n_inner", 48),
     (r"feed_forward_size|mlp_dim|intermediate_size_mlp", 48),
     (r"qk_head_dim", 16),
@@ -197,6 +198,21 @@ def compare(model: PreTrainedModel, agent: Agent) -> tuple[float, float]:
     return tuple(float(x) for x in differences)
 
 
+def train(agent: Agent) -> None:
+    """Gradients of policy and critic, as an update takes them."""
+    ids = torch.arange(40)
+    [batch] = microbatches(ids, prefix_sums([25, 15]), 40)
+    logprobs = agent.logprobs(agent.trunk(batch), batch.input_ids, 1.0)
+    agent.add_critic()
+    torch.nn.init.ones_(agent.critic.heads.weight)
+    values = agent.critic(agent.critic_hidden(batch))
+    (logprobs.sum() + values.square().sum()).backward()
+    for module in (agent.model, agent.critic):
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        if not grads or not all(g.isfinite().all() for g in grads):
+            raise ValueError(f"gradients of {type(module).__name__} are missing or not finite")
+
+
 def check(model_type: str) -> Outcome:
     def outcome(kind: str, reason: str = "") -> Outcome:
         return Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], kind, reason)
@@ -213,6 +229,7 @@ def check(model_type: str) -> Outcome:
         return outcome("fault", describe(error))
     try:
         update, alone = compare(model, agent)
+        train(agent)
     except Exception as error:
         return outcome("fault", describe(error))
     if not max(update, alone) <= TOLERANCE:
