@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import re
 import sys
 import textwrap
@@ -103,6 +104,7 @@ class Outcome:
     name: str
     kind: str  # works, refused, not built, or fault
     reason: str = ""
+    difference: float = math.nan  # the largest, in nats
 
 
 def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedConfig:
@@ -126,9 +128,9 @@ def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedCo
     return type(default)(**options)
 
 
-def build(model_type: str) -> PreTrainedModel:
+def build(model_type: str, **fields) -> PreTrainedModel:
     """A model with weights that make its log-probs spread by a nat or more, so that an error shows."""
-    config = shrink(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type))
+    config = shrink(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type, {}) | fields)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config).eval()
     scatter(model)
@@ -182,20 +184,25 @@ def read_alone(model: PreTrainedModel, vocabulary: int, sequences: list[list[int
     return found
 
 
-def compare(model: PreTrainedModel, agent: Agent) -> tuple[float, float]:
-    """Largest differences in nats: of rollout and update, and of either and the `model` as it came."""
+def compare(model: PreTrainedModel, agent: Agent) -> float:
+    """The largest difference in nats between what a rollout stores, an update reads and the `model` as it came gives."""
     generator = torch.Generator().manual_seed(SEED)
     prompts = [torch.randint(len(TOKENIZER), (n,), generator=generator).tolist() for n in LENGTHS]
     responses = sample(agent, prompts)
     sequences = [prompt + ids for prompt, (ids, _) in zip(prompts, responses, strict=True)]
     sampled = torch.cat([torch.tensor(logprobs) for _, logprobs in responses])
     ways = read_packed(agent, sequences), read_alone(model, agent.head.vocabulary, sequences)
-    packed, alone = (
-        torch.cat([r[-len(ids) :] for r, (ids, _) in zip(rows, responses, strict=True)])
+    return max(
+        float(
+            (
+                torch.cat([r[-len(ids) :] for r, (ids, _) in zip(rows, responses, strict=True)])
+                - sampled
+            )
+            .abs()
+            .max()
+        )
         for rows in ways
     )
-    differences = (sampled - packed).abs().max(), (sampled - alone).abs().max()
-    return tuple(float(x) for x in differences)
 
 
 def train(agent: Agent) -> None:
@@ -214,33 +221,19 @@ def train(agent: Agent) -> None:
 
 
 def check(model_type: str) -> Outcome:
-    def outcome(kind: str, reason: str = "") -> Outcome:
-        return Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], kind, reason)
-
+    outcome = Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], "not built")
     try:
         model = build(model_type)
-    except Exception as error:
-        return outcome("not built", describe(error))
-    try:
+        outcome.kind = "fault"
         agent = prepare(copy.deepcopy(model), TOKENIZER, ModelConfig(device="cpu"))
-    except ConfigError as error:
-        return outcome("refused", str(error))
-    except Exception as error:
-        return outcome("fault", describe(error))
-    try:
-        update, alone = compare(model, agent)
+        outcome.difference = compare(model, agent)
         train(agent)
+        outcome.kind = "works" if outcome.difference <= TOLERANCE else "fault"
+    except ConfigError as error:
+        outcome.kind, outcome.reason = "refused", str(error)
     except Exception as error:
-        return outcome("fault", describe(error))
-    if not max(update, alone) <= TOLERANCE:
-        return outcome(
-            "fault", f"update differs from rollout by {update:.2g}, model by {alone:.2g}"
-        )
-    return outcome("works", f"{update:.1e}")
-
-
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+        outcome.reason = f"{type(error).__name__}: {error}"
+    return outcome
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,9 @@ def check_rotary(config: PreTrainedConfig, longest: int) -> None:
 def list_changes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """The type of each set of frequencies that changes, and the longest sequence before it does."""
     rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]  # one for each type of layer
+    nested = [
+        value for value in rope.values() if isinstance(value, dict)
+    ]  # one for each type of layer
     for parameters in nested or [rope]:
         rope_type = parameters.get("rope_type", "default")
         if rope_type == "longrope":
