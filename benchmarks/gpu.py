@@ -373,7 +373,7 @@ def memory_beyond_gradients(rows: Rows) -> float:
         rows.advantages,
         rows.ref,
     )
-    options = (1.0, 0.2, 0.2, 3.0, 0.01, 0.001, None, True, True, False)
+    options = (1.0, None, 0.2, 0.2, 3.0, 0.01, 0.001, None, True, True, False)
     torch.ops.hiper_fast.linear_ppo(*arguments, *options)  # cuBLAS's workspace is taken once
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -388,7 +388,13 @@ def parts_of_linear_ppo(rows: Rows) -> dict[str, float]:
     from hiper_fast.kernels import _head
 
     head = _head.Head(
-        rows.hidden.detach(), rows.weight.detach(), None, rows.targets, 1.0, (True, True, False)
+        rows.hidden.detach(),
+        rows.weight.detach(),
+        None,
+        rows.targets,
+        1.0,
+        None,
+        (True, True, False),
     )
     logprobs, slope, entropy, entropy_slope = head.logits.new_zeros(4, rows.n).unbind(0)
     chunks, fillings = rows.n / head.chunk, rows.n / len(head.rows)

@@ -19,15 +19,16 @@ void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int6
 
 template <class Isa, class T>
 int64_t linear_logprobs_backward(T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
-                                 double temperature, const T* grad_logprobs, const T* grad_entropy,
-                                 int64_t* live, int threads) {
+                                 double temperature, std::optional<double> softcap, const T* grad_logprobs,
+                                 const T* grad_entropy, int64_t* live, int threads) {
   in_parallel(rows, rows * vocabulary, threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const double of_entropy = grad_entropy ? double(grad_entropy[row]) : 0.0;
       live[row] = grad_logprobs[row] != 0 || of_entropy != 0;
       if (!live[row]) continue;
       T* z = logits + row * vocabulary;
-      Softmax<T>(z, vocabulary, temperature).gradient(z, targets[row], grad_logprobs[row], of_entropy, z);
+      const Softmax<T> softmax(z, vocabulary, temperature);
+      softmax.gradient(z, targets[row], grad_logprobs[row], of_entropy, softcap, z);
     }
   });
   return keep_live(logits, rows, vocabulary, live);
@@ -38,9 +39,11 @@ template void linear_logprobs<HIPER_FAST_ISA>(const float*, const int64_t*, int6
 template void linear_logprobs<HIPER_FAST_ISA>(const double*, const int64_t*, int64_t, int64_t, double,
                                               double*, double*, int);
 template int64_t linear_logprobs_backward<HIPER_FAST_ISA>(float*, const int64_t*, int64_t, int64_t, double,
-                                                          const float*, const float*, int64_t*, int);
+                                                          std::optional<double>, const float*, const float*,
+                                                          int64_t*, int);
 template int64_t linear_logprobs_backward<HIPER_FAST_ISA>(double*, const int64_t*, int64_t, int64_t, double,
-                                                          const double*, const double*, int64_t*, int);
+                                                          std::optional<double>, const double*,
+                                                          const double*, int64_t*, int);
 
 template <class Isa>
 void exp(const float* x, int64_t count, float* out) {

@@ -8,9 +8,9 @@ namespace hiper_fast {
 template <class Isa, class T>
 int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, const T* advantages,
                    const T* ref_logprobs, int64_t rows, int64_t vocabulary, double temperature,
-                   double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
-                   double denominator, bool want_gradient, double* sums, T* logprobs, int64_t* live,
-                   int threads) {
+                   std::optional<double> softcap, double clip_low, double clip_high, double dual_clip,
+                   double kl_coef, double entropy_coef, double denominator, bool want_gradient, double* sums,
+                   T* logprobs, int64_t* live, int threads) {
   const PPO options{clip_low, clip_high, dual_clip, kl_coef};
   const bool with_entropy = entropy_coef != 0;
   const double of_entropy = -entropy_coef / denominator;
@@ -32,7 +32,7 @@ int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, con
       std::memcpy(each + row * kSums, values, sizeof values);
       live[row] = !want_gradient || terms.gradient != 0 || with_entropy;
       if (want_gradient && live[row]) {
-        softmax.gradient(z, targets[row], terms.gradient / denominator, of_entropy, z);
+        softmax.gradient(z, targets[row], terms.gradient / denominator, of_entropy, softcap, z);
       }
     }
   });
@@ -42,10 +42,12 @@ int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, con
 }
 
 template int64_t linear_ppo<HIPER_FAST_ISA>(float*, const int64_t*, const float*, const float*, const float*,
-                                            int64_t, int64_t, double, double, double, double, double, double,
-                                            double, bool, double*, float*, int64_t*, int);
+                                            int64_t, int64_t, double, std::optional<double>, double, double,
+                                            double, double, double, double, bool, double*, float*, int64_t*,
+                                            int);
 template int64_t linear_ppo<HIPER_FAST_ISA>(double*, const int64_t*, const double*, const double*,
-                                            const double*, int64_t, int64_t, double, double, double, double,
-                                            double, double, double, bool, double*, double*, int64_t*, int);
+                                            const double*, int64_t, int64_t, double, std::optional<double>,
+                                            double, double, double, double, double, double, bool, double*,
+                                            double*, int64_t*, int);
 
 }  // namespace hiper_fast

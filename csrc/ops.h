@@ -61,11 +61,11 @@ void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int6
 
 // The logits become their gradient, given that of each row's log-probability and entropy (may be null). Rows
 // whose gradient is zero throughout are left out: the others move up, and `live` [rows] tells which they are.
-// Returns their number.
+// Returns their number. Logits that are soft-capped (softcap tanh(x / softcap)) become the gradient of x.
 template <class Isa, class T>
 int64_t linear_logprobs_backward(T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
-                                 double temperature, const T* grad_logprobs, const T* grad_entropy,
-                                 int64_t* live, int threads);
+                                 double temperature, std::optional<double> softcap, const T* grad_logprobs,
+                                 const T* grad_entropy, int64_t* live, int threads);
 
 // loss: [1]; metrics: [6], policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy. ref_logprobs,
 // entropy and the gradients may be null; without a denominator it is the number of masked tokens.
@@ -81,9 +81,9 @@ void ppo_loss(const T* logprobs, const T* old_logprobs, const T* advantages, con
 template <class Isa, class T>
 int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, const T* advantages,
                    const T* ref_logprobs, int64_t rows, int64_t vocabulary, double temperature,
-                   double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
-                   double denominator, bool want_gradient, double* sums, T* logprobs, int64_t* live,
-                   int threads);
+                   std::optional<double> softcap, double clip_low, double clip_high, double dual_clip,
+                   double kl_coef, double entropy_coef, double denominator, bool want_gradient, double* sums,
+                   T* logprobs, int64_t* live, int threads);
 
 // loss: [1]; metrics: [2], value, clip_fraction. gradient may be null.
 template <class Isa, class T>

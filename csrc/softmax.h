@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "simd.h"
 
@@ -53,15 +54,21 @@ class Softmax {
 
   // Given the gradients of the target's log-prob and of the entropy H, that of the logits z (of which it may
   // take the place): with p = softmax(z / temperature) it is (onehot - p) / temperature and -p (log p + H) /
-  // temperature.
-  void gradient(const T* logits, int64_t target, double of_logprob, double of_entropy, T* out) const {
+  // temperature. Where z = softcap tanh(x / softcap) it is that of x: times dz / dx = 1 - (z / softcap)^2.
+  void gradient(const T* logits, int64_t target, double of_logprob, double of_entropy,
+                std::optional<double> softcap, T* out) const {
     const T constant = T(-(of_logprob + of_entropy * (entropy() - log_sum_)) * scale_ / sum_);
     const T linear = T(-of_entropy * scale_ / sum_);
+    const bool capped = softcap.has_value();
+    const T inverse = T(1 / softcap.value_or(1));
+    const auto slope = [inverse](auto z) { return T(1) - (z * inverse) * (z * inverse); };
+    const T of_target = T(of_logprob) * scale_ * (capped ? slope(logits[target]) : T(1));
     for (int64_t i = 0; i < size_; i += kLanes<T>) {
-      const Vec<T> d = shifted(load(logits + i, size_ - i));
-      store(out + i, size_ - i, exponential(d) * (d * linear + constant));
+      const Vec<T> z = load(logits + i, size_ - i), d = shifted(z);
+      const Vec<T> of_z = exponential(d) * (d * linear + constant);
+      store<T>(out + i, size_ - i, capped ? of_z * slope(z) : of_z);
     }
-    out[target] += T(of_logprob) * scale_;
+    out[target] += of_target;
   }
 
  private:

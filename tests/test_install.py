@@ -15,12 +15,13 @@ CONTRACT = {
     "find_roles": "token_ids cu_tokens pieces",
     "scatter_advantages": "hae roles cu_tokens",
     "normalize_and_scatter": "hae roles cu_tokens eps=1e-08",
-    "linear_logprobs": "hidden weight targets * temperature=1.0 bias=None entropy=False",
+    "linear_logprobs": "hidden weight targets * temperature=1.0 bias=None softcap=None entropy=False",
     "ppo_loss": "logprobs old_logprobs advantages loss_mask * ref_logprobs=None entropy=None clip_low=0.2 "
     "clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 denominator=None",
     "value_loss": "values old_values returns mask * clip=0.5 denominator=None",
     "linear_ppo": "hidden weight targets old_logprobs advantages * ref_logprobs=None temperature=1.0 "
-    "bias=None clip_low=0.2 clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 denominator=None",
+    "bias=None softcap=None clip_low=0.2 clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 "
+    "denominator=None",
     "implementations": "",
 }
 

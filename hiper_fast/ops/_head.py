@@ -18,7 +18,8 @@ TILE_BYTES = 2**24
 
 
 class Head:
-    """logits = hidden @ weight.T + bias, and its gradients summed over chunks; both in at least float32.
+    """logits = hidden @ weight.T + bias, soft-capped where asked, and the product's gradients summed over
+    chunks; both in at least float32.
 
     Every product writes to a tensor that is given, which autocast leaves alone.
     """
@@ -28,6 +29,7 @@ class Head:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        softcap: float | None = None,
         need_hidden=False,
         need_weight=False,
         need_bias=False,
@@ -35,6 +37,7 @@ class Head:
         self.dtype = _library.widen(hidden.dtype)
         self.hidden, self.weight = hidden, weight  # [n, h], [v, h]
         self.bias = None if bias is None else cast(bias, self.dtype)  # [v]
+        self.softcap = softcap
         self.grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None  # [n, h]
         self.grad_weight = (
             weight.new_empty(weight.shape, dtype=self.dtype) if need_weight else None
@@ -60,6 +63,8 @@ class Head:
             part = slice(rows * chunk // count, rows * (chunk + 1) // count)
             logits = take(scratch, slice(0, part.stop - part.start))
             self._multiply(part, logits)
+            if self.softcap is not None:
+                logits.div_(self.softcap).tanh_().mul_(self.softcap)
             yield part, logits
 
     def _multiply(self, part: slice, logits: Tensor) -> None:
@@ -71,8 +76,8 @@ class Head:
                 torch.addmm(take(self.bias, tile), rows, weight.T, out=take(logits, tile, dim=1))
 
     def add_gradients(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
-        """Adds what one chunk gives: `gradient` [k, v] is that of the logits of `part`'s rows
-        `live` [k] (None: of all of them); the other rows have none."""
+        """Adds what one chunk gives: `gradient` [k, v] is that of the product, before the cap, of `part`'s
+        rows `live` [k] (None: of all of them); the other rows have none."""
         rows = cast(take(self.hidden, part), self.dtype)
         if live is not None:
             rows = rows[live]
@@ -131,25 +136,34 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def turn_into_gradient(
+    scaled: Tensor,
     log_p: Tensor,
     targets: Tensor,
+    temperature: float,
+    softcap: float | None,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
     entropy: Tensor,
-):
-    """log_p [rows, v] becomes its logits' gradient, given those of each row's results."""
+) -> None:
+    """scaled = logits / temperature [rows, v], whose log-softmax is log_p, becomes the gradient of the
+    product, before the cap, given those of each row's results; overwrites log_p."""
     # With p = softmax(z): d logprob / dz = onehot - p, d entropy / dz = -p (log p + entropy).
     factor = grad_logprobs[:, None]
     if grad_entropy is not None:
         factor = factor + grad_entropy[:, None] * (log_p + entropy[:, None])
     gradient = log_p.exp_().mul_(-factor)
-    return gradient.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+    gradient.scatter_add_(1, targets[:, None], grad_logprobs[:, None]).div_(temperature)
+    if softcap is None:
+        scaled.copy_(gradient)
+    else:  # d softcap tanh(x / softcap) / dx = 1 - (logits / softcap)^2
+        scaled.mul_(temperature / softcap).square_().neg_().add_(1).mul_(gradient)
 
 
 def compute_statistics(
     logits: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's log-softmax [rows, v], target's log-prob (at most 0) and entropy; overwrites logits."""
+    """Each row's log-softmax [rows, v], target's log-prob (at most 0) and entropy; divides `logits` by
+    the temperature."""
     log_p = torch.log_softmax(logits.div_(temperature), dim=1)
     # Rounding must not make a probability exceed 1: a positive log-prob can run away in PPO.
     logprobs = log_p.gather(1, targets[:, None]).squeeze(1).clamp_(max=0)
@@ -178,7 +192,13 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, *_
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    *_,
 ) -> None:
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if not isinstance(matrix, Tensor):
@@ -200,3 +220,5 @@ def check_linear(
         check_vector("bias", bias, weight.shape[0], FLOATS, hidden.device)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, or None for no cap, got {softcap}")

@@ -10,8 +10,8 @@ from hiper_fast.ops._head import Head, take
 from hiper_fast.ops._library import needs_gradient
 
 
-def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, want_entropy):
-    head = Head(hidden, weight, bias)
+def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, softcap, want_entropy):
+    head = Head(hidden, weight, bias, softcap)
     n = hidden.shape[0]
     logprobs = hidden.new_empty(n, dtype=head.dtype)
     entropy = hidden.new_empty(n if want_entropy else 0, dtype=head.dtype)
@@ -22,20 +22,20 @@ def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, want_
 
 
 def _run_backward(
-    compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs
-):
-    head = Head(hidden, weight, bias, *needs)
+    compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, softcap, *needs,
+):  # fmt: skip
+    head = Head(hidden, weight, bias, softcap, *needs)
     for part, logits in head.iterate_chunks():
         grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
-        live = compute_rows(logits, take(targets, part), temperature, *grads)
+        live = compute_rows(logits, take(targets, part), temperature, softcap, *grads)
         head.add_gradients(part, live, logits if live is None else logits[: len(live)])
     return head.collect_gradients()
 
 
-def _run_cpp(hidden, weight, bias, targets, temperature, want_entropy):
+def _run_cpp(hidden, weight, bias, targets, *options):
     targets = targets.contiguous()
     _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
-    return _run_forward(_compute_rows_cpp, hidden, weight, bias, targets, temperature, want_entropy)
+    return _run_forward(_compute_rows_cpp, hidden, weight, bias, targets, *options)
 
 
 def _compute_rows_cpp(logits, targets, temperature, logprobs, entropy):
@@ -57,20 +57,18 @@ def _run_cpp_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets
     return _run_backward(_differentiate_rows_cpp, *tensors, *options)
 
 
-def _differentiate_rows_cpp(logits, targets, temperature, grad_logprobs, grad_entropy):
+def _differentiate_rows_cpp(logits, targets, temperature, softcap, grad_logprobs, grad_entropy):
     live = torch.empty_like(targets)
     count = _library.find_kernel("linear_logprobs_backward", logits.dtype)(
-        logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
+        logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature, softcap,
         grad_logprobs.data_ptr(), _library.find_address(grad_entropy), live.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return None if count == live.shape[0] else live[:count]
 
 
-def _run_torch(hidden, weight, bias, targets, temperature, want_entropy):
+def _run_torch(hidden, weight, bias, targets, *options):
     _head.check_targets(targets, len(weight))
-    return _run_forward(
-        _compute_rows_torch, hidden, weight, bias, targets, temperature, want_entropy
-    )
+    return _run_forward(_compute_rows_torch, hidden, weight, bias, targets, *options)
 
 
 def _compute_rows_torch(logits, targets, temperature, logprobs, entropy):
@@ -83,25 +81,23 @@ def _run_torch_backward(*arguments):
     return _run_backward(_differentiate_rows_torch, *arguments)
 
 
-def _differentiate_rows_torch(logits, targets, temperature, grad_logprobs, grad_entropy):
+def _differentiate_rows_torch(logits, targets, temperature, softcap, *grads):
     log_p, _, entropy = _head.compute_statistics(logits, targets, temperature)
-    logits[:] = _head.turn_into_gradient(log_p, targets, grad_logprobs, grad_entropy, entropy).div_(
-        temperature
-    )
+    _head.turn_into_gradient(logits, log_p, targets, temperature, softcap, *grads, entropy)
 
 
-def _fake(hidden, weight, bias, targets, temperature, want_entropy):
+def _fake(hidden, weight, bias, targets, temperature, softcap, want_entropy):
     dtype, n = _library.widen(hidden.dtype), hidden.shape[0]
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype)
 
 
-def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, *needs):
-    return _head.fake_gradients(hidden, weight, *needs)
+def _fake_backward(grad_logprobs, grad_entropy, hidden, weight, *others):
+    return _head.fake_gradients(hidden, weight, *others[-3:])
 
 
 _op = _library.define(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
-    "bool want_entropy) -> (Tensor, Tensor)",
+    "float? softcap, bool want_entropy) -> (Tensor, Tensor)",
     check=_head.check_linear,
     cpp=_run_cpp,
     plain=_run_torch,
@@ -110,7 +106,7 @@ _op = _library.define(
 )
 _op_backward = _library.define(
     "linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor targets, float temperature, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "Tensor targets, float temperature, float? softcap, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor)",
     check=lambda *_: None,
     cpp=_run_cpp_backward,
@@ -125,10 +121,10 @@ class _LinearLogprobs(torch.autograd.Function):
     """Forward keeps no logits; backward makes them again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, want_entropy):
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, want_entropy):
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature = temperature
-        return _op(hidden, weight, bias, targets, temperature, want_entropy)
+        ctx.temperature, ctx.softcap = temperature, softcap
+        return _op(hidden, weight, bias, targets, temperature, softcap, want_entropy)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,12 +135,14 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_entropy,
             *ctx.saved_tensors,
             ctx.temperature,
+            ctx.softcap,
             need_hidden,
             need_weight,
             need_bias,
         )
         return (
             *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)),
+            None,
             None,
             None,
             None,
@@ -158,9 +156,14 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log_softmax((hidden @ weight.T + bias) / temperature)[targets], in chunks of rows.
+    """log_softmax(logits / temperature)[targets], in chunks of rows.
+
+    The logits are x = hidden @ weight.T + bias, or with `softcap` (Gemma 2's final one)
+    softcap * tanh(x / softcap). A scale of the logits needs no option: divide the temperature by it, and
+    softcap too where the scale comes before the cap.
 
     Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half
     precision are multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its
@@ -173,6 +176,7 @@ def linear_logprobs(
         targets: int64 [n], in [0, v).
         temperature: divides the logits, above 0.
         bias: [v] or None.
+        softcap: the logits' bound, above 0 and finite, or None.
         entropy: also return each row's entropy, in nats.
 
     Returns:
@@ -182,5 +186,5 @@ def linear_logprobs(
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
     """
     run = _LinearLogprobs.apply if any(map(needs_gradient, (hidden, weight, bias))) else _op
-    logprobs, entropies = run(hidden, weight, bias, targets, float(temperature), entropy)
+    logprobs, entropies = run(hidden, weight, bias, targets, float(temperature), softcap, entropy)
     return (logprobs, entropies) if entropy else logprobs

@@ -13,12 +13,12 @@ from hiper_fast.ops._ppo import METRICS, name_metrics, ppo_terms
 
 def _run(
     compute_rows, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
-    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, *needs,
+    softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, *needs,
 ):  # fmt: skip
     """A chunk of logits at a time: `compute_rows` adds to the sums and turns the logits into their
     gradient, from which come those of hidden, weight and bias. A row's gradient needs nothing of
     the other rows, so it need not wait for backward and the product is not made twice."""
-    head = Head(hidden, weight, bias, *needs)
+    head = Head(hidden, weight, bias, softcap, *needs)
     sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)  # [loss and METRICS]
     logprobs = hidden.new_empty(hidden.shape[0], dtype=head.dtype)  # [n]
     options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
@@ -28,7 +28,7 @@ def _run(
         given = (targets, old_logprobs, advantages, ref_logprobs)
         data = (None if tensor is None else take(tensor, part) for tensor in given)
         results = sums, take(logprobs, part)
-        live = compute_rows(logits, *data, temperature, *options, want_gradient, *results)
+        live = compute_rows(logits, *data, temperature, softcap, *options, want_gradient, *results)
         if want_gradient:
             head.add_gradients(part, live, logits if live is None else logits[: len(live)])
     sums = sums.to(head.dtype)
@@ -57,13 +57,13 @@ def _run_cpp(hidden, weight, bias, targets, old_logprobs, advantages, ref_logpro
 
 
 def _compute_rows_cpp(
-    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_results
-):
+    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, softcap, *options_and_results,
+):  # fmt: skip
     *options, sums, out_logprobs = options_and_results
     live = torch.empty_like(targets)
     count = _library.find_kernel("linear_ppo", logits.dtype)(
         logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(),
-        find_address(ref_logprobs), *logits.shape, temperature, *options, sums.data_ptr(),
+        find_address(ref_logprobs), *logits.shape, temperature, softcap, *options, sums.data_ptr(),
         out_logprobs.data_ptr(), live.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return None if count == live.shape[0] else live[:count]
@@ -75,8 +75,8 @@ def _run_torch(hidden, weight, bias, targets, *others):
 
 
 def _compute_rows_torch(
-    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, *options_and_results
-):
+    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, softcap, *options_and_results,
+):  # fmt: skip
     *options, want_gradient, sums, out_logprobs = options_and_results
     log_p, logprobs, entropy = _head.compute_statistics(logits, targets, temperature)
     out_logprobs.copy_(logprobs)
@@ -89,13 +89,12 @@ def _compute_rows_torch(
     sums += torch.cat([loss[None], metrics])
     if want_gradient:
         grad_entropy = grad_entropy if with_entropy else None
-        logits[:] = _head.turn_into_gradient(log_p, targets, grad, grad_entropy, entropy).div_(
-            temperature
-        )
+        grads = grad, grad_entropy, entropy
+        _head.turn_into_gradient(logits, log_p, targets, temperature, softcap, *grads)
 
 
-def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature, *_):
-    _head.check_linear(hidden, weight, bias, targets, temperature)
+def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
+    _head.check_linear(hidden, weight, bias, targets, *options)
     n, device, dtype = hidden.shape[0], hidden.device, (_library.widen(hidden.dtype),)
     check_vector("old_logprobs", old_logprobs, n, dtype, device)
     check_vector("advantages", advantages, n, dtype, device)
@@ -112,8 +111,8 @@ def _fake(hidden, weight, *others):
 
 _op = _library.define(
     "linear_ppo(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor old_logprobs, Tensor advantages, "
-    "Tensor? ref_logprobs, float temperature, float clip_low, float clip_high, float dual_clip, float kl_coef, "
-    "float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "Tensor? ref_logprobs, float temperature, float? softcap, float clip_low, float clip_high, float dual_clip, "
+    "float kl_coef, float entropy_coef, float? denominator, bool need_hidden, bool need_weight, bool need_bias) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     cpp=_run_cpp,
@@ -134,6 +133,7 @@ def linear_ppo(
     ref_logprobs: Tensor | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
@@ -149,7 +149,8 @@ def linear_ppo(
     the gradients it holds a chunk of logits, as `linear_logprobs` does.
 
     Args:
-        hidden: [n, h] and weight: [v, h], targets: int64 [n], temperature, bias: as in `linear_logprobs`.
+        hidden: [n, h] and weight: [v, h], targets: int64 [n], temperature, bias, softcap: as in
+            `linear_logprobs`.
         old_logprobs, advantages, ref_logprobs: [n] float32, or float64 for float64 hidden.
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator: as in `ppo_loss`.
 
@@ -167,7 +168,7 @@ def linear_ppo(
     run = _LinearPPO.apply if any(needs) else _op
     loss, metrics, logprobs, *_ = run(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, float(temperature),
-        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
+        softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
     )  # fmt: skip
     loss, metrics = _library.divide(divisor, loss, metrics)
     named = name_metrics(metrics, kl=ref_logprobs is not None, entropy=entropy_coef != 0)

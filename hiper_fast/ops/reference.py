@@ -221,11 +221,15 @@ def normalize_and_scatter(hae, roles, cu_tokens, eps=1e-8) -> tuple[Tensor, Tens
     return *scatter_advantages(levels, roles, cu_tokens), levels
 
 
-def linear_logprobs(hidden, weight, targets, *, temperature=1.0, bias=None, entropy=False):
+def linear_logprobs(
+    hidden, weight, targets, *, temperature=1.0, bias=None, softcap=None, entropy=False
+):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     chosen = log_p.gather(1, targets[:, None]).squeeze(1)
     return (chosen, -(log_p.exp() * log_p).sum(dim=-1)) if entropy else chosen
@@ -279,11 +283,12 @@ def linear_ppo(
     *,
     temperature=1.0,
     bias=None,
+    softcap=None,
     entropy_coef=0.001,
     **options,
 ) -> Tensor:
     logprobs, entropy = linear_logprobs(
-        hidden, weight, targets, temperature=temperature, bias=bias, entropy=True
+        hidden, weight, targets, temperature=temperature, bias=bias, softcap=softcap, entropy=True
     )
     every_row = torch.ones_like(targets, dtype=torch.bool)
     return ppo_loss(

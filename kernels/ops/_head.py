@@ -1,8 +1,9 @@
 """The language-model head, a chunk of rows at a time: logits, what each row needs of them, and the gradients back.
 
-    z = (hidden @ weight.T + bias) / temperature;   per row peak = max z, log_sum = log sum exp(z - peak),
+    x = hidden @ weight.T + bias,   with a cap x = softcap tanh((hidden @ weight.T + bias) / softcap)
+    z = x / temperature;   per row peak = max z, log_sum = log sum exp(z - peak),
     log p = z - peak - log_sum,   logprob = log p[target],   entropy = -sum p log p
-    d logprob / d z = onehot - p,   d entropy / d z = -p (log p + entropy)
+    d logprob / d z = onehot - p,   d entropy / d z = -p (log p + entropy),   d x / d product = 1 - (x / softcap)^2
 
 The products are torch's (cuBLAS); what lies between them are two row kernels:
 
@@ -39,10 +40,28 @@ _LOWEST = tl.constexpr(
 
 
 @triton.jit
-def _logits(logits, bias, column, vocabulary, HAS_BIAS: tl.constexpr):
+def _tanh(x):
+    size = tl.abs(x)
+    near = size < 0.5
+    # By e^-2x alone it would lose its digits near 0. There: Lambert's continued fraction, exact to float64's last.
+    y = tl.where(near, size, 0.0)
+    s = y * y
+    e = tl.exp(-2.0 * size)
+    above = tl.where(near, y * (135135.0 + s * (17325.0 + s * (378.0 + s))), 1.0 - e)
+    below = tl.where(near, 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)), 1.0 + e)
+    return tl.where(x < 0, -above, above) / below
+
+
+@triton.jit
+def _logits(
+    logits, bias, column, vocabulary, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr
+):
     x = tl.load(logits + column, mask=column < vocabulary, other=_LOWEST)
     if HAS_BIAS:
         x += tl.load(bias + column, mask=column < vocabulary, other=0.0)
+    if CAPPED:
+        cap = tl.full([], softcap, x.dtype)
+        x = tl.where(column < vocabulary, cap * _tanh(x / cap), _LOWEST)
     return tl.where(x < _LOWEST, _LOWEST, x)  # NaN stays NaN
 
 
@@ -57,8 +76,8 @@ def _target(targets, row, vocabulary, flags, SLOT: tl.constexpr):
 @triton.jit(do_not_specialize=["first", "vocabulary"])
 def _statistics_kernel(
     logits, bias, targets, peaks, log_sums, logprobs, entropies, flags, first, vocabulary, pitch,
-    inverse_temperature: tl.float64,
-    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+    inverse_temperature: tl.float64, softcap: tl.float64,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * pitch
@@ -72,9 +91,8 @@ def _statistics_kernel(
     # so that both find a part of their logits in the cache.
     blocks = tl.cdiv(vocabulary, BLOCK)
     for i in range(0, blocks):
-        x = _logits(
-            logits, bias, (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK), vocabulary, HAS_BIAS
-        )
+        column = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        x = _logits(logits, bias, column, vocabulary, softcap, HAS_BIAS, CAPPED)
         step = x - peak
         higher = step > 0
         decay = tl.exp(-tl.abs(step) * sharpness)
@@ -89,7 +107,7 @@ def _statistics_kernel(
     sum_all = tl.sum(total * decay, axis=0)
     log_sum = tl.log(sum_all)
     target = _target(targets, first + row, vocabulary, flags, SLOT)
-    chosen = _logits(logits, bias, target, vocabulary, HAS_BIAS)
+    chosen = _logits(logits, bias, target, vocabulary, softcap, HAS_BIAS, CAPPED)
     logprob = (chosen - highest) * sharpness - log_sum
     tl.store(peaks + row, highest)
     tl.store(log_sums + row, log_sum)
@@ -103,8 +121,9 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=["first", "place", "vocabulary"])
 def _gradient_kernel(
     logits, bias, targets, peaks, log_sums, entropies, grad_logprobs, grad_entropies, places, index, out, flags,
-    first, place, vocabulary, pitch, inverse_temperature: tl.float64,
-    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, COMPACT: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+    first, place, vocabulary, pitch, inverse_temperature: tl.float64, softcap: tl.float64,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, COMPACT: tl.constexpr,
+    SLOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     block = tl.program_id(1)
@@ -122,13 +141,16 @@ def _gradient_kernel(
     dtype: tl.constexpr = logits.dtype.element_ty
     sharpness = tl.full([], inverse_temperature, dtype)
     column = block * BLOCK + tl.arange(0, BLOCK)
-    x = _logits(logits, bias, column, vocabulary, HAS_BIAS)
+    x = _logits(logits, bias, column, vocabulary, softcap, HAS_BIAS, CAPPED)
     log_p = (x - tl.load(peaks + row)) * sharpness - tl.load(log_sums + row)
     target = _target(targets, first + row, vocabulary, flags, SLOT)
     share = gradient
     if ENTROPY:
         share += tl.load(grad_entropies + first + row) * (log_p + tl.load(entropies + first + row))
     result = tl.where(column == target, gradient, 0.0) - tl.exp(log_p) * share
+    if CAPPED:
+        part = x / tl.full([], softcap, dtype)
+        result *= 1.0 - part * part
     tl.store(out + column, (result * sharpness).to(out.dtype.element_ty), mask=column < vocabulary)
 
 
@@ -146,7 +168,8 @@ class Head:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-        needs: tuple[bool, bool, bool] = (False, False, False), scale: float = 1.0, compact: bool = False,
+        softcap: float | None, needs: tuple[bool, bool, bool] = (False, False, False), scale: float = 1.0,
+        compact: bool = False,
     ):  # fmt: skip
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         self.hidden, self.weight, self.targets = (
@@ -156,6 +179,7 @@ class Head:
         )
         self.bias = None if bias is None else bias.to(wide(dtype)).contiguous()
         self.needs, self.scale, self.sharpness = needs, scale, 1.0 / temperature
+        self.softcap = softcap
         self.compact = compact and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
 
         self.count, self.vocabulary = hidden.shape[0], weight.shape[0]
@@ -193,9 +217,9 @@ class Head:
         with on_device(self.logits):
             _statistics_kernel[(part.stop - part.start,)](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, logprobs, entropy, _errors.flags(),
-                part.start, self.vocabulary, self.pitch, self.sharpness,
-                HAS_BIAS=self.bias is not None, ENTROPY=entropy is not None, SLOT=_errors.TARGETS, BLOCK=_BLOCK,
-                num_warps=8, enable_fp_fusion=True,
+                part.start, self.vocabulary, self.pitch, self.sharpness, self.softcap or 0.0,
+                HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=entropy is not None,
+                SLOT=_errors.TARGETS, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
     def gradient(
@@ -219,9 +243,9 @@ class Head:
             _gradient_kernel[(rows, triton.cdiv(self.vocabulary, _BLOCK))](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, entropy, grad_logprobs, grad_entropy,
                 self.places, self.index, self.rows, _errors.flags(),
-                part.start, self.pending, self.vocabulary, self.pitch, self.sharpness,
-                HAS_BIAS=self.bias is not None, ENTROPY=grad_entropy is not None, COMPACT=self.compact,
-                SLOT=_errors.TARGETS, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
+                part.start, self.pending, self.vocabulary, self.pitch, self.sharpness, self.softcap or 0.0,
+                HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=grad_entropy is not None,
+                COMPACT=self.compact, SLOT=_errors.TARGETS, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
         self.pending += rows
 

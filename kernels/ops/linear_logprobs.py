@@ -13,9 +13,10 @@ def linear_logprobs(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float,
+    softcap: float | None,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    head = Head(hidden, weight, bias, targets, temperature)
+    head = Head(hidden, weight, bias, targets, temperature, softcap)
     logprobs = head.logits.new_empty(len(targets))
     entropy = head.logits.new_empty(len(targets) if want_entropy else 0)
     for part in head.chunks():
@@ -26,12 +27,13 @@ def linear_logprobs(
 @torch.no_grad()
 def linear_logprobs_backward(
     grad_logprobs: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    temperature: float, need_hidden: bool, need_weight: bool, need_bias: bool,
+    temperature: float, softcap: float | None, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad_entropy [n], or [0] where the entropy was not used; then rows of gradient 0 are left out."""
     through_entropy = len(grad_entropy) > 0
     needs = (need_hidden, need_weight, need_bias)
-    head = Head(hidden, weight, bias, targets, temperature, needs, compact=not through_entropy)
+    compact = not through_entropy
+    head = Head(hidden, weight, bias, targets, temperature, softcap, needs, compact=compact)
     logprobs = head.logits.new_empty(len(targets))
     entropy = head.logits.new_empty(len(targets)) if through_entropy else None
     grad_logprobs = grad_logprobs.contiguous()

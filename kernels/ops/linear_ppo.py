@@ -17,8 +17,8 @@ from hiper_fast.kernels._total import BLOCK, finish, part_sums
 @torch.no_grad()
 def linear_ppo(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, old_logprobs: Tensor, advantages: Tensor,
-    ref_logprobs: Tensor | None, temperature: float, clip_low: float, clip_high: float, dual_clip: float,
-    kl_coef: float, entropy_coef: float, denominator: float | None,
+    ref_logprobs: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
+    dual_clip: float, kl_coef: float, entropy_coef: float, denominator: float | None,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, needs = len(targets), (need_hidden, need_weight, need_bias)
@@ -26,7 +26,7 @@ def linear_ppo(
     # Only the ratio's term can have a gradient of exactly 0: by its clips, or for advantage 0.
     compact = entropy_coef == 0 and (ref_logprobs is None or kl_coef == 0)
     head = Head(
-        hidden, weight, bias, targets, temperature, needs, scale=1.0 / denominator, compact=compact
+        hidden, weight, bias, targets, temperature, softcap, needs, 1.0 / denominator, compact
     )
     logprobs = head.logits.new_empty(rows)
     slope, entropy, entropy_slope = head.logits.new_empty(3, rows).unbind(0)

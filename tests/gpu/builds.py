@@ -103,8 +103,8 @@ def launch_all() -> None:
             ppo_loss(y, y, y, mask[:tokens], *terms, 0.2, 0.2, 3.0, 0.01, 0.01, denominator, True)
         value_loss(x[:3], x[:3], x[:3], mask[:3], 0.5, None, True)
 
-    for dtype, with_bias in itertools.product(
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False)
+    for dtype, with_bias, softcap in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False), (None, 30.0)
     ):
         x = torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32))
         hidden, weight, targets = (
@@ -114,7 +114,7 @@ def launch_all() -> None:
         )
         bias = torch.zeros(5, dtype=dtype) if with_bias else None
         for entropy in (True, False):
-            linear_logprobs(hidden, weight, bias, targets, 1.0, entropy)
+            linear_logprobs(hidden, weight, bias, targets, 1.0, softcap, entropy)
             linear_logprobs_backward(
                 x,
                 x if entropy else x[:0],
@@ -123,15 +123,15 @@ def launch_all() -> None:
                 bias,
                 targets,
                 1.0,
+                softcap,
                 True,
                 True,
                 with_bias,
             )
             for kl_coef, ref in ((0.1, x), (0.0, None)):
-                options = (1.0, 0.2, 0.2, 3.0, kl_coef, 0.01 if entropy else 0.0, None)
-                linear_ppo(
-                    hidden, weight, bias, targets, x, x, ref, *options, True, True, with_bias
-                )
+                head = (hidden, weight, bias, targets, x, x, ref, 1.0, softcap)
+                options = (0.2, 0.2, 3.0, kl_coef, 0.01 if entropy else 0.0, None)
+                linear_ppo(*head, *options, True, True, with_bias)
     for ids in (torch.int32, torch.int64):
         cu_tokens, offsets = (
             torch.tensor([0, 3], dtype=torch.int32),

@@ -59,7 +59,7 @@ def assert_as_exact(ours, torchs, truth, floor=2e-6):
             assert error <= 1.5 * allowed + floor * max(1.0, exact.abs().max()), (error, allowed)
 
 
-def through_autograd(dtype, case, bias, temperature, entropy, grads):
+def through_autograd(dtype, case, bias, temperature, softcap, entropy, grads):
     leaves = [x.to(dtype).requires_grad_() for x in case[:3]]
     result = reference.linear_logprobs(
         leaves[0],
@@ -67,6 +67,7 @@ def through_autograd(dtype, case, bias, temperature, entropy, grads):
         case[3],
         temperature=temperature,
         bias=leaves[2] if bias else None,
+        softcap=softcap,
         entropy=True,
     )
     used = [(x, g.to(x.dtype)) for x, g in zip(result, grads, strict=True)][: 2 if entropy else 1]
@@ -77,16 +78,20 @@ def through_autograd(dtype, case, bias, temperature, entropy, grads):
 
 
 @pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 1, 1), (7, 5, 17), (3, 4, 4100)])
-@pytest.mark.parametrize("bias, temperature, entropy", [(True, 1.0, True), (False, 0.5, False)])
+@pytest.mark.parametrize(
+    "bias, temperature, softcap, entropy",
+    [(True, 1.0, None, True), (False, 0.5, None, False), (True, 0.5, 2.0, True)],
+)
 def test_linear_logprobs_with_gradients(
-    device, scratch, dtype, n, h, v, bias, temperature, entropy
+    device, scratch, dtype, n, h, v, bias, temperature, softcap, entropy
 ):
     case = random_case(n, h, v, dtype)
     grads = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads[0, ::3] = 0  # rows that need no gradient
     hidden, weight, offset, targets = (x.to(device) for x in case)
     offset = offset if bias else None
-    logprobs, entropies = linear_logprobs(hidden, weight, offset, targets, temperature, entropy)
+    options = temperature, softcap
+    logprobs, entropies = linear_logprobs(hidden, weight, offset, targets, *options, entropy)
     wide = torch.promote_types(dtype, torch.float32)
     grad = grads.to(wide).to(device)
     gradients = linear_logprobs_backward(
@@ -96,14 +101,14 @@ def test_linear_logprobs_with_gradients(
         weight,
         offset,
         targets,
-        temperature,
+        *options,
         True,
         True,
         bias,
     )
     assert logprobs.dtype == gradients[1].dtype == wide and gradients[0].dtype == dtype
-    truth = through_autograd(torch.float64, case, bias, temperature, entropy, grads)
-    torchs = through_autograd(dtype, case, bias, temperature, entropy, grads)
+    truth = through_autograd(torch.float64, case, bias, *options, entropy, grads)
+    torchs = through_autograd(dtype, case, bias, *options, entropy, grads)
     assert_as_exact([logprobs, entropies] if entropy else [logprobs], torchs[0], truth[0])
     floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(
         dtype, 2e-6
@@ -114,20 +119,28 @@ def test_linear_logprobs_with_gradients(
 
 @pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 2, 3), (9, 5, 17)])
 @pytest.mark.parametrize(
-    "kl_coef, entropy_coef, with_ref, denominator",
+    "kl_coef, entropy_coef, with_ref, denominator, softcap",
     [
-        (0.0625, 0.125, True, None),
-        (0.0, 0.0, True, 4.0),
-        (0.5, 0.0, False, None),
-        (0.5, 0.0, True, None),
+        (0.0625, 0.125, True, None, None),
+        (0.0, 0.0, True, 4.0, None),
+        (0.5, 0.0, False, None, None),
+        (0.5, 0.0, True, None, None),
+        (0.5, 0.125, True, None, 3.0),
+        (0.0, 0.0, False, None, 3.0),
     ],
 )
-def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with_ref, denominator):
+def test_linear_ppo(
+    device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with_ref, denominator, softcap
+):
     case = random_case(n, h, v, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     g = torch.Generator().manual_seed(1)
     near = reference.linear_logprobs(
-        *(x.double() for x in case[:2]), case[3], temperature=0.5, bias=case[2].double()
+        *(x.double() for x in case[:2]),
+        case[3],
+        temperature=0.5,
+        bias=case[2].double(),
+        softcap=softcap,
     )
     old, ref = (near + 0.5 * torch.randn(n, generator=g) for _ in range(2))
     advantages = torch.randn(n, generator=g).double()
@@ -137,7 +150,7 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
     hidden, weight, bias, targets = (x.to(device) for x in case)
     result = linear_ppo(
         hidden, weight, bias, targets, vectors[0], vectors[1], vectors[2] if with_ref else None,
-        0.5, *PPO.values(), kl_coef, entropy_coef, denominator, True, True, True,
+        0.5, softcap, *PPO.values(), kl_coef, entropy_coef, denominator, True, True, True,
     )  # fmt: skip
 
     def autograd(dtype):
@@ -145,7 +158,7 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
         wide = torch.promote_types(dtype, torch.float32)
         loss = reference.linear_ppo(
             leaves[0], leaves[1], case[3], *(x.cpu().to(wide) for x in vectors[:2]), bias=leaves[2], temperature=0.5,
-            ref_logprobs=vectors[2].cpu().to(wide) if with_ref else None, denominator=denominator,
+            softcap=softcap, ref_logprobs=vectors[2].cpu().to(wide) if with_ref else None, denominator=denominator,
             **PPO, **coefficients,
         ) + 0 * leaves[0].sum()  # fmt: skip
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -155,7 +168,7 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
 
     truth, torchs = autograd(torch.float64), autograd(dtype)
     assert_as_exact([result[0]], torchs[0], truth[0], floor=1e-5)
-    own = linear_logprobs(hidden, weight, bias, targets, 0.5, False)[0]
+    own = linear_logprobs(hidden, weight, bias, targets, 0.5, softcap, False)[0]
     torch.testing.assert_close(result[2], own, rtol=0, atol=0)
     floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, 5e-6)
     assert_as_exact(result[3:], torchs[1], truth[1], floor)
@@ -166,6 +179,7 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
         targets,
         *vectors,
         1.0,
+        softcap,
         *PPO.values(),
         kl_coef,
         entropy_coef,
@@ -177,10 +191,11 @@ def test_linear_ppo(device, scratch, dtype, n, h, v, kl_coef, entropy_coef, with
     assert [len(x) for x in unneeded[3:]] == [0, 0, 0]
 
 
-def test_rows_of_gradient_zero_are_left_out(device, monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_rows_of_gradient_zero_are_left_out(device, softcap, monkeypatch):
     """Half of the rows are clipped: the products of the gradients get the other half."""
     hidden, weight, _, targets = (x.to(device) for x in random_case(8, 4, 6, torch.float32))
-    now, _ = linear_logprobs(hidden, weight, None, targets, 1.0, False)
+    now, _ = linear_logprobs(hidden, weight, None, targets, 1.0, softcap, False)
     old = now - torch.tensor([1.0, 0.0] * 4, device=device)
     multiplied, product = [], _head.product
     monkeypatch.setattr(
@@ -198,6 +213,7 @@ def test_rows_of_gradient_zero_are_left_out(device, monkeypatch):
         ones,
         None,
         1.0,
+        softcap,
         *PPO.values(),
         0.0,
         0.0,
@@ -218,7 +234,7 @@ def test_logprobs_never_exceed_zero_and_extreme_logits_stay_exact(device):
     )  # logits of 10,000, -10,000, 9,999, 0
     targets = torch.arange(4)
     logprobs, entropy = linear_logprobs(
-        hidden.to(device), weight.to(device), None, targets.to(device), 1.0, True
+        hidden.to(device), weight.to(device), None, targets.to(device), 1.0, None, True
     )
     exact = reference.linear_logprobs(hidden.double(), weight.double(), targets, entropy=True)
     assert (logprobs <= 0).all()
@@ -226,7 +242,31 @@ def test_logprobs_never_exceed_zero_and_extreme_logits_stay_exact(device):
     torch.testing.assert_close(entropy.cpu().double(), exact[1], rtol=1e-6, atol=2e-3)
     sure = torch.tensor([[300.0, 0.0]]).T.contiguous().to(device)
     one, zero = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    assert linear_logprobs(one, sure, None, zero, 1.0, False)[0] == 0
+    assert linear_logprobs(one, sure, None, zero, 1.0, None, False)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_cap_is_exact_near_zero_and_far_from_it(device, dtype):
+    """Differences of log-probs, which are those of logits, against torch's tanh in float64."""
+    sizes = torch.tensor([0.0, 1e-9, 1e-4, 0.3, 0.4999, 0.5, 0.6, 2.0, 9.0, 50.0, 1e4, 1e30])
+    logits = 8 * torch.cat([sizes, -sizes]).double()
+    targets = torch.arange(len(logits))
+    bias = logits.to(dtype).to(device)
+    zeros = torch.zeros(len(logits), 1, dtype=dtype, device=device)
+    result = linear_logprobs(zeros, zeros, bias, targets.to(device), 1.0, 8.0, False)[0].cpu()
+    capped = 8 * torch.tanh(logits.to(dtype).double() / 8)
+    expected = torch.log_softmax(capped, 0)
+    tolerance = 8 * 4 * torch.finfo(dtype).eps
+    assert (result.double() - expected).abs().max() <= tolerance
+
+
+def test_a_cap_far_above_the_logits_changes_nothing(device):
+    """tanh is then of numbers near 0, whose every digit counts."""
+    hidden, weight, bias, targets = (x.to(device) for x in random_case(5, 8, 30, torch.float32))
+    capped, free = (
+        linear_logprobs(hidden, weight, bias, targets, 1.0, cap, True) for cap in (1e6, None)
+    )
+    torch.testing.assert_close(capped, free, rtol=1e-6, atol=1e-5)
 
 
 def test_nan_and_minus_infinity(device):
@@ -234,23 +274,21 @@ def test_nan_and_minus_infinity(device):
     bias[5] = -torch.inf  # a token that is forbidden
     targets[:] = 0
     expected, spread = linear_logprobs(
-        hidden, weight[:5], bias[:5].contiguous(), targets, 1.0, True
+        hidden, weight[:5], bias[:5].contiguous(), targets, 1.0, None, True
     )
-    result = linear_logprobs(hidden, weight, bias, targets, 1.0, True)
+    result = linear_logprobs(hidden, weight, bias, targets, 1.0, None, True)
     torch.testing.assert_close(result, (expected, spread))
     hidden[1, 2] = torch.nan
-    assert linear_logprobs(hidden, weight, bias, targets, 1.0, False)[0].isnan().tolist() == [
-        False,
-        True,
-        False,
-    ]
+    for softcap in (None, 3.0):
+        result = linear_logprobs(hidden, weight, bias, targets, 1.0, softcap, False)[0]
+        assert result.isnan().tolist() == [False, True, False]
 
 
 def test_strided_inputs(device):
     hidden, weight, bias, targets = (x.to(device) for x in random_case(6, 4, 9, torch.float32))
-    expected = linear_logprobs(hidden, weight, bias, targets, 1.0, False)[0]
+    expected = linear_logprobs(hidden, weight, bias, targets, 1.0, 2.0, False)[0]
     strided = hidden.T.contiguous().T, weight.T.contiguous().T, torch.stack([bias, bias], 1)[:, 0]
-    result = linear_logprobs(*strided, torch.stack([targets, targets], 1)[:, 0], 1.0, False)[0]
+    result = linear_logprobs(*strided, torch.stack([targets, targets], 1)[:, 0], 1.0, 2.0, False)[0]
     torch.testing.assert_close(result, expected)
 
 
@@ -258,7 +296,7 @@ def test_strided_inputs(device):
 def test_bad_targets_are_reported(device, bad):
     hidden, weight, _, targets = (x.to(device) for x in random_case(3, 4, 6, torch.float32))
     targets[1] = bad
-    linear_logprobs(hidden, weight, None, targets, 1.0, False)
+    linear_logprobs(hidden, weight, None, targets, 1.0, None, False)
     with pytest.raises(ValueError, match="targets"):
         raise_pending()
 

@@ -130,11 +130,12 @@ def test_opcheck(inputs):
         registered.gae: (x.rewards, x.values_low, x.terminated, x.cu_turns, None, 1.0, 1.0),
         registered.normalize: (x.rewards, x.switch, 1e-8),
         registered.find_roles: (x.token_ids, x.cu_tokens, *pieces),
-        registered.linear_logprobs: (*rows, 1.0, True),
+        registered.linear_logprobs: (*rows, 1.0, 2.0, True),
         registered.linear_ppo: (
             *rows,
             *vectors,
             1.0,
+            2.0,
             0.2,
             0.2,
             3.0,

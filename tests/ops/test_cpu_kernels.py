@@ -140,7 +140,14 @@ def gradients(function, case, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("n, v", [(1, 1), (3, 2), (5, 1023), (7, 1024), (9, 1025), (4, 3001)])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.4, "entropy_coef": 0.3, "kl_coef": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.4, "entropy_coef": 0.3, "kl_coef": 0.5},
+        {"temperature": 0.4, "softcap": 3.0, "entropy_coef": 0.3},
+    ],
+)
 def test_linear_ppo_is_no_less_exact_than_torch(instructions, dtype, n, v, options):
     case = head_case(n, v, dtype)
     truth = gradients(ops.reference.linear_ppo, exact(*case), **options)
@@ -212,13 +219,14 @@ def test_what_is_not_a_number_is_not_hidden(instructions):
     assert ops.value_loss(logprobs, torch.zeros(3), torch.ones(3), every)[0].isnan()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [1, 2**27], ids=["row by row", "at once"])
-def test_rows_without_gradient_are_left_out(instructions, chunk, monkeypatch):
+def test_rows_without_gradient_are_left_out(instructions, chunk, softcap, monkeypatch):
     """Those of a whole chunk too, the first one among them."""
     monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", chunk)
     hidden, weight, targets, old, advantages, _ = head_case(40, 30, torch.float64)
     advantages[::3] = 0  # and others are clipped
-    options = {"entropy_coef": 0.0}
+    options = {"entropy_coef": 0.0, "softcap": softcap}
     result = gradients(ops.linear_ppo, [hidden, weight, targets, old, advantages, None], **options)
     expected = gradients(
         ops.reference.linear_ppo, [hidden, weight, targets, old, advantages, None], **options

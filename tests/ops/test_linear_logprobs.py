@@ -1,5 +1,8 @@
 """linear_logprobs: no less exact than torch in the same dtype, in chunks, with its gradients."""
 
+import math
+import sys
+
 import pytest
 import torch
 
@@ -35,24 +38,57 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(_head, "TILE_BYTES", request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["cpp", "plain torch"])
+def plain(request, monkeypatch):
+    """Plain torch: what runs without the extension, and on a GPU without Triton."""
+    if request.param:
+        module = sys.modules["hiper_fast.ops.linear_logprobs"]
+        monkeypatch.setattr(module, "_op", module._run_torch)
+        monkeypatch.setattr(module, "_op_backward", module._run_torch_backward)
+
+
 @pytest.mark.parametrize("n, h, v", [(0, 3, 5), (1, 1, 1), (1, 4, 7), (7, 5, 17), (33, 8, 3)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("temperature", [1.0, 0.4])
-def test_equals_the_reference_with_gradients(chunk, n, h, v, bias, temperature):
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.4, None), (0.4, 1.5)])
+def test_equals_the_reference_with_gradients(chunk, plain, n, h, v, bias, temperature, softcap):
     case = random_case(n, h, v, bias=bias)
-    result = gradients(ops.linear_logprobs, *case, temperature=temperature)
-    expected = gradients(ops.reference.linear_logprobs, *case, temperature=temperature)
+    options = {"temperature": temperature, "softcap": softcap}
+    result = gradients(ops.linear_logprobs, *case, **options)
+    expected = gradients(ops.reference.linear_logprobs, *case, **options)
     for x, y in zip(result, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
+def test_softcap_by_hand(plain):
+    """In Python's floats, one logit at a time: one far above the cap, and minus infinity, which it makes finite."""
+    logits, temperature, cap = [0.0, 3.0, -40.0, 1e4, -math.inf], 0.5, 5.0
+    z = [cap * math.tanh(x / cap) for x in logits]
+    assert z[3:] == [cap, -cap]
+    total = sum(math.exp(x / temperature) for x in z)
+    log_p = [x / temperature - math.log(total) for x in z]
+    bias = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    nothing = torch.zeros(5, 2, dtype=torch.float64)
+    options = {"temperature": temperature, "softcap": cap, "entropy": True}
+    logprobs, entropy = ops.linear_logprobs(nothing, nothing, torch.arange(5), bias=bias, **options)
+    torch.testing.assert_close(logprobs, bias.new_tensor(log_p))
+    spread = -sum(math.exp(x) * x for x in log_p)
+    torch.testing.assert_close(entropy, bias.new_tensor([spread] * 5))
+    gradient = torch.autograd.grad(logprobs[1], bias)[0]
+    by_hand = [
+        ((k == 1) - math.exp(log_p[k])) / temperature / math.cosh(min(abs(x), 1e3) / cap) ** 2
+        for k, x in enumerate(logits)
+    ]
+    torch.testing.assert_close(gradient, bias.new_tensor(by_hand))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_against_float64_is_no_larger_than_torchs(chunk, dtype):
+def test_error_against_float64_is_no_larger_than_torchs(chunk, dtype, softcap):
     case = random_case(40, 16, 50, dtype)
     wide = [x.double() if x.is_floating_point() else x for x in case]
-    truth = gradients(ops.reference.linear_logprobs, *wide)
-    ours = gradients(ops.linear_logprobs, *case)
-    torchs = gradients(ops.reference.linear_logprobs, *case)
+    truth = gradients(ops.reference.linear_logprobs, *wide, softcap=softcap)
+    ours = gradients(ops.linear_logprobs, *case, softcap=softcap)
+    torchs = gradients(ops.reference.linear_logprobs, *case, softcap=softcap)
     assert ours[0].dtype == torch.float32 and ours[2].dtype == dtype
     for x, y, exact in zip(ours, torchs, truth, strict=True):
         error, allowed = (x - exact).abs().max(), (y - exact).abs().max()
@@ -80,14 +116,15 @@ def test_chunks_share_one_scratch_buffer(monkeypatch, rows, count, held):
     torch.testing.assert_close(head.grad_weight, (hidden @ weight.T).T @ hidden)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(softcap):
     hidden, weight, targets, bias = random_case(4, 3, 6)
     for x in (hidden, weight, bias):
         x.requires_grad_()
 
     def function(hidden, weight, bias):
         return ops.linear_logprobs(
-            hidden, weight, targets, bias=bias, temperature=0.7, entropy=True
+            hidden, weight, targets, bias=bias, temperature=0.7, softcap=softcap, entropy=True
         )
 
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
@@ -110,10 +147,14 @@ def test_logprobs_never_exceed_zero():
     assert (ops.linear_logprobs(hidden, weight, torch.zeros(50, dtype=torch.int64)) <= 0).all()
 
 
-def test_non_contiguous_inputs():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_non_contiguous_inputs(softcap):
     hidden, weight, targets, _ = random_case(6, 4, 9)
-    result = ops.linear_logprobs(hidden.T.contiguous().T, weight.T.contiguous().T, targets)
-    torch.testing.assert_close(result, ops.linear_logprobs(hidden, weight, targets))
+    strided = hidden.T.contiguous().T, weight.T.contiguous().T
+    result = ops.linear_logprobs(*strided, targets, softcap=softcap)
+    torch.testing.assert_close(
+        result, ops.linear_logprobs(hidden, weight, targets, softcap=softcap)
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,6 +171,10 @@ def test_non_contiguous_inputs():
         ("targets", {"targets": torch.tensor([0, -1, 1])}),
         ("bias", {"bias": torch.zeros(4)}),
         ("temperature", {"temperature": 0.0}),
+        ("softcap", {"softcap": 0.0}),
+        ("softcap", {"softcap": -30.0}),
+        ("softcap", {"softcap": math.inf}),
+        ("softcap", {"softcap": math.nan}),
     ],
 )
 def test_bad_arguments_are_named(name, change):

@@ -26,7 +26,7 @@ def x():
     return bench.make_inputs(SIZE)
 
 
-def raw_calls(x):
+def raw_calls(x, softcap=None):
     """Raw op -> its arguments."""
     detached = {k: v.detach() for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
     hidden, weight, logprobs, entropy = (
@@ -43,25 +43,32 @@ def raw_calls(x):
         "find_roles": (x.token_ids, x.cu_tokens, x.pieces.bytes, x.pieces.offsets, x.pieces.flags),
         "scatter_advantages": (*x.levels[:5:2], x.levels.boundary, x.roles, x.cu_tokens),
         "normalize_and_scatter": (*x.levels[:5:2], x.levels.boundary, x.roles, x.cu_tokens, 1e-8),
-        "linear_logprobs": (hidden, weight, bias, x.targets, 0.7, True),
+        "linear_logprobs": (hidden, weight, bias, x.targets, 0.7, softcap, True),
         "linear_logprobs_backward": (
-            torch.randn(SIZE.rows), torch.randn(SIZE.rows), hidden, weight, None, x.targets, 0.7, True, True, False,
+            torch.randn(SIZE.rows), torch.randn(SIZE.rows), hidden, weight, None, x.targets, 0.7, softcap,
+            True, True, False,
         ),
         "ppo_loss": (logprobs, x.old_logprobs, x.advantages, x.loss_mask, None, entropy, *ppo, None, True),
         "value_loss": (x.values.detach(), x.values_low, x.rewards, x.switch, 0.5, 3.0, True),
         "linear_ppo": (
-            hidden, weight, None, x.targets, x.row_old, x.row_advantages, x.row_ref, 1.0, *ppo, None, True, True, False,
+            hidden, weight, None, x.targets, x.row_old, x.row_advantages, x.row_ref, 1.0, softcap, *ppo, None,
+            True, True, False,
         ),
     }  # fmt: skip
 
 
+HEADS = ["linear_logprobs", "linear_logprobs_backward", "linear_ppo"]
+
+
 @pytest.mark.parametrize(
-    "op",
-    ["hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter", "linear_logprobs",
-     "linear_logprobs_backward", "ppo_loss", "value_loss", "linear_ppo"],
+    "op, softcap",
+    [(op, None) for op in [
+        "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss",
+        "value_loss", *HEADS,
+    ]] + [(op, 2.0) for op in HEADS],
 )  # fmt: skip
-def test_opcheck(x, op):
-    torch.library.opcheck(getattr(torch.ops.hiper_fast, op).default, raw_calls(x)[op])
+def test_opcheck(x, op, softcap):
+    torch.library.opcheck(getattr(torch.ops.hiper_fast, op).default, raw_calls(x, softcap)[op])
 
 
 @pytest.mark.parametrize("op", ops.implementations())
@@ -72,16 +79,22 @@ def test_compiles_in_one_graph(x, op):
 
         def loss():
             given = {
-                "linear_logprobs": lambda: ops.linear_logprobs(x.hidden, x.weight, x.targets),
+                "linear_logprobs": lambda: sum(
+                    ops.linear_logprobs(x.hidden, x.weight, x.targets, softcap=cap)
+                    for cap in (None, 2.0)
+                ),
                 "ppo_loss": lambda: ops.ppo_loss(
                     x.logprobs, x.old_logprobs, x.advantages, x.loss_mask
                 )[0],
                 "value_loss": lambda: ops.value_loss(x.values, x.values_low, x.rewards, x.switch)[
                     0
                 ],
-                "linear_ppo": lambda: ops.linear_ppo(
-                    x.hidden, x.weight, x.targets, x.row_old, x.row_advantages
-                )[0],
+                "linear_ppo": lambda: sum(
+                    ops.linear_ppo(
+                        x.hidden, x.weight, x.targets, x.row_old, x.row_advantages, softcap=cap
+                    )[0]
+                    for cap in (None, 2.0)
+                ),
             }
             return 2 * given[op]().sum()
 
@@ -362,11 +375,11 @@ def test_autocast_changes_nothing(x):
     def results():
         for loss, leaves in losses(x):
             yield loss, *torch.autograd.grad(loss, leaves)
-        for op in ("linear_logprobs", "linear_logprobs_backward", "linear_ppo"):  # in plain torch
+        for op in HEADS:  # in plain torch
             plain = sys.modules[f"hiper_fast.ops.{op.removesuffix('_backward')}"]
             run = plain._run_torch_backward if op.endswith("backward") else plain._run_torch
             with torch.no_grad():
-                yield run(*raw_calls(x)[op])
+                yield run(*raw_calls(x)[op]), run(*raw_calls(x, 2.0)[op])
 
     torch.manual_seed(0)  # raw_calls draws some of its arguments
     outside = list(results())
@@ -435,11 +448,13 @@ def test_a_denominator_as_number_or_tensor(x):
         )
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [1, 300, 2**27], ids=["row by row", "some rows", "at once"])
-def test_linear_ppo_equals_its_two_ops_in_everything(x, chunk, monkeypatch):
+def test_linear_ppo_equals_its_two_ops_in_everything(x, chunk, softcap, monkeypatch):
     monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", chunk)
     bias = torch.randn(SIZE.vocabulary, requires_grad=True)
     leaves = x.hidden, x.weight, bias
+    of_head = {"temperature": 0.8, "bias": bias, "softcap": softcap}
     options = {
         "clip_high": 0.3,
         "dual_clip": 2.0,
@@ -448,12 +463,10 @@ def test_linear_ppo_equals_its_two_ops_in_everything(x, chunk, monkeypatch):
         "denominator": 5.0,
     }
     loss, metrics = ops.linear_ppo(
-        x.hidden, x.weight, x.targets, x.row_old, 2 * x.row_advantages, ref_logprobs=x.row_ref, temperature=0.8,
-        bias=bias, **options,
+        x.hidden, x.weight, x.targets, x.row_old, 2 * x.row_advantages, ref_logprobs=x.row_ref,
+        **of_head, **options,
     )  # fmt: skip
-    logprobs, entropy = ops.linear_logprobs(
-        x.hidden, x.weight, x.targets, temperature=0.8, bias=bias, entropy=True
-    )
+    logprobs, entropy = ops.linear_logprobs(x.hidden, x.weight, x.targets, **of_head, entropy=True)
     expected, expected_metrics = ops.ppo_loss(
         logprobs, x.row_old, 2 * x.row_advantages, torch.ones_like(x.targets, dtype=torch.bool),
         ref_logprobs=x.row_ref, entropy=entropy, **options,
@@ -468,10 +481,11 @@ def test_linear_ppo_equals_its_two_ops_in_everything(x, chunk, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [300, 2**27], ids=["some rows", "at once"])
-def test_linear_ppo_in_plain_torch_gives_the_kernels_results(x, chunk, monkeypatch):
+def test_linear_ppo_in_plain_torch_gives_the_kernels_results(x, chunk, softcap, monkeypatch):
     monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", chunk)
-    given = raw_calls(x)["linear_ppo"]
+    given = raw_calls(x, softcap)["linear_ppo"]
     with torch.no_grad():
         plain = sys.modules["hiper_fast.ops.linear_ppo"]._run_torch(*given)
     torch.testing.assert_close(plain, torch.ops.hiper_fast.linear_ppo.default(*given))
@@ -514,6 +528,7 @@ def test_strided_inputs(x):
         ("ref_logprobs", {"ref_logprobs": torch.zeros(3, device="meta")}),
         ("bias", {"bias": torch.zeros(4)}),
         ("temperature", {"temperature": -1.0}),
+        ("softcap", {"softcap": 0.0}),
     ],
 )
 def test_linear_ppo_names_what_is_wrong(name, change):

@@ -126,7 +126,12 @@ def test_microbatches_over_one_denominator_add_up():
 @pytest.mark.parametrize("n", [0, 1, 13])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.5, "entropy_coef": 0.0, "denominator": 3.0}]
+    "options",
+    [
+        {},
+        {"temperature": 0.5, "entropy_coef": 0.0, "denominator": 3.0},
+        {"temperature": 0.5, "softcap": 1.5, "kl_coef": 0.3},
+    ],
 )
 def test_linear_ppo_equals_its_parts(n, bias, options):
     g = torch.Generator().manual_seed(n)
@@ -144,9 +149,8 @@ def test_linear_ppo_equals_its_parts(n, bias, options):
     )
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     assert ("entropy" in metrics) is ("entropy_coef" not in options)
-    own = ops.reference.linear_logprobs(
-        hidden, weight, targets, bias=offset, temperature=options.get("temperature", 1.0)
-    )
+    of_head = {k: v for k, v in options.items() if k in ("temperature", "softcap")}
+    own = ops.reference.linear_logprobs(hidden, weight, targets, bias=offset, **of_head)
     torch.testing.assert_close(metrics["logprobs"], own.detach(), rtol=1e-12, atol=1e-12)
     if n:
         leaves = [x for x in (hidden, weight, offset) if x is not None]
