@@ -20,7 +20,7 @@ from hiper_fast.learn import optim
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
-from hiper_fast.rollout.generate import name_cache
+from hiper_fast.agent.generate import name_cache
 
 SIZES = dict(
     hidden_size=64,

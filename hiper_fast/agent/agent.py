@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiper_fast import ops
 from hiper_fast.agent import attention
-from hiper_fast.agent.head import measure, read_hidden
+from hiper_fast.agent.head import measure, read_hidden, refusing
 from hiper_fast.agent.layers import compile_layers, find_layers
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World, call_inside
 from hiper_fast.options import ConfigError
-from hiper_fast.packing import Microbatch
+from hiper_fast.packing import BLANK, Microbatch
 
 HEADS = 3  # low, high, switch
 
@@ -59,6 +59,7 @@ class Agent:
         self.reference: PreTrainedModel | None = None
         self.lora = hasattr(model, "peft_config")
         self.head = measure(model, count_tokens(tokenizer))
+        self.width = measure_width(model.base_model if config.critic == "separate" else model)
         self.stop_ids = find_stop_ids(model, tokenizer)
         if not self.stop_ids:
             raise ConfigError(
@@ -74,7 +75,7 @@ class Agent:
         """The critic, its trunk from the policy's present weights; its heads start at zero."""
         separate = self.config.critic == "separate"
         trunk = self._copy_network(self.model.base_model) if separate else None
-        self.critic = Critic(trunk, self.model.get_input_embeddings().embedding_dim, self.device)
+        self.critic = Critic(trunk, self.width, self.device)
         self.world.shard(self.critic.heads)
         return self.critic
 
@@ -165,6 +166,13 @@ def run_trunk(model: PreTrainedModel, batch: Microbatch) -> Tensor:
     options = attention.describe_packing(batch, model.dtype)
     options |= {"position_ids": batch.position_ids[None], "use_cache": False}
     return call_inside(model, lambda: read_hidden(model, batch.input_ids[None], **options))[0]
+
+
+@torch.no_grad()
+def measure_width(model: PreTrainedModel) -> int:
+    """h of what `run_trunk` gives; not always the embedding's."""
+    with refusing(model):
+        return run_trunk(model, BLANK.to(model.device)).shape[-1]
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, for models that use transformers' AttentionInterface.
 
-A call that brings cu_seq_lens_q is packed: flash-attn's varlen function if installed, else
+A call whose mask holds cu_seqlens is packed: flash-attn's varlen function if installed, else
 torch's, both for half precision on CUDA; elsewhere scaled_dot_product_attention over sequences of
 like length. Other calls, such as a decoding step with its cache and mask, are transformers' own
-sdpa.
+sdpa. Soft-capped scores (but for flash-attn, which has them) and sinks are computed as written.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from hiper_fast.packing import Microbatch, ranges
 
 NAME = "hiper_fast_packed"
 LAYERS = {"full_attention", "sliding_attention"}
-UNPACKABLE = "softcap", "s_aux", "position_bias"
 PADDING = (
     0.1  # of a group's tokens, where scaled_dot_product_attention needs sequences of one length
 )
@@ -34,65 +34,85 @@ LARGEST_HEAD = 256  # of the varlen functions
 
 def use(model: PreTrainedModel) -> None:
     """Makes `model` attend by this module; ConfigError if its token mixing cannot be packed."""
-    other = set(getattr(model.config, "layer_types", None) or ()) - LAYERS
-    if not other and not getattr(model, "_is_stateful", False):
-        model.set_attn_implementation(NAME)
+    check_mixing(model)
+    model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        what = "token mixing other than plain attention"
-        if other:
-            what = f"layers of type {', '.join(sorted(other))}"
-        raise ConfigError(
-            f"model.path: {type(model).__name__} has {what}, which cannot read packed sequences; "
-            "use a model of full or sliding causal attention, such as Qwen2.5, Qwen3 or Llama"
-        )
+        refuse(model, "has token mixing other than plain attention")
+
+
+def check_mixing(model: PreTrainedModel) -> None:
+    """ConfigError for what a model's configuration says that packing cannot do."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    other = set(kinds or ()) - LAYERS
+    if other:
+        refuse(model, f"has layers of type {', '.join(sorted(other))}")
+    if getattr(model, "_is_stateful", False):
+        refuse(model, "has recurrent layers")
+    if any(field.startswith("index") and value for field, value in vars(config).items()):
+        refuse(model, "chooses by an index what it attends to")
+    if getattr(config, "attn_temperature_tuning", False):
+        refuse(model, "scales attention by a token's place in the batch")
+
+
+def refuse(model: PreTrainedModel, what: str) -> NoReturn:
+    raise ConfigError(
+        f"model.path: {type(model).__name__} {what}, which cannot read packed sequences; "
+        "use a model of full or sliding causal attention, such as Qwen2.5, Qwen3 or Llama"
+    )
 
 
 def describe_packing(batch: Microbatch, dtype: torch.dtype) -> dict:
-    """What a forward gets beside ids and positions, so that its attention keeps sequences apart."""
-    cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
+    """What a forward gets beside ids and positions, so that its attention keeps sequences apart.
+
+    Every model hands the mask to its attention. Not all hand on the rest, which only spares each
+    layer from finding it again.
+    """
+    cu_seqlens = batch.cu_seqlens
     return {
-        "attention_mask": cu_seqlens.new_empty(1, 1, 0, 0),  # of four dimensions: no mask is made
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "attention_mask": cu_seqlens.view(1, 1, 1, -1),  # of four dimensions: no mask is made
+        "longest": batch.max_seqlen,
         "groups": None if cu_seqlens.is_cuda and dtype in HALF else group_lengths(cu_seqlens),
     }
 
 
 def attend(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None,
-    cu_seq_lens_q=None, max_length_q=None, groups=None, **options,
+    softcap=None, s_aux=None, longest=None, groups=None, **options,
 ):  # fmt: skip
-    """The function registered with transformers -> ([1, tokens, heads, d], None).
+    """The function registered with transformers -> ([batch, tokens, heads, d], None).
 
-    query [1, heads, tokens, d]; key and value of as many heads or fewer.
+    query [batch, heads, tokens, d]; key and value of as many heads or fewer. attention_mask: of
+    packed sequences their cu_seqlens, int32 [1, 1, 1, sequences + 1]; else bool or None. softcap: of
+    the scores. s_aux [heads]: scores of sinks, which take their share and give nothing.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
-    check_plain(module, dropout, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window and sliding_window < max_length_q else None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-    kernel = find_varlen_kernel() if query.is_cuda and query.dtype in HALF else None
-    if kernel and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD:
-        out = kernel(query, key, value, cu_seq_lens_q, max_length_q, scale, window)
-    else:
-        groups = group_lengths(cu_seq_lens_q) if groups is None else groups
-        out = attend_in_groups(query, key, value, groups, scale, window)
-    return out[None], None
+    extras = {"softcap": softcap, "sinks": s_aux}
+    extras = {name: extra for name, extra in extras.items() if extra is not None}
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        check_plain(module, dropout, options)
+        cu_seqlens = attention_mask.flatten()
+        longest = int(cu_seqlens.diff().max()) if longest is None else longest
+        window = sliding_window if sliding_window and sliding_window < longest else None
+        states = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
+        out = attend_packed(*states, cu_seqlens, longest, groups, scale, window, **extras)
+        return out[None], None
+    if extras:
+        if attention_mask is None:
+            attention_mask = make_mask(query.shape[2], key.shape[2], None, query.device)
+        out = attend_by_scores(query, key, value, attention_mask, scale, **extras)
+        return out.transpose(1, 2), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )
 
 
 def check_plain(module, dropout: float, options: dict) -> None:
-    """ConfigError for a packed call whose attention is not plain softmax over the past."""
-    odd = [name for name in UNPACKABLE if options.get(name) is not None]
+    """ConfigError for a packed call whose attention is not softmax over the past."""
+    causal = getattr(module, "is_causal", True) and options.get("is_causal") is not False
+    odd = ["position_bias"] if options.get("position_bias") is not None else []
     odd += ["attention_dropout"] if dropout else []
-    odd += ["attention in both directions"] if not getattr(module, "is_causal", True) else []
+    odd += [] if causal else ["attention in both directions"]
     if odd:
         raise ConfigError(
             f"model.path: packed attention cannot do this model's {', '.join(odd)}; "
@@ -100,19 +120,38 @@ def check_plain(module, dropout: float, options: dict) -> None:
         )
 
 
+def attend_packed(
+    query, key, value, cu_seqlens, longest, groups, scale, window, softcap=None, sinks=None
+) -> Tensor:
+    """query [tokens, heads, d] -> [tokens, heads, d], by a kernel if one can, else in groups."""
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    capped = {} if softcap is None else {"softcap": softcap}
+    if query.is_cuda and query.dtype in HALF and sinks is None:
+        kernel = find_varlen_kernel(capped=bool(capped))
+        if kernel and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD:
+            return kernel(query, key, value, cu_seqlens, longest, scale, window, **capped)
+    groups = group_lengths(cu_seqlens) if groups is None else groups
+    return attend_in_groups(query, key, value, groups, scale, window, softcap, sinks)
+
+
 @functools.cache
-def find_varlen_kernel():
-    """(query, key, value, cu_seqlens, longest, scale, window) -> [tokens, heads, d]; or None."""
+def find_varlen_kernel(*, capped: bool = False):
+    """(query, key, value, cu_seqlens, longest, scale, window) -> [tokens, heads, d]; or None.
+
+    capped: one that also takes softcap.
+    """
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return find_torch_varlen_kernel()
+        return None if capped else find_torch_varlen_kernel()
 
-    def flash(query, key, value, cu, longest, scale, window):
+    def flash(query, key, value, cu, longest, scale, window, softcap=0.0):
         reach = (window - 1, 0) if window else (-1, -1)
         return flash_attn_varlen_func(
             query, key, value, cu, cu, longest, longest,
-            softmax_scale=scale, causal=True, window_size=reach,
+            softmax_scale=scale, causal=True, window_size=reach, softcap=softcap,
         )  # fmt: skip
 
     return flash
@@ -174,23 +213,52 @@ def group_lengths(cu_seqlens: Tensor) -> Groups:
     return Groups(shapes, torch.cat(rows).to(device), ranges(first_places, lengths).to(device))
 
 
-def attend_in_groups(query, key, value, groups: Groups, scale: float, window: int | None) -> Tensor:
+def attend_in_groups(
+    query, key, value, groups: Groups, scale: float, window: int | None, softcap=None, sinks=None
+) -> Tensor:
     """query [tokens, heads, d] -> [tokens, heads, d], one batched call per group."""
     sizes = [sequences * longest for sequences, longest in groups.shapes]
     placed = (x.index_select(0, groups.rows).split(sizes) for x in (query, key, value))
-    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    by_scores = softcap is not None or sinks is not None
+    enable_gqa = query.shape[1] != key.shape[1]
     outs = []
     for shape, *parts in zip(groups.shapes, *placed, strict=True):
         mask, longest = None, shape[1]
-        if window and window < longest:
-            mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device)
-            mask = mask.tril().triu(1 - window)
+        if by_scores or window and window < longest:
+            mask = make_mask(longest, longest, window, query.device)
         padded = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in parts)
-        out = scaled_dot_product_attention(
-            *padded, attn_mask=mask, is_causal=mask is None, **options
-        )  # [sequences, heads, longest, d]
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+        if by_scores:
+            out = attend_by_scores(*padded, mask, scale, softcap, sinks)
+        else:
+            out = scaled_dot_product_attention(
+                *padded, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
+            )
+        outs.append(out.transpose(1, 2).flatten(0, 1))  # of [sequences, heads, longest, d]
     return torch.cat(outs).index_select(0, groups.places)
+
+
+def make_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, keys], the last query at the last key: which of the past it sees."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask.triu(keys - queries + 1 - window) if window else mask
+
+
+def attend_by_scores(
+    query, key, value, mask: Tensor, scale: float, softcap: float | None = None, sinks=None
+) -> Tensor:
+    """query [batch, heads, tokens, d] -> [batch, heads, tokens, d], with all scores in memory."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale  # [batch, heads, tokens, past]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    # Not -inf: a row of padding sees nothing, and NaN would spread from it.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., : key.shape[2]].to(value.dtype) @ value
 
 
 AttentionInterface.register(NAME, attend)

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hiper_fast.agent import layers, lora, tiny
+from hiper_fast.agent import attention, layers, lora, tiny
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.probe import Probe
 from hiper_fast.config import ModelConfig
@@ -51,16 +51,29 @@ def load_agent(
         model, tokenizer = load_pretrained(config)
         if not lora.load_adapters(model) and config.lora_rank:
             lora.add_lora(model, config, seed)
-    model.to(device)
-    probe = Probe(model)
-    agent = Agent(model, tokenizer, config, tiny=is_tiny, world=world)
-    probe.check(agent)
+    agent = prepare(model.to(device), tokenizer, config, tiny=is_tiny, world=world)
     if config.gradient_checkpointing:
         layers.recompute(model.base_model)
     if config.compile:
         layers.check_compiler(device)
         layers.keep_attention_eager()
         layers.compile_layers(model.base_model)
+    return agent
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    *,
+    tiny: bool = False,
+    world: World = ALONE,
+) -> Agent:
+    """An agent of a model that passes the probe; ConfigError if it does not."""
+    attention.check_mixing(model)
+    probe = Probe(model)
+    agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
+    probe.check(agent)
     return agent
 
 

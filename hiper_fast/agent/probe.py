@@ -8,7 +8,8 @@ architecture makes them differ would train on ratios that are wrong from the fir
 from __future__ import annotations
 
 import contextlib
-import textwrap
+import math
+import re
 from collections.abc import Iterator
 
 import torch
@@ -16,11 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.head import refusing
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.rollout.generate import Batch, take_past
+from hiper_fast.agent.generate import Batch, take_past
 
-LENGTHS = 13, 6  # tokens of the two sequences, the first longer by the longest window
+LENGTHS = 19, 6  # tokens of the two sequences
+WINDOW_NAMES = re.compile(
+    "sliding_window(_size)?|attention_window(_size)?|window_size|local_attention"
+)
+WINDOW = 5  # how far sliding attention looks back meanwhile, so that the first is longer
 LAST = 5  # tokens of each that are compared, the last ones
 STEPS = 2  # of them sampled one by one
 # The largest difference, in units of how much the model's log-probs of a next token differ among themselves.
@@ -32,14 +38,13 @@ class Probe:
     """The sequences, and what the model gives for each alone, float32 log-probs [2, LAST, v]."""
 
     def __init__(self, model: PreTrainedModel):
-        window = max((w for w in list_windows(model) if w), default=0)
         generator = torch.Generator().manual_seed(SEED)
         most = model.get_input_embeddings().num_embeddings
         self.sequences = [
             torch.randint(most, (length,), generator=generator).to(model.device)
-            for length in (LENGTHS[0] + window, LENGTHS[1])
+            for length in LENGTHS
         ]
-        with refusing(model), stirred(model), torch.no_grad():
+        with refusing(model), stirred(model), narrowed(model), torch.no_grad():
             alone = [
                 model(input_ids=ids[None], use_cache=False, logits_to_keep=LAST + 1)
                 for ids in self.sequences
@@ -53,7 +58,7 @@ class Probe:
         spread = float(expected.std(-1).median())
         targets = torch.stack([ids[-LAST:] for ids in self.sequences])
         targets = targets.clamp(max=agent.head.vocabulary - 1)
-        with refusing(model), stirred(model), torch.no_grad():
+        with refusing(model), stirred(model), narrowed(model), torch.no_grad():
             ways = {
                 "packed into one sequence, as updates read them": self.read_packed(agent, targets),
                 "step by step with a cache, as rollouts sample": self.read_in_steps(agent),
@@ -105,23 +110,31 @@ class Probe:
         return take_past(batch.cache, 0, len(ids))
 
 
-def list_windows(model: PreTrainedModel) -> list[int | None]:
-    config = model.config.get_text_config()
-    return [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-
-
 @contextlib.contextmanager
-def refusing(model: PreTrainedModel) -> Iterator[None]:
-    """Turns whatever a model raises in the probe into one ConfigError."""
+def narrowed(model: PreTrainedModel) -> Iterator[None]:
+    """Within, windows are WINDOW tokens long, so that short sequences show what they do.
+
+    Those as long as all positions are left alone: nothing is longer.
+    """
+    positions = getattr(
+        model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf
+    )
+    owners = {
+        id(o): o for module in model.modules() for o in (module, getattr(module, "config", module))
+    }
+    found = [
+        (owner, name, value)
+        for owner in owners.values()
+        for name, value in vars(owner).items()
+        if WINDOW_NAMES.fullmatch(name) and type(value) is int and WINDOW < value < positions
+    ]
+    for owner, name, _ in found:
+        setattr(owner, name, WINDOW)
     try:
         yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise ConfigError(
-            f"model.path: {type(model).__name__} cannot read two short random sequences ({reason}); use another model"
-        ) from error
+    finally:
+        for owner, name, value in found:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

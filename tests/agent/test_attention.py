@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import sys
+import types
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hiper_fast.agent import attention
 from hiper_fast.agent.agent import run_trunk
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.rollout.generate import generate
+from hiper_fast.agent.generate import generate
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -190,18 +192,78 @@ def test_models_that_mix_tokens_otherwise_are_refused():
             attention.use(transformers.AutoModelForCausalLM.from_config(config))
 
 
-def test_attention_with_soft_caps_or_dropout_is_refused():
+def test_attention_with_dropout_is_refused():
     ids, cu = sequences([4, 3])
     (batch,) = microbatches(ids, cu, 10)
-    capped = transformers.Gemma2Config(
-        **SIZES, query_pre_attn_scalar=8, final_logit_softcapping=None
-    )
     dropping = transformers.Qwen2Config(**SIZES, attention_dropout=0.1)
-    for config, match in ((capped, "softcap"), (dropping, "attention_dropout")):
-        model = transformers.AutoModelForCausalLM.from_config(config).train()
-        attention.use(model)
-        with pytest.raises(ConfigError, match=f"^model.path: .*{match}"):
-            run_trunk(model.base_model, batch)
+    model = transformers.AutoModelForCausalLM.from_config(dropping).train()
+    attention.use(model)
+    with pytest.raises(ConfigError, match="^model.path: .*attention_dropout"):
+        run_trunk(model.base_model, batch)
+
+
+def attend_alone(query, key, value, scale, window, softcap, sinks):
+    """One sequence, query by query: [tokens, heads, d]."""
+    out, shared = torch.empty_like(query), query.shape[1] // key.shape[1]
+    for i in range(len(query)):
+        seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
+        for head in range(query.shape[1]):
+            scores = key[seen, head // shared] @ query[i, head] * scale
+            scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+            weights = scores.exp()
+            rest = 0 if sinks is None else sinks[head].exp()
+            out[i, head] = weights @ value[seen, head // shared] / (weights.sum() + rest)
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.5, 2.0, 0.0]).double()])
+def test_capped_scores_and_sinks_are_computed_as_written(window, softcap, sinks):
+    lengths = [7, 1, 12, 5]
+    query, key, value = (
+        torch.randn(25, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+    )
+    inputs = [query, key, value] + ([] if sinks is None else [sinks.requires_grad_()])
+    parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    expected = torch.cat([attend_alone(*part, 0.3, window, softcap, sinks) for part in parts])
+    mask = prefix_sums(lengths).view(1, 1, 1, -1)
+    states = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out, _ = attention.attend(
+        None, *states, mask, scaling=0.3, sliding_window=window, softcap=softcap, s_aux=sinks
+    )
+    torch.testing.assert_close(out[0], expected)
+    direction = torch.randn_like(expected)
+    for mine, other in zip(
+        *(torch.autograd.grad((x * direction).sum(), inputs) for x in (out[0], expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_padded_rows_of_capped_scores_spread_no_nan():
+    """Unpacked, as rollouts call: left padding sees nothing."""
+    states = [torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    mask = attention.make_mask(5, 5, None, torch.device("cpu")).repeat(2, 1, 1, 1)
+    mask[1, :, :, :3] = False
+    out, _ = attention.attend(None, *states, mask, scaling=0.3, softcap=0.7)
+    whole, _ = attention.attend(None, *states, None, scaling=0.3, softcap=0.7)
+    alone = attend_alone(*(x[1, :, 3:].transpose(0, 1) for x in states), 0.3, None, 0.7, None)
+    torch.testing.assert_close(out[1, 3:], alone)
+    torch.testing.assert_close(out[0], whole[0])
+    assert out.isfinite().all()
+
+
+def test_flash_attn_gets_the_soft_cap_and_torchs_kernel_does_not(monkeypatch):
+    def flash_attn_varlen_func(*args, softcap, **options):
+        return softcap
+
+    module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    find = attention.find_varlen_kernel.__wrapped__
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    assert find(capped=True)(*[None] * 7, softcap=30.0) == 30.0
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert find(capped=True) is None
 
 
 def test_the_window_is_felt():

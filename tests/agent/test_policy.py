@@ -18,7 +18,7 @@ from hiper_fast.config import Config, ModelConfig
 from hiper_fast.learn import optim
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.rollout.generate import name_cache
+from hiper_fast.agent.generate import name_cache
 from hiper_fast.runs import checkpoint
 
 SIZES = {

@@ -7,7 +7,7 @@ import torch
 from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.rollout.engines import Answer, Request
-from hiper_fast.rollout.generate import Past, generate
+from hiper_fast.agent.generate import Past, generate
 
 
 class Engine:

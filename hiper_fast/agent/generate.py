@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-Past = tuple[
-    Tensor, Tensor
-]  # keys and values of one sequence's tokens, each [layers, tokens, heads, d]
+# Keys and values of one sequence's tokens, each [tokens, heads, d], of each layer.
+Past = list[tuple[Tensor, Tensor]]
 
 
 @torch.inference_mode()
@@ -43,7 +42,7 @@ def generate(
     """
     unread = [len(prompt) for prompt in prompts]
     for row, past in enumerate(pasts or ()):
-        unread[row] -= 0 if past is None else past[0].shape[1]
+        unread[row] -= 0 if past is None else len(past[0][0])
     order = sorted(range(len(prompts)), key=lambda row: unread[row], reverse=True)
     stop = torch.tensor(stop_ids, device=model.device)
     results: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
@@ -92,7 +91,7 @@ class Batch:
             self.mask = places >= max(lengths) - torch.tensor(lengths)[:, None]  # [rows, longest]
         self.position_ids = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -width:]  # [rows, width]
         if pasts is None:
-            self.cache = DynamicCache(config=model.config)
+            self.cache = make_cache(model)
         else:
             self.cache = join_pasts(
                 [(pasts[row], max(0, len(prompts[row]) - width)) for row in rows]
@@ -134,14 +133,22 @@ def name_cache(model: type) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def make_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty one, whose layers forget what their windows have left behind."""
+    slides = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    # Without a window it finds its layers by itself: a decoder that was cut from an encoder's side
+    # has a configuration that counts the encoder's.
+    return DynamicCache(config=model.config if slides else None)
+
+
 def join_pasts(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
     """One cache, left-padded, of the first so many tokens of each past."""
     cache = DynamicCache()  # whole layers, also where the window slides: a past may be cut anywhere
-    known = next((past for past, length in pasts if length), None)
-    for layer in range(len(known[0]) if known else 0):
+    known = next((past for past, length in pasts if length), [])
+    for layer in range(len(known)):
         states = []
         for kind in (0, 1):  # keys, values
-            rows = [(past or known)[kind][layer, :length] for past, length in pasts]
+            rows = [(past or known)[layer][kind][:length] for past, length in pasts]
             padded = pad_sequence(rows, batch_first=True, padding_side="left")
             states.append(padded.transpose(1, 2))  # [rows, heads, tokens, d]
         cache.update(*states, layer)
@@ -150,9 +157,14 @@ def join_pasts(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
 
 def take_past(cache: DynamicCache, row: int, length: int) -> Past:
     """What a left-padded cache holds of one row's `length` tokens."""
-    keys = [layer.keys[row, :, -length:].transpose(0, 1) for layer in cache.layers]
-    values = [layer.values[row, :, -length:].transpose(0, 1) for layer in cache.layers]
-    return torch.stack(keys), torch.stack(values)
+    return [
+        tuple(
+            states[row, :, -length:].transpose(0, 1).clone()
+            for states in (layer.keys, layer.values)
+        )
+        for layer in cache.layers
+        if layer.keys is not None  # the last layers may use the keys of others
+    ]
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

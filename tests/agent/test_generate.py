@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from hiper_fast.rollout.generate import generate, sample
+from hiper_fast.agent.generate import generate, sample
 
 VOCABULARY = 61
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "gpt2": GPT2Config}
@@ -194,8 +194,8 @@ def test_turns_that_go_on_equal_a_full_forward_of_the_whole(family, budget):
             torch.testing.assert_close(
                 torch.tensor(logprobs), full_logprobs(model, contexts[i], ids), atol=1e-5, rtol=1e-5
             )
-            keys, values = pasts[i]
-            assert keys.shape[1] == values.shape[1] == len(contexts[i]) + len(ids) - 1
+            known = {len(states) for layer in pasts[i] for states in layer}
+            assert known == {len(contexts[i]) + len(ids) - 1}
             contexts[i] = contexts[i] + ids
         assert len({len(ids) for ids, _ in results}) > 1
         contexts = [

@@ -1,0 +1,260 @@
+"""Which of transformers' causal LMs can be trained here: a tiny random model of every type, taken through loading.
+
+python benchmarks/models.py [TYPE …] [--page docs/models.md]
+
+A type works if it loads and the log-probs that `generate` stores while it samples are those that an update reads from packed
+microbatches, and those of the model as it came. Or it is refused, with a ConfigError. All else is a fault: exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import math
+import re
+import sys
+import textwrap
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hiper_fast.agent import tiny
+from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.loading import prepare
+from hiper_fast.config import ModelConfig
+from hiper_fast.options import ConfigError
+from hiper_fast.packing import microbatches, prefix_sums
+from hiper_fast.agent.generate import generate
+
+TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TOKENIZER = tiny.build_tokenizer([], [])
+PADDING = 11  # rows of the embedding that stand for no token
+WINDOW = 6
+SIZES = [  # what a field of a configuration is called -> its value; the first that fits
+    (r"indexer_kv_heads", 1),
+    (r"indexer_compress_ratio", 2),
+    (r"indexer_budget", 8),
+    (r"(decoder_|unpadded_)?vocab_size(_per_layer_input)?", len(TOKENIZER) + PADDING),
+    (r"num_hidden_layers|n_layers?|num_layers|(num_)?decoder_layers|num_blocks|depth", 2),
+    (r"(num_)?encoder_layers|num_nextn_predict_layers|first_k_dense_replace|num_dense_layers", 1),
+    (r".*(key_value_heads|kv_n_heads|kv_heads)", 2),
+    (r".*(attention_heads|n_heads?|num_heads|num_query_groups)", 4),
+    (r"(input_|output_)?embedding_size|word_embed_proj_dim", 16),
+    (r"hidden_size(_global)?|n_embd|d_model|emb_dim|embedding_dim|lru_width", 32),
+    (r"attention_hidden_size", 32),
+    (r".*intermediate_size|.*ffn(_hidden)?_(dim|size)|dim_ff|dff|d_inner|n_inner", 48),
+    (r"feed_forward_size|mlp_dim|intermediate_size_mlp", 48),
+    (r"qk_head_dim", 16),
+    (r".*head_dim|attention_head_size|dim_head|kv_channels|d_head|rotary_dim", 8),
+    (r".*lora_rank|laurel_rank|gated_norm_rank|hidden_size_per_layer_input", 8),
+    (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
+    (r".*experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
+    (r"topk_group|n_group|num_expert_group|.*num_shared_experts|n_shared_experts", 1),
+    (r"max_(position_embeddings|target_positions|seq_len)|n_positions|n_ctx|context_length", 40),
+    (r"model_max_length|original_max_position_embeddings", 40),
+    (r"sliding_window(_size)?|attention_window_size|window_size|attention_chunk_size", WINDOW),
+    (r"local_attention(_window_len)?|keep_window_size", WINDOW),
+    (r"encoder_hash_byte_group_vocab", 100),
+]
+OPTIONS = {  # not sizes: what makes a model of its kind
+    "use_sliding_window": True,
+    "is_decoder": True,
+    "pad_token_id": TOKENIZER.pad_token_id,
+    "eos_token_id": TOKENIZER.eos_token_id,
+    "bos_token_id": TOKENIZER.eos_token_id,
+}
+BOTH = ["sliding_attention", "full_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+SPECIAL = {  # type -> fields of its configuration that follow no rule
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(BOTH, ROPE)},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 4.0}},
+    "gemma3n_text": {"layer_types": BOTH * 2, "num_kv_shared_layers": 2},
+    "gemma4_text": {"layer_types": BOTH * 2, "num_kv_shared_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"full_attn_idxs": [1]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral3": {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1,
+                                              "original_max_position_embeddings": 10}},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+LENGTHS = 23, 3, 1, 14, 9, 2  # of the prompts
+RESPONSE = 8
+BATCH_TOKENS = 60  # of prompts at once, and of a microbatch
+TOLERANCE = 1e-4  # nats
+SEED = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    type: str
+    name: str
+    kind: str  # works, refused, not built, or fault
+    reason: str = ""
+    difference: float = math.nan  # the largest, in nats
+
+
+def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedConfig:
+    """A configuration of the same class with tiny sizes."""
+    options = {}
+    for field, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            options[field] = shrink(value)
+        elif field in OPTIONS:
+            options[field] = OPTIONS[field]
+        elif value is None or type(value) is int:
+            options |= {field: size for name, size in SIZES[::-1] if re.fullmatch(name, field)}
+        elif field in ("layer_types", "layers_block_type") and value:
+            kinds = list(dict.fromkeys(value))
+            options[field] = kinds * (1 + (len(kinds) == 1))
+    options |= given or {}
+    for field in {"layer_types", "layers_block_type"} & options.keys():
+        options["num_hidden_layers"] = len(options[field])
+    if "kv_lora_rank" in options:  # latent attention, in which no heads share a key
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    return type(default)(**options)
+
+
+def build(model_type: str, **fields) -> PreTrainedModel:
+    """A model with weights that make its log-probs spread by a nat or more, so that an error shows."""
+    config = shrink(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type, {}) | fields)
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scatter(model)
+    return model
+
+
+@torch.no_grad()
+def scatter(model: PreTrainedModel) -> None:
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.normal_(std=1.5 * p.shape[-1] ** -0.5)
+        elif p.is_floating_point():
+            p.add_(0.3 * torch.randn(p.shape))
+
+
+def sample(agent: Agent, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Responses and their log-probs as a rollout makes them."""
+    return generate(
+        agent.model,
+        prompts,
+        max_new_tokens=RESPONSE,
+        temperature=1.0,
+        stop_ids=agent.stop_ids,
+        generator=torch.Generator().manual_seed(SEED),
+        batch_tokens=BATCH_TOKENS,
+        vocabulary=agent.head.vocabulary,
+    )
+
+
+@torch.no_grad()
+def read_packed(agent: Agent, sequences: list[list[int]]) -> list[Tensor]:
+    """Log-probs of every token but the first of each sequence, as an update reads them."""
+    found: list[Tensor] = [torch.empty(0)] * len(sequences)
+    ids = torch.tensor(sum(sequences, []))
+    for batch in microbatches(ids, prefix_sums([len(s) for s in sequences]), BATCH_TOKENS):
+        hidden = run_trunk(agent.model, batch)
+        logprobs = agent.logprobs(hidden, batch.input_ids.roll(-1), 1.0)
+        sizes = batch.cu_seqlens.diff().tolist()
+        for index, rows in zip(batch.index.tolist(), logprobs.split(sizes), strict=True):
+            found[index] = rows[:-1]
+    return found
+
+
+@torch.no_grad()
+def read_alone(model: PreTrainedModel, vocabulary: int, sequences: list[list[int]]) -> list[Tensor]:
+    """The same by the model as it came, each sequence by itself."""
+    found = []
+    for ids in map(torch.tensor, sequences):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1, :vocabulary].float()
+        found.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    return found
+
+
+def compare(model: PreTrainedModel, agent: Agent) -> float:
+    """The largest difference in nats between what a rollout stores, an update reads and the `model` as it came gives."""
+    generator = torch.Generator().manual_seed(SEED)
+    prompts = [torch.randint(len(TOKENIZER), (n,), generator=generator).tolist() for n in LENGTHS]
+    responses = sample(agent, prompts)
+    sequences = [prompt + ids for prompt, (ids, _) in zip(prompts, responses, strict=True)]
+    sampled = torch.cat([torch.tensor(logprobs) for _, logprobs in responses])
+    ways = read_packed(agent, sequences), read_alone(model, agent.head.vocabulary, sequences)
+    return max(
+        float(
+            (
+                torch.cat([r[-len(ids) :] for r, (ids, _) in zip(rows, responses, strict=True)])
+                - sampled
+            )
+            .abs()
+            .max()
+        )
+        for rows in ways
+    )
+
+
+def train(agent: Agent) -> None:
+    """Gradients of policy and critic, as an update takes them."""
+    ids = torch.arange(40)
+    [batch] = microbatches(ids, prefix_sums([25, 15]), 40)
+    logprobs = agent.logprobs(agent.trunk(batch), batch.input_ids, 1.0)
+    agent.add_critic()
+    torch.nn.init.ones_(agent.critic.heads.weight)
+    values = agent.critic(agent.critic_hidden(batch))
+    (logprobs.sum() + values.square().sum()).backward()
+    for module in (agent.model, agent.critic):
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        if not grads or not all(g.isfinite().all() for g in grads):
+            raise ValueError(f"gradients of {type(module).__name__} are missing or not finite")
+
+
+def check(model_type: str) -> Outcome:
+    outcome = Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], "not built")
+    try:
+        model = build(model_type)
+        outcome.kind = "fault"
+        agent = prepare(copy.deepcopy(model), TOKENIZER, ModelConfig(device="cpu"))
+        outcome.difference = compare(model, agent)
+        train(agent)
+        outcome.kind = "works" if outcome.difference <= TOLERANCE else "fault"
+    except ConfigError as error:
+        outcome.kind, outcome.reason = "refused", str(error)
+    except Exception as error:
+        outcome.reason = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", default=TYPES, metavar="TYPE")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    outcomes = []
+    for model_type in options.types:
+        start = time.time()
+        outcomes.append(check(model_type))
+        o = outcomes[-1]
+        print(
+            f"{o.type:24} {o.kind:10} {time.time() - start:5.1f}s {textwrap.shorten(o.reason, 230)}",
+            flush=True,
+        )
+    print(Counter(o.kind for o in outcomes))
+    return int(any(o.kind == "fault" for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
