@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     configure_torch(config.run)
     try:
         games = Games(config)
-        agent = load_agent(config.model, config.run.seed)
+        agent = load_agent(config.model, config.run.seed, speech=config.agent)
         prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
         metrics, _ = evaluate(agent, games, prompter, config, seed=arguments.sampling_seed)
     except (ConfigError, GameError) as error:

@@ -54,7 +54,7 @@ class Mind:
 
     def __init__(self, path: Path, config: Config, games: Games, temperature: float, seed: int):
         config.train.kl_coef = 0.0  # no reference model: nothing is learned here
-        self.config, self.agent = config, load_agent(config.model, seed)
+        self.config, self.agent = config, load_agent(config.model, seed, speech=config.agent)
         if (path / "critic.safetensors").exists():
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
         style = games.family.styles[config.agent.style]

@@ -133,7 +133,12 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
     envs = games.make(len(world.share(range(config.train.episodes))))
     family = games.family
     agent = load_agent(
-        config.model, config.run.seed, family.tokenizer, vocabulary=family.list_words, world=world
+        config.model,
+        config.run.seed,
+        family.tokenizer,
+        vocabulary=family.list_words,
+        speech=config.agent,
+        world=world,
     )
     prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
     estimate = estimators.find(config.advantage.estimator)

@@ -14,6 +14,7 @@ from hiper_fast import ops
 from hiper_fast.agent import attention
 from hiper_fast.agent.head import measure, read_hidden, refusing
 from hiper_fast.agent.layers import compile_layers, find_layers
+from hiper_fast.agent.tokens import list_pieces, vocabulary_size
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World, call_inside
 from hiper_fast.options import ConfigError
@@ -54,11 +55,11 @@ class Agent:
         attention.use(model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.world, self.tiny = world, tiny
-        self.pieces = ops.TokenPieces(tokenizer, model.get_input_embeddings().num_embeddings)
+        self.pieces = list_pieces(tokenizer, model.get_input_embeddings().num_embeddings)
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
         self.lora = hasattr(model, "peft_config")
-        self.head = measure(model, count_tokens(tokenizer))
+        self.head = measure(model, vocabulary_size(tokenizer))
         self.width = measure_width(model.base_model if config.critic == "separate" else model)
         self.stop_ids = find_stop_ids(model, tokenizer)
         if not self.stop_ids:
@@ -173,11 +174,6 @@ def measure_width(model: PreTrainedModel) -> int:
     """h of what `run_trunk` gives; not always the embedding's."""
     with refusing(model):
         return run_trunk(model, BLANK.to(model.device)).shape[-1]
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The ids that stand for something; a model's embedding may have more."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

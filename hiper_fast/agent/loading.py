@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hiper_fast.agent import attention, layers, lora, tiny
+from hiper_fast.agent import attention, layers, lora, rotary, tiny, tokens
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.probe import Probe
-from hiper_fast.config import ModelConfig
+from hiper_fast.config import AgentConfig, ModelConfig
 from hiper_fast.distributed import ALONE, World
 from hiper_fast.options import ConfigError
 
@@ -33,13 +33,14 @@ def load_agent(
     tokenizer_file: Path | None = None,
     *,
     vocabulary: Callable[[], Words] = lambda: ([], []),
+    speech: AgentConfig | None = None,
     world: World = ALONE,
 ) -> Agent:
     """The policy of `model.path`, any causal LM that passes the probe; "tiny" is built here with random weights.
 
     The tiny model's tokenizer is that of a family of games: `tokenizer_file`, or without one made of its
     `vocabulary` and of bytes. One of many processes keeps the model in the CPU's memory, until
-    `Agent.shard` spreads it over them.
+    `Agent.shard` spreads it over them. With `speech` it is one that can play by these prompts and responses.
     """
     device = find_device(config, world)
     is_tiny = config.path == "tiny"
@@ -52,6 +53,8 @@ def load_agent(
         if not lora.load_adapters(model) and config.lora_rank:
             lora.add_lora(model, config, seed)
     agent = prepare(model.to(device), tokenizer, config, tiny=is_tiny, world=world)
+    if speech is not None:
+        check_speech(agent, speech)
     if config.gradient_checkpointing:
         layers.recompute(model.base_model)
     if config.compile:
@@ -75,6 +78,14 @@ def prepare(
     agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
     probe.check(agent)
     return agent
+
+
+def check_speech(agent: Agent, config: AgentConfig) -> None:
+    """ConfigError where the model cannot read such prompts, or its tokenizer cannot write such responses."""
+    model = agent.model.config
+    tokens.check_tags(agent.tokenizer, agent.pieces, config)
+    tokens.check_length(model, config)
+    rotary.check_rotary(model, config.max_prompt_tokens + config.max_response_tokens)
 
 
 def find_device(config: ModelConfig, world: World) -> torch.device:

@@ -68,7 +68,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         attention_bias=True,
         tie_word_embeddings=True,
