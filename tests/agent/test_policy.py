@@ -37,7 +37,7 @@ def save_model(folder, kind="qwen2", tied=True, dtype=torch.float32):
     tokenizer = tiny.load_tokenizer(HOUSEHOLD.tokenizer)
     extra = {"head_dim": 8} if kind == "qwen3" else {}
     config = CONFIGS[kind](
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + 1,  # transformers adds a token where it takes it for Qwen2's
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         **SIZES,
