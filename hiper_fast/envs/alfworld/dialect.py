@@ -40,7 +40,7 @@ _UNUSED = {  # in the official grammar, but in no domain
     "PutEmptyReceptacleObjectinReceptacle",
     "PutFullReceptacleObjectInReceptacle",
 }
-_ACTION = re.compile(r'\baction\s+(\w+)\s*\{\s*template\s*::\s*("""|")(.*?)\2', re.DOTALL)
+_ACTION = re.compile(r'action\s+(\w+)\s*\{\s*template\s*::\s*("""|")(.*?)\2', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
