@@ -44,12 +44,13 @@ def _tanh(x):
     size = tl.abs(x)
     near = size < 0.5
     # By e^-2x alone it would lose its digits near 0. There: Lambert's continued fraction, exact to float64's last.
-    y = tl.where(near, size, 0.0)
+    y = tl.where(near, x, 0.0)
     s = y * y
     e = tl.exp(-2.0 * size)
-    above = tl.where(near, y * (135135.0 + s * (17325.0 + s * (378.0 + s))), 1.0 - e)
+    far = tl.where(x < 0, e - 1.0, 1.0 - e)
+    above = tl.where(near, y * (135135.0 + s * (17325.0 + s * (378.0 + s))), far)
     below = tl.where(near, 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)), 1.0 + e)
-    return tl.where(x < 0, -above, above) / below
+    return above / below
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _logits(
         x += tl.load(bias + column, mask=column < vocabulary, other=0.0)
     if CAPPED:
         cap = tl.full([], softcap, x.dtype)
-        x = tl.where(column < vocabulary, cap * _tanh(x / cap), _LOWEST)
+        x = tl.where(column < vocabulary, cap * _tanh(x * (1.0 / cap)), _LOWEST)
     return tl.where(x < _LOWEST, _LOWEST, x)  # NaN stays NaN
 
 
@@ -149,7 +150,7 @@ def _gradient_kernel(
         share += tl.load(grad_entropies + first + row) * (log_p + tl.load(entropies + first + row))
     result = tl.where(column == target, gradient, 0.0) - tl.exp(log_p) * share
     if CAPPED:
-        part = x / tl.full([], softcap, dtype)
+        part = tl.where(column < vocabulary, x, 0.0) * (1.0 / tl.full([], softcap, dtype))
         result *= 1.0 - part * part
     tl.store(out + column, (result * sharpness).to(out.dtype.element_ty), mask=column < vocabulary)
 
