@@ -45,8 +45,8 @@ class Head:
 
     def temper(self, temperature: float) -> dict:
         """The options temperature and softcap of the linear ops, for logits over `temperature`."""
-        softcap = {} if self.softcap is None else {"softcap": self.softcap / self.scale}
-        return {"temperature": temperature / self.scale} | softcap
+        softcap = None if self.softcap is None else self.softcap / self.scale
+        return {"temperature": temperature / self.scale, "softcap": softcap}
 
 
 def list_adapters(head: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
