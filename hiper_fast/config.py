@@ -228,12 +228,12 @@ class WarmStartConfig:
     enabled: Literal["auto", "yes", "no"] = option(
         "auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model"
     )
-    demonstrations: Literal["search", "listed", "walkthrough"] = option(
+    demonstrations: str = option(
         "search",
         "search: a player that looks for things, place after place in random order; listed: in the order the game "
-        "lists them; walkthrough: the game's own solution",
+        "lists them; walkthrough: the game's own solution; or a .jsonl file of one's own (docs/training.md)",
     )
-    episodes: int = option(3000, "scripted episodes", above=0)
+    episodes: int = option(3000, "scripted episodes; a file's are all shown", above=0)
     epochs: int = option(1, "passes over them", above=0)
     noise: float = option(
         0.2, "share of turns on which the searching expert stumbles", least=0, below=1

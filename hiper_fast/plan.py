@@ -66,10 +66,11 @@ CALLS, LAUNCHES = 5, 1000  # of which the fastest is taken; operations that one 
 
 
 def show(config: Config) -> None:
-    """Prints the plan; ConfigError after it if the run cannot fit."""
+    """Prints the plan; ConfigError after its memory if the run cannot fit: such a run takes no time."""
     machine = find_machine(config)
-    print(format_plan(config, machine))
+    print("\n".join(format_memory(config, machine)))
     check(config, machine)
+    print("\n".join(["", *format_times(config, machine)]))
 
 
 def check_here(config: Config) -> None:
@@ -496,10 +497,6 @@ def estimate_step(config: Config, machine: Machine, name: str) -> float:
 
 
 # As a person reads it.
-
-
-def format_plan(config: Config, machine: Machine) -> str:
-    return "\n".join([*format_memory(config, machine), "", *format_times(config, machine)])
 
 
 def format_memory(config: Config, machine: Machine) -> list[str]:

@@ -113,7 +113,7 @@ class Logger:
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = TensorBoard(self.run_dir / "tensorboard", resume_step)
         self._times: defaultdict[str, float] = defaultdict(float)
-        self._display = build_display(display, self.run_dir.name, total_steps, history)
+        self._display = build_display(display, str(self.run_dir), total_steps, history)
         self._health = Health(history)
 
     def log(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
