@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hiper_fast import response
 from hiper_fast.config import Config
-from hiper_fast.envs.base import Environment, GameError
+from hiper_fast.envs.base import Environment
 from hiper_fast.envs.family import Family, Task
 from hiper_fast.options import ConfigError, suggest
 from hiper_fast.rollout.engines import Answer
@@ -29,6 +29,7 @@ SCRIPTED = "search", "listed", "walkthrough"
 SUFFIX = ".jsonl"
 EPISODE_KEYS = "env", "game", "task", "type", "won", "weight", "turns"
 TURN_KEYS = "observation", "subgoal", "switch", "action"
+UNREADABLE = "tags or Chinese characters, which break the format of a response"
 SHOWN = 60  # characters of an observation that an error quotes
 
 
@@ -173,9 +174,8 @@ def read_turn(turn: dict[str, Any], current: str | None, *, plans: bool) -> tupl
         was = "there is none yet" if current is None else f"that is {current!r}"
         raise LineError(f"switch: false keeps the subgoal, but {was}, and it names {subgoal!r}")
     text = write_blocks(switch, subgoal, action, plans=plans)
-    parsed = response.parse(text, plans=plans)
-    if not parsed.valid or parsed.action != action or (plans and parsed.subgoal != subgoal):
-        raise LineError("its subgoal or action has tags or Chinese characters, which break the format")
+    if not is_readable(text, subgoal, action, plans=plans):
+        raise LineError(f"its subgoal or action has {UNREADABLE}")
     return subgoal, Step(text, read_text(turn, "observation"))
 
 
@@ -185,6 +185,12 @@ def write_blocks(switch: bool, subgoal: str | None, action: str, *, plans: bool 
     return "".join(f"<{name}>{text}</{name}>" for name, text in [*blocks, ("action", action)])
 
 
+def is_readable(text: str, subgoal: str | None, action: str, *, plans: bool) -> bool:
+    """Whether the response keeps the format, and is read as it was meant."""
+    parsed = response.parse(text, plans=plans)
+    return parsed.valid and parsed.action == action and (parsed.subgoal == subgoal or not plans)
+
+
 class Replay(Play):
     """A demonstration being played again; it ends where the demonstration does."""
 
@@ -192,7 +198,7 @@ class Replay(Play):
         self.shown = shown
         try:
             super().__init__(env, shown.game, family, config)
-        except (GameError, ValueError, LookupError, TypeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, OSError) as error:
             raise ConfigError(
                 f"{OPTION}: {shown.place}: game: it cannot be begun ({error})"
             ) from error

@@ -52,7 +52,8 @@ def warm_start(
         trajectories, weights, told = show(agent, games, prompter, config)
     won, count = trajectories.won.float().mean().item(), len(trajectories.won)
     text = f"{count} episodes shown, {trajectories.turns} turns, {won:.0%} won"
-    if teacher := told.get("warm_start/teacher"):
+    if told:
+        teacher = told["warm_start/teacher"]
         text += f"; undisturbed, their player wins {teacher:.1%} of the {config.eval.panel} panel"
     logger.message(text)
     began = time.perf_counter()
@@ -188,8 +189,8 @@ def imitate(
 ) -> Iterator[Imitation]:
     """Trains the policy on the responses of the turns with `weights` [turns] above 0, a step at a time.
 
-    A step's loss is the mean over its tokens, each with its turn's weight; marks of bool are weights too. Where turns continue each other a step takes whole trajectories, as many as have about `batch_turns`
-    such turns.
+    A step's loss is the mean over its tokens, each times its turn's weight; bool marks are weights too. Where turns
+    continue each other a step takes whole trajectories, as many as have about `batch_turns` such turns.
     """
     options = config.warm_start
     optimizers, imitated = optim.build_imitation_optimizers(agent, config.train), weights > 0
