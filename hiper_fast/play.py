@@ -253,7 +253,7 @@ def parse_arguments(
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="a folder under runs/<name>/checkpoints, or any causal LM folder",
+        help="a run's folder, for its best checkpoint; a folder under runs/<name>/checkpoints; or any causal LM folder",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the game and of the agent's sampling [0]"
@@ -297,6 +297,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature: must not be negative, got {arguments.temperature}")
 
 
+def choose_checkpoint(arguments: argparse.Namespace, console: Console) -> None:
+    """In place of a run's folder its best checkpoint, which is said."""
+    given = arguments.checkpoint
+    if given and (found := checkpoint.find(given)) != given:
+        print_text(console, checkpoint.describe_choice(given, found))
+        arguments.checkpoint = found
+
+
 def read_options(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     """The configuration of the checkpoint's run, if there is one beside it, for the chosen environment."""
     argv = ["--env", arguments.env, *overrides]
@@ -337,6 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         check_arguments(arguments)
+        choose_checkpoint(arguments, console)
         config = read_options(arguments, overrides)
         configure_torch(config.run)
         play, task, mind = open_game(arguments, config)

@@ -19,7 +19,7 @@ SUCCESS = "eval/success/"  # before a task type
 OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a success rate (Wilson 1927), (0, 1) for n = 0.
 
     With p = successes / n: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
