@@ -277,6 +277,11 @@ class RunConfig:
         "panel (live), plain (a line per update), none, or auto: panel in a terminal, else plain",
         local=True,
     )
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = option(
+        ["tensorboard"],
+        "where metrics go beside metrics.jsonl, some of: tensorboard, wandb (offline unless $WANDB_MODE says else), "
+        "trackio",
+    )
     threads: int = option(0, "CPU threads; 0: one per core", least=0)
 
 

@@ -22,10 +22,11 @@ from hiper_fast.learn import demonstrations
 from hiper_fast.learn.credit import Targets
 from hiper_fast.learn.optim import build_optimizers
 from hiper_fast.learn.warm_start import warm_start
+from hiper_fast.options import flatten
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Trajectories
-from hiper_fast.runs import checkpoint, model_card, report
+from hiper_fast.runs import checkpoint, model_card, report, trackers
 from hiper_fast.runs.folder import (
     CHECKPOINT_CONFIG,
     find_run_folder,
@@ -132,6 +133,7 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
     configure_torch(config.run)
     plan.check_here(config)
     demonstrations.check_file(config)
+    trackers.check_installed(config.run.track)
     games = Games(config)
     envs = games.make(len(world.share(range(config.train.episodes))))
     family = games.family
@@ -166,6 +168,8 @@ def open_logger(config: Config, world: World, folder: Path, saved: Path | None) 
         resume_step=checkpoint.step_of(saved) if saved else None,
         display=config.run.display,
         total_steps=config.train.updates,
+        track=config.run.track,
+        options=flatten(config) | {"run.name": folder.name},
     )
 
 
