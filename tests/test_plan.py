@@ -504,6 +504,7 @@ def test_the_command_refuses_after_the_plan(capsys):
         and "it would with" in err
         and err.count("\n") == 1
     )
+    assert "time of an update" not in out and " h\n" not in out, "what cannot run takes no time"
 
 
 def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):
