@@ -62,14 +62,17 @@ BLOCK, TABLE, LEAST_8BIT = (
 # bound it.
 SCRATCH = CHUNK_BYTES | {"cuda": 480_000_000}
 
+YEAR, MOST_YEARS = 365.25 * 24 * 3600, 1  # seconds; a run that takes longer is refused
+
 CALLS, LAUNCHES = 5, 1000  # of which the fastest is taken; operations that one of them launches
 
 
 def show(config: Config) -> None:
-    """Prints the plan; ConfigError after its memory if the run cannot fit: such a run takes no time."""
+    """Prints the plan; ConfigError after its memory, before any times, if the run cannot fit or would never end."""
     machine = find_machine(config)
     print("\n".join(format_memory(config, machine)))
     check(config, machine)
+    check_time(config, machine)
     print("\n".join(["", *format_times(config, machine)]))
 
 
@@ -468,6 +471,17 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
         "critic update": forward * passes * separate + critic_step,
         "evaluation, a share": evaluation,
     }
+
+
+def check_time(config: Config, machine: Machine) -> None:
+    """ConfigError for a run that nobody would wait for."""
+    updates = config.train.updates
+    years = updates * sum(estimate_seconds(config, machine).values()) / YEAR
+    if years > MOST_YEARS:
+        raise ConfigError(
+            f"{config.model.path}: {updates} updates (train.updates) would take {years:,.1f} years on {machine.name}; "
+            "plan for a GPU (--plan.gpu h100), a smaller model or fewer updates"
+        )
 
 
 def estimate_rollout(config: Config, machine: Machine) -> tuple[float, float]:

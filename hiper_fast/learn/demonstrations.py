@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +138,21 @@ def read_text(entries: dict[str, Any], key: str) -> str | None:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise LineError(f"{key}: half of a character (a lone surrogate) is no text")
     return text.strip() or None
+
+
+def check_unseen(shown: Iterable[Demonstration], panel: Iterable[Task]) -> None:
+    """ConfigError for a game that the run is evaluated on."""
+    evaluated = set(map(spell_game, panel))
+    for one in shown:
+        if spell_game(one.game) in evaluated:
+            raise ConfigError(
+                f"{OPTION}: {one.place}: game: the run is evaluated on it (eval.panel), so it cannot be shown; leave "
+                "the line out"
+            )
+
+
+def spell_game(game: Task) -> str:
+    return json.dumps(game, sort_keys=True, default=str)
 
 
 def check_keys(value: Any, keys: tuple[str, ...], what: str) -> None:

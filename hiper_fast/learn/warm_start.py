@@ -19,7 +19,13 @@ from hiper_fast.envs.player import Move, Player
 from hiper_fast.envs.prompts import State
 from hiper_fast.estimators import HIGH
 from hiper_fast.learn import optim
-from hiper_fast.learn.demonstrations import Replay, is_file, read_demonstrations, write_blocks
+from hiper_fast.learn.demonstrations import (
+    Replay,
+    check_unseen,
+    is_file,
+    read_demonstrations,
+    write_blocks,
+)
 from hiper_fast.learn.rows import Rows
 from hiper_fast.packing import find_ranges, microbatches
 from hiper_fast.rollout.engines import Answer
@@ -116,6 +122,7 @@ def replay(
 ) -> tuple[Trajectories, Tensor]:
     """The episodes of the file, and float32 [turns]: each one's weight, over the mean of all."""
     shown = read_demonstrations(config)
+    check_unseen(shown, games.list_panel())
     envs = games.make(min(len(shown), AT_ONCE))
     episodes, weights = [], []
     for start in range(0, len(shown), AT_ONCE):

@@ -8,7 +8,7 @@ import torch
 from helpers import configure, make_tiny
 
 from hiper_fast import play, train
-from hiper_fast.envs.family import families
+from hiper_fast.envs.family import FIRST_SEEDS, families
 from hiper_fast.learn import warm_start
 from hiper_fast.learn.demonstrations import read_demonstrations, record_episode
 from hiper_fast.learn.warm_start import imitate, replay
@@ -246,6 +246,7 @@ def test_a_file_that_is_missing_or_empty_or_no_text(tmp_path, content):
             turns(observation="You see a moon."),
             "turn 2: the game shows '.*', not 'You see a moon.'",
         ),
+        ({"game": {"seed": FIRST_SEEDS["test"]}}, "game: the run is evaluated on it"),
         ({"game": {"options": {"goal": 3}, "seed": -(10**30)}}, "game: it cannot be begun"),
     ],
 )
