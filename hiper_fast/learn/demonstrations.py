@@ -9,10 +9,10 @@ A line a JSON object, as `hiper_fast.play --record` writes them (docs/training.m
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 from hiper_fast import response
@@ -30,6 +30,7 @@ SUFFIX = ".jsonl"
 EPISODE_KEYS = "env", "game", "task", "type", "won", "weight", "turns"
 TURN_KEYS = "observation", "subgoal", "switch", "action"
 UNREADABLE = "tags or Chinese characters, which break the format of a response"
+MOST_WEIGHT = 1e6
 SHOWN = 60  # characters of an observation that an error quotes
 
 
@@ -110,7 +111,7 @@ def read_line(line: str, place: str, config: Config) -> Demonstration:
     check_keys(episode, EPISODE_KEYS, "an episode")
     own, env = config.env.name, episode.get("env")
     if env != own:
-        raise LineError(f"env: it was played in {env!r}, and this run plays {own!r}")
+        raise LineError(f"env: it was played in {shorten(env)}, and this run plays {own!r}")
     game = episode.get("game")
     if not isinstance(game, dict) or not set(game) <= {"seed", "options"} or not game:
         raise LineError('game: expected what reset takes, {"seed": 3} or {"options": {…}}')
@@ -118,9 +119,9 @@ def read_line(line: str, place: str, config: Config) -> Demonstration:
         raise LineError("game: its seed is a whole number, its options are an object")
     weight = episode.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise LineError(f"weight: expected a number, got {weight!r}")
-    if not 0 < weight < math.inf:
-        raise LineError(f"weight: must be above 0 and finite, got {weight}")
+        raise LineError(f"weight: expected a number, got {shorten(weight)}")
+    if not 0 < weight <= MOST_WEIGHT:
+        raise LineError(f"weight: above 0 and at most {MOST_WEIGHT:g}, got {shorten(weight)}")
     turns = episode.get("turns")
     if not isinstance(turns, list) or not turns:
         raise LineError("turns: expected a list of at least one turn")
@@ -161,7 +162,7 @@ def check_keys(value: Any, keys: tuple[str, ...], what: str) -> None:
     for key in value:
         if key not in keys:
             near = suggest(key, list(keys), f"{what} has {', '.join(keys)}")
-            raise LineError(f"unknown key {key!r}; {near}")
+            raise LineError(f"unknown key {shorten(key)}; {near}")
 
 
 def read_turns(turns: list, config: Config) -> Iterator[Step]:
@@ -184,10 +185,10 @@ def read_turn(turn: dict[str, Any], current: str | None, *, plans: bool) -> tupl
         raise LineError("it has no subgoal, and none has been named before")
     switch = turn.get("switch", subgoal != current)
     if not isinstance(switch, bool):
-        raise LineError(f"switch: expected true or false, got {switch!r}")
+        raise LineError(f"switch: expected true or false, got {shorten(switch)}")
     if plans and not switch and subgoal != current:
-        was = "there is none yet" if current is None else f"that is {current!r}"
-        raise LineError(f"switch: false keeps the subgoal, but {was}, and it names {subgoal!r}")
+        was = "there is none yet" if current is None else f"that is {shorten(current)}"
+        raise LineError(f"switch: false keeps the subgoal, but {was}, not {shorten(subgoal)}")
     text = write_blocks(switch, subgoal, action, plans=plans)
     if not is_readable(text, subgoal, action, plans=plans):
         raise LineError(f"its subgoal or action has {UNREADABLE}")
