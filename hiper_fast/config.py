@@ -233,12 +233,12 @@ class WarmStartConfig:
     enabled: Literal["auto", "yes", "no"] = option(
         "auto", "imitate scripted episodes first: yes, no, or auto: only for the tiny model"
     )
-    demonstrations: Literal["search", "listed", "walkthrough"] = option(
+    demonstrations: str = option(
         "search",
         "search: a player that looks for things, place after place in random order; listed: in the order the game "
-        "lists them; walkthrough: the game's own solution",
+        "lists them; walkthrough: the game's own solution; or a .jsonl file of one's own (docs/training.md)",
     )
-    episodes: int = option(3000, "scripted episodes", above=0)
+    episodes: int = option(3000, "scripted episodes; a file's are all shown", above=0)
     epochs: int = option(1, "passes over them", above=0)
     noise: float = option(
         0.2, "share of turns on which the searching expert stumbles", least=0, below=1
@@ -281,6 +281,11 @@ class RunConfig:
         "auto",
         "panel (live), plain (a line per update), none, or auto: panel in a terminal, else plain",
         local=True,
+    )
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = option(
+        ["tensorboard"],
+        "where metrics go beside metrics.jsonl, some of: tensorboard, wandb (offline unless $WANDB_MODE says else), "
+        "trackio",
     )
     threads: int = option(0, "CPU threads; 0: one per core", least=0)
 

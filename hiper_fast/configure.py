@@ -19,6 +19,7 @@ import yaml
 from hiper_fast import estimators
 from hiper_fast.config import SHORT, Config
 from hiper_fast.envs.family import Family, families
+from hiper_fast.learn.demonstrations import check_name
 from hiper_fast.options import ConfigError, Setting, find_option, list_options, set_options
 from hiper_fast.rollout import engines
 from hiper_fast.runs.folder import find_run_folder
@@ -196,6 +197,7 @@ def check(config: Config, family: type[Family]) -> None:
             "train.old_logprobs to recomputed, or leave the cap out"
         )
     engines.find(config.rollout.engine)
+    check_name(config.warm_start.demonstrations)
     if config.agent.style not in family.styles:
         raise ConfigError(
             f"agent.style: {config.agent.style!r} is none of {', '.join(family.styles)}"

@@ -169,7 +169,7 @@ def convert(option: Option, kind: Any, value: Any) -> Any:
     if kind is dict:
         return convert_mapping(option, value)
     if typing.get_origin(kind) is Literal:
-        return convert_choice(option, value)
+        return convert_choice(option, typing.get_args(kind), value)
     if kind is bool:
         return convert_bool(option, value)
     if kind in (int, float):
@@ -200,13 +200,13 @@ def convert_mapping(option: Option, value: Any) -> dict:
     raise wrong_type(option, "a mapping of names to JSON's values ({name: value})", value)
 
 
-def convert_choice(option: Option, value: Any) -> str:
+def convert_choice(option: Option, choices: tuple[str, ...], value: Any) -> str:
     word = str(value).lower()
     meant = option.flag[word in YES] if word in YES + NO else value  # YAML reads a bare yes as true
     for choice in (value, meant):
-        if choice in option.choices:
+        if choice in choices:
             return choice
-    raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(option.choices)}")
+    raise ConfigError(f"{option.name}: {value!r} is none of {', '.join(choices)}")
 
 
 def convert_bool(option: Option, value: Any) -> bool:

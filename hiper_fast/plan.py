@@ -62,14 +62,18 @@ BLOCK, TABLE, LEAST_8BIT = (
 # bound it.
 SCRATCH = CHUNK_BYTES | {"cuda": 480_000_000}
 
+YEAR, MOST_YEARS = 365.25 * 24 * 3600, 1  # seconds; a run that takes longer is refused
+
 CALLS, LAUNCHES = 5, 1000  # of which the fastest is taken; operations that one of them launches
 
 
 def show(config: Config) -> None:
-    """Prints the plan; ConfigError after it if the run cannot fit."""
+    """Prints the plan; ConfigError after its memory, before any times, if the run cannot fit or would never end."""
     machine = find_machine(config)
-    print(format_plan(config, machine))
+    print("\n".join(format_memory(config, machine)))
     check(config, machine)
+    check_time(config, machine)
+    print("\n".join(["", *format_times(config, machine)]))
 
 
 def check_here(config: Config) -> None:
@@ -469,6 +473,17 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     }
 
 
+def check_time(config: Config, machine: Machine) -> None:
+    """ConfigError for a run that nobody would wait for."""
+    updates = config.train.updates
+    years = updates * sum(estimate_seconds(config, machine).values()) / YEAR
+    if years > MOST_YEARS:
+        raise ConfigError(
+            f"{config.model.path}: {updates} updates (train.updates) would take {years:,.1f} years on {machine.name}; "
+            "plan for a GPU (--plan.gpu h100), a smaller model or fewer updates"
+        )
+
+
 def estimate_rollout(config: Config, machine: Machine) -> tuple[float, float]:
     """Of reading prompts, and of sampling: a step reads weights and cache, or awaits launches."""
     footprint, dtype, limit = find_footprint(config), find_dtype(config), config.env.max_turns
@@ -496,10 +511,6 @@ def estimate_step(config: Config, machine: Machine, name: str) -> float:
 
 
 # As a person reads it.
-
-
-def format_plan(config: Config, machine: Machine) -> str:
-    return "\n".join([*format_memory(config, machine), "", *format_times(config, machine)])
 
 
 def format_memory(config: Config, machine: Machine) -> list[str]:

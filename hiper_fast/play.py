@@ -2,12 +2,14 @@
 
 python -m hiper_fast.play household
 python -m hiper_fast.play webshop --game 12
+python -m hiper_fast.play household --record mine.jsonl    # demonstrations for a warm start
 python -m hiper_fast.play household --checkpoint runs/household-seed0/checkpoints/step-000028
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,16 @@ from hiper_fast.agent.loading import load_agent
 from hiper_fast.agent.runtime import configure_torch
 from hiper_fast.config import Config
 from hiper_fast.envs.base import GameError
-from hiper_fast.envs.family import families
+from hiper_fast.envs.family import Task, families
 from hiper_fast.envs.prompts import State
+from hiper_fast.learn.demonstrations import (
+    SUFFIX,
+    UNREADABLE,
+    is_file,
+    is_readable,
+    record_episode,
+    write_blocks,
+)
 from hiper_fast.learn.score import score
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout import engines
@@ -38,6 +48,7 @@ from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config
 
 QUIT = ("q", "quit", "exit")
+SUBGOAL = "subgoal:"  # begins a line that names what the next commands are for
 
 
 @dataclass(slots=True)
@@ -86,7 +97,7 @@ def value_turn(
 
 def show_page(play: Play) -> Panel:
     """What the environment shows, with what can be clicked in bold."""
-    text = Text()
+    text = Text(overflow="fold")
     for line, clickable in play.family.split_lines(play.state.observation, play.state.commands):
         text.append(line + "\n", style="bold cyan" if clickable else "")
     text.rstrip()
@@ -98,6 +109,8 @@ def show_thought(thought: Thought, state: State) -> Panel:
     """The decision, the subgoal it leads to, the action and the values."""
     parsed = response.parse(thought.text, plans=state.plans)
     table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     if not parsed.valid:
         table.add_row("said", Text(thought.text.decode(errors="replace"), style="red"))
     if state.plans:
@@ -110,25 +123,78 @@ def show_thought(thought: Thought, state: State) -> Panel:
     return Panel(table, title="agent", title_align="left")
 
 
-def play_game(
-    play: Play, console: Console, mind: Mind | None = None, *, auto: bool = False
-) -> None:
+@dataclass(slots=True)
+class Person:
+    """Who types commands at the table, or their numbers, and may name what they are for."""
+
+    console: Console
+    recorded: bool = (
+        False  # every turn must be a demonstration: it has a subgoal and keeps the format
+    )
+    subgoal: str | None = None  # named since the last turn
+
+    def ask(self, play: Play, mind: Mind | None, prompt: str) -> Thought | str:
+        """What is typed, as a turn; asked again where it is none. Text for an empty line, and to leave."""
+        while True:
+            typed = ask(self.console, prompt)
+            if not typed or typed.lower() in QUIT:
+                return typed
+            if typed.lower().startswith(SUBGOAL):
+                self.subgoal = typed[len(SUBGOAL) :].strip() or None
+                continue
+            try:
+                return self.answer(find_command(typed, play.state.commands), play, mind)
+            except ValueError as error:
+                print_text(self.console, str(error))
+
+    def answer(self, command: str, play: Play, mind: Mind | None) -> Thought:
+        """The command as a turn; ValueError where it cannot be one."""
+        state = play.state
+        subgoal, text = self.subgoal or state.subgoal, f"<action>{command}</action>"
+        if subgoal and state.plans:
+            text = write_blocks(subgoal != state.subgoal, subgoal, command)
+        if self.recorded and state.plans and not subgoal:
+            raise ValueError(f"Say first what it is for, like: {SUBGOAL} find a mug")
+        if self.recorded and not is_readable(text, subgoal, command, plans=state.plans):
+            raise ValueError(f"What it is for, or the command, has {UNREADABLE}.")
+        self.subgoal = None
+        data, ids = text.encode(errors="replace"), []
+        if mind:
+            ids = mind.agent.tokenizer(data.decode(), add_special_tokens=False)["input_ids"]
+        return Thought(Answer(ids, [0.0] * len(ids)), data, None)
+
+
+def find_command(typed: str, commands: list[str]) -> str:
+    """The command of that number, or what was typed; ValueError for a number that none has."""
+    numbered = {str(number): command for number, command in enumerate(commands, 1)}
+    if typed not in commands and re.fullmatch(r"[+-]?\d+", typed):
+        if typed not in numbered:
+            raise ValueError(
+                f"There is no command {typed}; they have numbers from 1 to {len(commands)}."
+            )
+        return numbered[typed]
+    return typed
+
+
+def play_game(play: Play, person: Person, mind: Mind | None = None, *, auto: bool = False) -> None:
     """Plays until the end or until the player leaves: a person alone, or a mind that may be overruled."""
-    console.print(Text(f"Your task: {play.state.task}", style="bold"))
+    console = person.console
+    print_text(console, f"Your task: {play.state.task}", style="bold")
     while not play.over:
         thought = mind.think(play) if mind else None
         if play.over:  # no room for another turn
             break
         show_turn(play, console, thought)
         prompt = "Enter: go on, or a command of yours> " if thought else "> "
-        typed = "" if auto and thought else ask(console, prompt)
-        if typed.lower() in QUIT:
+        typed = "" if auto and thought else person.ask(play, mind, prompt)
+        if isinstance(typed, Thought):
+            thought = typed
+        elif typed:
             return
-        thought = read_typed(typed, play, mind) or thought
         if thought:
             play.step(thought.answer, thought.text)
     console.print(show_page(play))
-    console.print(Text(describe_outcome(play), style="bold"))
+    print_text(console, describe_outcome(play), style="bold")
 
 
 def show_turn(play: Play, console: Console, thought: Thought | None) -> None:
@@ -139,23 +205,18 @@ def show_turn(play: Play, console: Console, thought: Thought | None) -> None:
         beside.add_column(ratio=1)
         beside.add_row(show_page(play), show_thought(thought, play.state))
         console.print(beside)
-    else:
-        console.print(show_page(play))
-        commands = [Text(f"{i} {command}") for i, command in enumerate(play.state.commands, 1)]
-        console.print(Columns(commands, padding=(0, 2)))
+        return
+    console.print(show_page(play))
+    commands = enumerate(play.state.commands, 1)
+    texts = [Text(f"{i} {command}", overflow="fold") for i, command in commands]
+    console.print(Columns(texts, padding=(0, 2)))
+    if play.state.subgoal:
+        print_text(console, f"{SUBGOAL} {play.state.subgoal}", style="dim")
 
 
-def read_typed(typed: str, play: Play, mind: Mind | None) -> Thought | None:
-    """What a person typed, a command or its number, as a turn; None for nothing."""
-    if not typed:
-        return None
-    if typed.isdigit() and 1 <= int(typed) <= len(play.state.commands):
-        typed = play.state.commands[int(typed) - 1]
-    text = f"<action>{typed}</action>".encode(errors="replace")
-    ids = []
-    if mind:
-        ids = mind.agent.tokenizer(text.decode(), add_special_tokens=False)["input_ids"]
-    return Thought(Answer(ids, [0.0] * len(ids)), text, None)
+def print_text(console: Console, text: str, style: str = "") -> None:
+    """Every word of it, whatever the terminal's width."""
+    console.print(Text(text, style=style, overflow="fold"))
 
 
 def describe_outcome(play: Play) -> str:
@@ -192,7 +253,7 @@ def parse_arguments(
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="a folder under runs/<name>/checkpoints, or any causal LM folder",
+        help="a run's folder, for its best checkpoint; a folder under runs/<name>/checkpoints; or any causal LM folder",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the game and of the agent's sampling [0]"
@@ -206,6 +267,13 @@ def parse_arguments(
         help="the agent's sampling temperature [that of its evaluation]",
     )
     parser.add_argument(
+        "--record",
+        metavar="FILE.jsonl",
+        type=Path,
+        help=f"append the game, once it is over, to this file of demonstrations; a line '{SUBGOAL} find a mug' says "
+        "what the next commands are for",
+    )
+    parser.add_argument(
         "--auto", action="store_true", help="let the agent play on without waiting for Enter"
     )
     return parser, *parser.parse_known_args(argv)
@@ -215,10 +283,26 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     families.find(arguments.env)
     if arguments.checkpoint and not arguments.checkpoint.is_dir():
         raise ConfigError(f"--checkpoint: there is no folder {arguments.checkpoint}")
+    if arguments.record and arguments.checkpoint:
+        raise ConfigError("--record: keeps what a person plays; leave --checkpoint out")
+    if arguments.record and not is_file(str(arguments.record)):
+        raise ConfigError(
+            f"--record: a file of demonstrations ends in {SUFFIX}, {arguments.record} does not"
+        )
+    if arguments.record and not arguments.record.absolute().parent.is_dir():
+        raise ConfigError(f"--record: there is no folder {arguments.record.absolute().parent}")
     if arguments.seed < 0:
         raise ConfigError(f"--seed: must not be negative, got {arguments.seed}")
     if arguments.temperature is not None and not arguments.temperature >= 0:
         raise ConfigError(f"--temperature: must not be negative, got {arguments.temperature}")
+
+
+def choose_checkpoint(arguments: argparse.Namespace, console: Console) -> None:
+    """In place of a run's folder its best checkpoint, which is said."""
+    given = arguments.checkpoint
+    if given and (found := checkpoint.find(given)) != given:
+        print_text(console, checkpoint.describe_choice(given, found))
+        arguments.checkpoint = found
 
 
 def read_options(arguments: argparse.Namespace, overrides: list[str]) -> Config:
@@ -231,7 +315,7 @@ def read_options(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     return configure.parse(argv, program="play", description=__doc__, run=own)
 
 
-def open_game(arguments: argparse.Namespace, config: Config) -> tuple[Play, Mind | None]:
+def open_game(arguments: argparse.Namespace, config: Config) -> tuple[Play, Task, Mind | None]:
     games, mind = Games(config), None
     if arguments.checkpoint:
         given = arguments.temperature
@@ -244,7 +328,16 @@ def open_game(arguments: argparse.Namespace, config: Config) -> tuple[Play, Mind
         if arguments.game is None
         else games.family.find_task(arguments.game)
     )
-    return Play(games.make(1)[0], task, games.family, config), mind
+    return Play(games.make(1)[0], task, games.family, config), task, mind
+
+
+def record(file: Path, play: Play, task: Task, console: Console) -> None:
+    """Keeps a game that is over."""
+    if not play.over:
+        print_text(console, "Not recorded: the game is not over.")
+        return
+    record_episode(file, play, task)
+    print_text(console, f"Recorded in {file}.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,10 +345,14 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         check_arguments(arguments)
+        choose_checkpoint(arguments, console)
         config = read_options(arguments, overrides)
         configure_torch(config.run)
-        play, mind = open_game(arguments, config)
-        play_game(play, console, mind, auto=arguments.auto)
+        play, task, mind = open_game(arguments, config)
+        person = Person(console, recorded=arguments.record is not None)
+        play_game(play, person, mind, auto=arguments.auto)
+        if arguments.record:
+            record(arguments.record, play, task, console)
     except (ValueError, GameError, checkpoint.CheckpointError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -18,13 +18,15 @@ from hiper_fast.config import Config
 from hiper_fast.distributed import World
 from hiper_fast.envs.base import Environment
 from hiper_fast.estimators import Estimator
+from hiper_fast.learn import demonstrations
 from hiper_fast.learn.credit import Targets
 from hiper_fast.learn.optim import build_optimizers
 from hiper_fast.learn.warm_start import warm_start
+from hiper_fast.options import flatten
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Trajectories
-from hiper_fast.runs import checkpoint, model_card, report
+from hiper_fast.runs import checkpoint, model_card, report, trackers
 from hiper_fast.runs.folder import (
     CHECKPOINT_CONFIG,
     find_run_folder,
@@ -87,12 +89,13 @@ class Session:
         """Keeps some episodes for the report's viewer."""
         if not self.world.main:
             return
-        episodes = self.folder / "episodes"
-        write_episodes(episodes, step, "eval", panel)
+        episodes, decode = self.folder / "episodes", self.agent.decode
+        write_episodes(episodes, step, "eval", panel, decode=decode)
         if batch:
             trajectories, targets = batch.trajectories, batch.targets
             values = targets.turn_values(trajectories.cu_tokens)
-            write_episodes(episodes, step, "train", trajectories, targets.credit, values)
+            credit = targets.credit
+            write_episodes(episodes, step, "train", trajectories, credit, values, decode=decode)
 
     def save(self, step: int, improved: bool) -> None:
         """Writes a checkpoint and the report."""
@@ -129,6 +132,8 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
     """The run as it stands before its first, or next, update."""
     configure_torch(config.run)
     plan.check_here(config)
+    demonstrations.check_file(config)
+    trackers.check_installed(config.run.track)
     games = Games(config)
     envs = games.make(len(world.share(range(config.train.episodes))))
     family = games.family
@@ -168,6 +173,8 @@ def open_logger(config: Config, world: World, folder: Path, saved: Path | None) 
         resume_step=checkpoint.step_of(saved) if saved else None,
         display=config.run.display,
         total_steps=config.train.updates,
+        track=config.run.track,
+        options=flatten(config) | {"run.name": folder.name},
     )
 
 

@@ -187,6 +187,7 @@ def test_every_text_is_a_choice_or_known_to_be_free():
     assert free == {
         *("env.name", "env.split", "env.eval_split", "agent.style", "model.path", "model.device"),
         *("rollout.engine", "advantage.estimator", "run.name", "run.folder"),
+        "warm_start.demonstrations",
     }
 
 

@@ -1,8 +1,10 @@
 """The fixed panel: each game once, the right figures, the same every time; and the command on a saved checkpoint."""
 
+import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import configure, make_tiny
@@ -16,6 +18,7 @@ from hiper_fast.options import ConfigError
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import write_config
 from hiper_fast.runs.metrics import wilson
 
@@ -297,3 +300,131 @@ def test_missing_data_is_one_line(saved, capsys):
     assert main(["--checkpoint", str(saved), "--env", "alfworld"]) == 2
     err = capsys.readouterr().err
     assert "ALFWORLD_DATA" in err and err.count("\n") == 1
+
+
+# Runs, several checkpoints, several seeds, and what is kept of them.
+
+
+@pytest.fixture(scope="module")
+def run_of_two(agent, tmp_path_factory):
+    """A run of two checkpoints, the first of them the best."""
+    run = tmp_path_factory.mktemp("runs") / "two"
+    for step, improved in ((1, True), (2, False)):
+        checkpoint.save(
+            run / "checkpoints", step, policy=agent.model, tokenizer=agent.tokenizer, critic=None,
+            optimizers={}, state={}, improved=improved,
+        )  # fmt: skip
+    config = settings(episodes=4)
+    config.agent.style, config.run.threads = "compact", 1
+    write_config(config, run)
+    return run
+
+
+def test_of_a_run_the_best_checkpoint_is_taken_and_named(run_of_two, capsys):
+    assert main(["--checkpoint", str(run_of_two)]) == 0
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first == f"{run_of_two}: step-000001, its best checkpoint"
+    assert main(["--checkpoint", str(run_of_two / "checkpoints" / "step-000001")]) == 0
+    assert capsys.readouterr().out.splitlines() == table
+
+
+def test_of_a_run_without_a_best_the_newest_is_taken(run_of_two, tmp_path, capsys):
+    run = shutil.copytree(run_of_two, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-000001")
+    for file in run.glob("checkpoints/*/state.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"best": None}))
+    assert main(["--checkpoint", str(run)]) == 0
+    assert "step-000002, its newest checkpoint" in capsys.readouterr().out
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    assert main(["--checkpoint", str(run)]) == 2
+    assert f"{run} is a run without a checkpoint yet" in capsys.readouterr().err
+
+
+def test_every_episode_is_kept(run_of_two, tmp_path, capsys):
+    file = tmp_path / "all.json"
+    argv = ["--checkpoint", str(run_of_two), "--sampling-seed", "0,7", "--json", str(file)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    path = str(run_of_two / "checkpoints" / "step-000001")
+    kept = json.loads(file.read_text())
+    rows = kept["episodes"]
+    assert len(rows) == 8 and all(row["checkpoint"] == path for row in rows)
+    assert [row["sampling_seed"] for row in rows] == [0] * 4 + [7] * 4
+    seeds = [{"seed": FIRST_SEEDS["test"] + i} for i in range(4)]
+    assert [row["game"] for row in rows] == seeds * 2
+    for row in rows:
+        assert row["type"] in TASK_TYPES and type(row["won"]) is bool and row["score"] is None
+        assert 1 <= row["turns"] <= 3
+    for result, part in zip(kept["results"], (rows[:4], rows[4:]), strict=True):
+        assert result["success"] == sum(row["won"] for row in part) / 4 and result["games"] == 4
+        assert f"{path}, sampling seed {result['sampling_seed']}" in out
+    assert kept["pooled"][-1]["name"] == "all" and kept["panel"]["environment"] == "household"
+    env = Household()
+    _, info = env.reset(**rows[2]["game"])
+    assert info["task_type"] == rows[2]["type"], "the row's game can be played again"
+
+
+def test_several_checkpoints_get_a_row_each_and_are_pooled_over_games(
+    run_of_two, capsys, monkeypatch
+):
+    monkeypatch.setattr("hiper_fast.rollout.play.ask", solver(3))
+    paths = [str(run_of_two / "checkpoints" / f"step-{step:06d}") for step in (1, 2)]
+    assert main(["--checkpoint", *paths, "--env.max_turns", "40"]) == 0
+    header, first, second, blank, title, *types, total = capsys.readouterr().out.splitlines()
+    assert "checkpoint" in header and "pooled" in title and blank == ""
+    low, high = wilson(3, 4)
+    for line, path in zip((first, second), paths, strict=True):
+        assert line.startswith(f"{path}, sampling seed 0 ")
+        assert line.endswith(f"4    75.0%   {low:.1%} to {high:.1%}")
+    assert total.split() == ["all", "4", "75.0%", f"{low:.1%}", "to", f"{high:.1%}"], (
+        "the same games won twice tell no more than once"
+    )
+
+
+def test_other_games_are_not_pooled(run_of_two, tmp_path, capsys):
+    other = shutil.copytree(run_of_two, tmp_path / "other")
+    config = settings(episodes=4, size="medium")
+    config.agent.style, config.run.threads = "compact", 1
+    write_config(config, other)
+    file = tmp_path / "all.json"
+    assert main(["--checkpoint", str(run_of_two), str(other), "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "Not pooled: they played different games." in out and "task type" not in out
+    assert json.loads(file.read_text())["pooled"] is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(run_of_two, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "all.json"
+    file.write_text("old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["--checkpoint", str(run_of_two), "--json", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert "No space left" in err and "Traceback" not in err and "task type" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["all.json"] and file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            ["--sampling-seed", "x"],
+            "--sampling-seed: expected whole numbers from 0 on (0,1,2), got 'x'",
+        ),
+        (["--sampling-seed", "-1"], "--sampling-seed"),
+        (["--sampling-seed", "0,,1"], "--sampling-seed"),
+        (["--sampling-seed", "1,0,01"], "--sampling-seed: each of them once"),
+        (["--sampling-seed", "9" * 5000], "--sampling-seed"),
+        (["--json", "nowhere/all.json"], "--json: there is no folder"),
+    ],
+)
+def test_what_is_asked_wrongly_is_named(run_of_two, capsys, options, named):
+    try:
+        assert main(["--checkpoint", str(run_of_two), *options]) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and named in err and "Traceback" not in err

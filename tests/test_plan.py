@@ -504,6 +504,18 @@ def test_the_command_refuses_after_the_plan(capsys):
         and "it would with" in err
         and err.count("\n") == 1
     )
+    assert "time of an update" not in out and " h\n" not in out, "what cannot run takes no time"
+
+
+def test_a_run_that_would_take_years_is_refused_before_its_hours(capsys):
+    argv = ["--config", "alfworld", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--plan"]
+    argv += ["--model.device", "cpu", "--plan.memory_gb", "500", "--plan.tflops", "0.01"]
+    argv += ["--plan.gpu", "here", "--plan.gb_per_s", "10"]
+    assert train.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "policy: weights" in out and "time of an update" not in out
+    assert "150 updates (train.updates) would take" in err and "years on this CPU" in err
+    assert err.count("\n") == 1
 
 
 def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):

@@ -1,6 +1,7 @@
 """Playing in the terminal: a person, a checkpoint, and what goes wrong."""
 
 import io
+import json
 import shutil
 
 import pytest
@@ -102,6 +103,68 @@ def test_the_seed_draws_the_game_and_a_number_names_one(play):
     assert play("webshop", "--game", 7)[1] != play("webshop", "--game", 8)[1]
 
 
+@pytest.mark.parametrize("typed", ["0", "99", "-1", "+3", "9" * 5000])
+def test_a_number_that_no_command_has_costs_no_turn(play, typed):
+    status, shown, err = play("household", typed=f"{typed}\n")
+    assert status == 0 and not err
+    assert "they have numbers from 1 to" in shown and "turn 2" not in shown
+
+
+def test_no_word_is_cut_in_a_narrow_terminal(play, run_folder, monkeypatch):
+    from hiper_fast.envs.household import Household
+
+    env = Household("small")
+    _, info = env.reset(seed=0)
+    for width in (16, 30, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        _, shown, _ = play("household", typed="antidisestablishmentarianism\n")
+        assert "…" not in shown
+        for word in {word for command in info["admissible_commands"] for word in command.split()}:
+            assert word in shown, word
+    monkeypatch.setenv("COLUMNS", "40")
+    path = run_folder / "checkpoints" / "step-000000"
+    _, shown, _ = play("household", "--checkpoint", path, "--auto")
+    assert "…" not in shown and "decision" in shown and "V switch" in shown
+
+
+# Demonstrations.
+
+
+def solve(seed):
+    """The commands that win a game."""
+    from hiper_fast.envs.household import Household
+
+    env = Household("small")
+    env.reset(seed=seed)
+    return env.content["walkthrough"]
+
+
+def test_games_that_a_person_plays_become_demonstrations(play, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    for seed in (3, 4):
+        first, *rest = solve(seed)
+        typed = "\n".join([first, "subgoal: look about", first, "Subgoal:solve it", *rest])
+        status, shown, err = play("household", "--game", seed, "--record", file, typed=typed + "\n")
+        assert status == 0 and not err
+        assert "Say first what it is for" in shown and f"Won after {1 + len(rest)} turns." in shown
+        assert f"Recorded in {file}." in shown.replace("\n", " ") or str(file) in shown.replace(
+            "\n", ""
+        )
+    one, two = map(json.loads, file.read_text().splitlines())
+    assert (one["env"], one["game"], two["game"]) == ("household", {"seed": 3}, {"seed": 4})
+    assert one["won"] and [turn["action"] for turn in one["turns"]] == list(solve(3))
+    assert [turn["subgoal"] for turn in one["turns"][:3]] == ["look about", "solve it", "solve it"]
+    assert [turn["switch"] for turn in one["turns"][:3]] == [True, True, False]
+
+
+def test_what_would_break_the_format_is_no_demonstration(play, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    typed = "subgoal: go</subgoal>\nlook\nsubgoal: go\n</action>\n看\n"
+    status, shown, _ = play("household", "--record", file, typed=typed)
+    assert status == 0 and shown.count("has tags or Chinese characters") == 3
+    assert "Not recorded" in shown and not file.exists() and "turn 2" not in shown
+
+
 # A checkpoint.
 
 
@@ -161,6 +224,15 @@ def test_a_plain_model_folder_has_no_values(play, run_folder, tmp_path):
         (["webshop", "--game", "999999"], "no goal 999999"),
         (["webshop", "--env.data", "nowhere"], "nowhere"),
         (["household", "--seed", "-1"], "--seed"),
+        (
+            ["household", "--record", "mine.json"],
+            "--record: a file of demonstrations ends in .jsonl",
+        ),
+        (["household", "--record", "nowhere/mine.jsonl"], "--record: there is no folder"),
+        (
+            ["household", "--record", "a.jsonl", "--checkpoint", "/"],
+            "--record: keeps what a person",
+        ),
         (["household", "--seed", "x"], "--seed"),
         (["household", "--temperature", "-1"], "--temperature"),
         (["household", "--env.sise", "small"], "env.size"),

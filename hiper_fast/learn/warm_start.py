@@ -1,4 +1,4 @@
-"""Imitation of scripted episodes, so that a model from scratch speaks the format and knows the commands."""
+"""Imitation of shown episodes, so that a model from scratch speaks the format and knows the commands."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from hiper_fast.envs.player import Move, Player
 from hiper_fast.envs.prompts import State
 from hiper_fast.estimators import HIGH
 from hiper_fast.learn import optim
+from hiper_fast.learn.demonstrations import (
+    Replay,
+    check_unseen,
+    is_file,
+    read_demonstrations,
+    write_blocks,
+)
 from hiper_fast.learn.rows import Rows
 from hiper_fast.packing import find_ranges, microbatches
 from hiper_fast.rollout.engines import Answer
@@ -29,7 +36,7 @@ from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Sequences, Trajectories, pack
 from hiper_fast.runs.metrics import Logger
 
-AT_ONCE = 128  # scripted episodes played in step: a large room with all it can do takes megabytes
+AT_ONCE = 128  # shown episodes played in step: a large room with all it can do takes megabytes
 RISE = 20  # the learning rate is at its height after a twentieth of the steps
 ROWS = 20  # metrics of a warm start
 
@@ -48,23 +55,33 @@ def warm_start(
 ) -> None:
     """Demonstrations, then imitation, the run's first stage."""
     with logger.stage("demonstrations"):
-        trajectories, imitated = demonstrate(agent, games, prompter, config)
-        teacher = measure_teacher(games, config)
-    won, episodes = trajectories.won.float().mean().item(), len(trajectories.won)
-    logger.message(
-        f"{episodes} scripted episodes, {trajectories.turns} turns, {won:.0%} won; undisturbed, their player "
-        f"wins {teacher:.1%} of the {config.eval.panel} panel"
-    )
+        trajectories, weights, told = show(agent, games, prompter, config)
+    won, count = trajectories.won.float().mean().item(), len(trajectories.won)
+    text = f"{count} episodes shown, {trajectories.turns} turns, {won:.0%} won"
+    if told:
+        teacher = told["warm_start/teacher"]
+        text += f"; undisturbed, their player wins {teacher:.1%} of the {config.eval.panel} panel"
+    logger.message(text)
     began = time.perf_counter()
-    for step, steps, loss, accuracy in imitate(agent, trajectories, imitated, config):
+    for step, steps, loss, accuracy in imitate(agent, trajectories, weights, config):
         if step % max(1, steps // ROWS) == 0 or step == steps:
             metrics = {
                 "loss/imitation": loss,
                 "warm_start/accuracy": accuracy,
-                "warm_start/teacher": teacher,
+                **told,
                 "time/total": time.perf_counter() - began,
             }
             logger.log(step, "warm_start", metrics)
+
+
+def show(
+    agent: Agent, games: Games, prompter: Prompter, config: Config
+) -> tuple[Trajectories, Tensor, dict[str, float]]:
+    """The episodes to imitate, the weights [turns] of their turns, and what is known of who played them."""
+    if is_file(config.warm_start.demonstrations):
+        return *replay(agent, games, prompter, config), {}
+    shown = demonstrate(agent, games, prompter, config)
+    return *shown, {"warm_start/teacher": measure_teacher(games, config)}
 
 
 def decide(player: Player, state: State) -> Move:
@@ -76,10 +93,7 @@ def decide(player: Player, state: State) -> Move:
 
 def write_response(move: Move, subgoal: str | None, *, plans: bool = True) -> str:
     """The response that makes `move` while `subgoal` is the current one; without plans the action alone."""
-    switch = "KEEP" if move.subgoal == subgoal else "SWITCH"
-    blocks = [("switch", switch), ("subgoal", move.subgoal)] if plans else []
-    blocks.append(("action", move.action))
-    return "".join(f"<{name}>{text}</{name}>" for name, text in blocks)
+    return write_blocks(move.subgoal != subgoal, move.subgoal, move.action, plans=plans)
 
 
 def demonstrate(
@@ -101,6 +115,34 @@ def demonstrate(
         episodes += play_in_step(plays, prompter, teacher.respond, agent.decode)
         imitated += teacher.marks()
     return pack(episodes, agent.find_roles), torch.tensor(imitated)
+
+
+def replay(
+    agent: Agent, games: Games, prompter: Prompter, config: Config
+) -> tuple[Trajectories, Tensor]:
+    """The episodes of the file, and float32 [turns]: each one's weight, over the mean of all."""
+    shown = read_demonstrations(config)
+    check_unseen(shown, games.list_panel())
+    envs = games.make(min(len(shown), AT_ONCE))
+    episodes, weights = [], []
+    for start in range(0, len(shown), AT_ONCE):
+        some = zip(envs, shown[start : start + AT_ONCE], strict=False)
+        plays = [Replay(env, one, games.family, config) for env, one in some]
+        episodes += play_in_step(plays, prompter, lambda some: answer(agent, some), agent.decode)
+        weights += [p.shown.weight for p in plays for _ in p.episode.responses]
+    weights = torch.tensor(weights)  # [turns]
+    return pack(episodes, agent.find_roles), weights / weights.mean()
+
+
+def answer(agent: Agent, plays: list[Replay]) -> list[Answer]:
+    return encode(agent, [play.speak() for play in plays])
+
+
+def encode(agent: Agent, texts: list[str]) -> list[Answer]:
+    """Responses that were written, as if they had been sampled."""
+    ids = agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    stop = agent.stop_ids[0]
+    return [Answer(row + [stop], [0.0] * (len(row) + 1)) for row in ids]
 
 
 def measure_teacher(games: Games, config: Config) -> float:
@@ -132,10 +174,7 @@ class Teacher:
             self.imitated[id(play)] = []
 
     def respond(self, plays: list[Play]) -> list[Answer]:
-        texts = [self.speak(play) for play in plays]
-        ids = self.agent.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        stop = self.agent.stop_ids[0]
-        return [Answer(row + [stop], [0.0] * (len(row) + 1)) for row in ids]
+        return encode(self.agent, [self.speak(play) for play in plays])
 
     def speak(self, play: Play) -> str:
         player, state = self.players[id(play)], play.state
@@ -153,16 +192,16 @@ class Teacher:
 
 
 def imitate(
-    agent: Agent, trajectories: Trajectories, imitated: Tensor, config: Config
+    agent: Agent, trajectories: Trajectories, weights: Tensor, config: Config
 ) -> Iterator[Imitation]:
-    """Trains the policy on the responses of the turns `imitated`, a step at a time.
+    """Trains the policy on the responses of the turns with `weights` [turns] above 0, a step at a time.
 
-    Where turns continue each other a step takes whole trajectories, as many as have about `batch_turns`
-    such turns.
+    A step's loss is the mean over its tokens, each times its turn's weight; bool marks are weights too. Where turns
+    continue each other a step takes whole trajectories, as many as have about `batch_turns` such turns.
     """
     options = config.warm_start
-    optimizers = optim.build_imitation_optimizers(agent, config.train)
-    loss_mask = imitated.repeat_interleave(trajectories.cu_tokens.diff())  # [tokens]
+    optimizers, imitated = optim.build_imitation_optimizers(agent, config.train), weights > 0
+    weights = weights.float().repeat_interleave(trajectories.cu_tokens.diff())  # [tokens]
     sequences = trajectories.sequences()
     parts = draw_parts(sequences, imitated, config)
     for number, part in enumerate(parts, 1):
@@ -170,7 +209,7 @@ def imitate(
         rise = min(1.0, RISE * progress)
         lr = options.lr * rise * (0.55 + 0.45 * math.cos(math.pi * progress))
         agent.model.zero_grad(set_to_none=True)
-        loss, accuracy = add_gradients(agent, trajectories, sequences, loss_mask, part, config)
+        loss, accuracy = add_gradients(agent, trajectories, sequences, weights, part, config)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"imitation: the loss became {loss} in step {number}; lower warm_start.lr ({options.lr})"
@@ -200,14 +239,17 @@ def add_gradients(
     agent: Agent,
     trajectories: Trajectories,
     sequences: Sequences,
-    loss_mask: Tensor,
+    weights: Tensor,
     part: Tensor,
     config: Config,
 ) -> tuple[float, float]:
-    """Those of one step's loss per token; returns it and the share of tokens given more than a half."""
+    """Those of one step's loss per token; returns it and the share of tokens given more than a half.
+
+    weights: float32 [tokens]; tokens of weight 0 have no part in either.
+    """
     budget = config.train.microbatch_tokens
     batches = [
-        (batch, Rows(sequences, batch, loss_mask))
+        (batch, Rows(sequences, batch, weights > 0))
         for batch in microbatches(sequences.ids, sequences.cu_seqlens, budget, part)
     ]
     tokens = sum(rows.tokens.numel() for _, rows in batches)
@@ -216,7 +258,7 @@ def add_gradients(
         hidden = agent.trunk(batch.to(agent.device))[rows.token_rows]
         targets = trajectories.response_ids[rows.tokens].to(agent.device)
         logprobs = agent.logprobs(hidden, targets, 1.0)
-        loss = -logprobs.sum() / tokens
+        loss = -(logprobs * weights[rows.tokens].to(agent.device)).sum() / tokens
         loss.backward()
         total += loss.item()
         correct += int((logprobs.detach() > math.log(0.5)).sum())

@@ -164,6 +164,23 @@ def best(folder: str | Path) -> Path | None:
     return None if step is None else _build_path(Path(folder), step)
 
 
+def find(path: str | Path) -> Path:
+    """The checkpoint that a folder means: itself, or a run's best, else newest; CheckpointError if that has none."""
+    folder = Path(path) / "checkpoints"
+    if not folder.is_dir() or (Path(path) / "config.json").exists():  # a model's own
+        return Path(path)
+    found = best(folder) or latest(folder)
+    if found is None:
+        raise CheckpointError(f"{path} is a run without a checkpoint yet; give another folder")
+    return found
+
+
+def describe_choice(run: Path, found: Path) -> str:
+    """What `find` took of a run, in words."""
+    kind = "best" if found == best(run / "checkpoints") else "newest"
+    return f"{run}: {found.name}, its {kind} checkpoint"
+
+
 def step_of(path: str | Path) -> int:
     """The step of a checkpoint folder, from its name."""
     name = Path(path).name

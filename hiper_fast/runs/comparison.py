@@ -64,6 +64,8 @@ def read_record(folder: Path, seed: int) -> tuple[Record, list[str]]:
     """A run, and the task type of each game [games]. ConfigError if it tells no single games."""
     rows = add_minutes(read_metrics(folder / "metrics.jsonl"))
     evaluations = list({row["step"]: row for row in rows if row["stage"] == "eval"}.values())
+    if not evaluations:
+        raise ConfigError(f"{folder}: it has no evaluation yet")
     names = [key.removeprefix(OUTCOMES) for key in evaluations[-1] if key.startswith(OUTCOMES)]
     if not names:
         raise ConfigError(f"{folder}: its evaluations tell no single games ({OUTCOMES}…)")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hiper_fast.runs.formats import format_decimal, format_percent, format_seconds, format_whole
+from hiper_fast.runs.health import read_learned
 
 DISPLAYS = ("auto", "panel", "plain", "none")
 PANEL_WIDTH = 78  # columns
@@ -98,8 +99,8 @@ class LineDisplay(SilentDisplay):
 class PanelDisplay(SilentDisplay):
     """A live panel: where the run stands, how it does, where the time goes."""
 
-    def __init__(self, console: Console, name: str, total_steps: int | None, history: list[Row]):
-        self._name, self._total_steps = name, total_steps
+    def __init__(self, console: Console, folder: str, total_steps: int | None, history: list[Row]):
+        self._folder, self._total_steps = folder, total_steps
         self._rows: defaultdict[str, list[Row]] = defaultdict(list)
         for row in history:
             self._rows[row["stage"]].append(row)
@@ -134,7 +135,7 @@ class PanelDisplay(SilentDisplay):
             parts.append(Text(self._stage or "starting", style="bold cyan"))
         return Panel(
             Group(*(line for part in parts for line in (part, Text()))),
-            title=Text(self._name, style="bold"),
+            title=Text(self._folder, style="bold"),
             title_align="left",
             border_style="bright_black",
             padding=(1, 2, 0, 2),
@@ -143,13 +144,13 @@ class PanelDisplay(SilentDisplay):
 
 
 def build_display(
-    kind: str, name: str, total_steps: int | None, history: list[Row]
+    kind: str, folder: str, total_steps: int | None, history: list[Row]
 ) -> SilentDisplay:
     if kind == "none":
         return SilentDisplay()
     console = Console()
     if kind != "plain" and console.is_terminal and not console.is_dumb_terminal:
-        return PanelDisplay(console, name, total_steps, history)
+        return PanelDisplay(console, folder, total_steps, history)
     return LineDisplay(total_steps)
 
 
@@ -173,7 +174,7 @@ def _format_row(row: Row) -> list[tuple[str, str]]:
 
 
 def _format_fields(row: Row, fields: list[Field]) -> list[tuple[str, str]]:
-    return [(label, form(row[key])) for key, label, form in fields if key in row]
+    return [(label, form(read_learned(row, key))) for key, label, form in fields if key in row]
 
 
 def _join_fields(fields: list[tuple[str, str]], bright: str = "") -> Text:
@@ -233,7 +234,7 @@ def _draw_numbers(row: Row) -> Table:
         grid.add_column(style="dim", min_width=9)
         grid.add_column(justify="right", min_width=8)
     for fields in zip(*PANEL_COLUMNS, strict=True):
-        cells = ((label, form(row.get(key))) for key, label, form in fields)
+        cells = ((label, form(read_learned(row, key))) for key, label, form in fields)
         grid.add_row(*(text for cell in cells for text in cell))
     return grid
 

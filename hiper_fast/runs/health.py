@@ -15,6 +15,10 @@ from typing import Any
 
 HELD = 3  # rows in a row for which a value must be out of bounds, or within them again
 FIRST = 3  # values whose mean "the first updates" had
+POLICY_METRICS = (  # that are 0 while the critic trains alone
+    "loss/policy", "loss/kl", "loss/entropy", "loss/clip_fraction", "optim/grad_norm",
+)  # fmt: skip
+VALUE_LOSS, CRITIC = "loss/value", "value/"
 LEAST_TURNS = 3  # of an episode, below which one segment is no sign of anything
 
 Row = Mapping[str, Any]
@@ -75,6 +79,15 @@ def read_trained(row: Row, key: str) -> float | None:
     """None while the critic trains alone, when the policy's metrics are 0."""
     trains = row.get("loss/policy") or "policy/clip_fraction_action" in row
     return read_number(row, key) if trains else None
+
+
+def read_learned(row: Row, key: str) -> float | None:
+    """None too for the loss of a critic where there is none; what is no metric of learning is read as it is."""
+    if key in POLICY_METRICS:
+        return read_trained(row, key)
+    if key == VALUE_LOSS and not row.get(key) and not any(k.startswith(CRITIC) for k in row):
+        return None
+    return read_number(row, key)
 
 
 def read_share_of_episode(row: Row, key: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and a progress display."""
+"""What a run tells while it runs: metrics.jsonl, what tracks it elsewhere, and a progress display."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hiper_fast.runs.display import DISPLAYS, build_display
 from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.health import Health
+from hiper_fast.runs.trackers import Tracker, start_trackers
 
 SUCCESS = "eval/success/"  # before a task type
 OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a success rate (Wilson 1927), (0, 1) for n = 0.
 
     With p = successes / n: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
@@ -86,14 +87,15 @@ def list_success(row: Mapping[str, Any]) -> list[tuple[str, float, int, float, f
 
 
 class Logger:
-    """Writes each row to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`, shows it, and says what is wrong.
+    """Writes each row to `run_dir/metrics.jsonl` and to the trackers, shows it, and says what is wrong.
 
     `resume_step=None` starts a new run: rows the folder may hold are dropped.
     `resume_step=n` continues a run from its checkpoint of step n: later rows are dropped (the warm
     start's, which counts its own steps, stay), so that the file ends up as if the run had never
     stopped.
     `display` is "plain" (a line a row), "none", or "panel" or "auto": a live panel in a terminal,
-    else plain.
+    else plain. `track` names trackers, which get the `options` and the last evaluation too; one that fails is
+    said and left out: metrics.jsonl is the record.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Logger:
         resume_step: int | None = None,
         display: str = "auto",
         total_steps: int | None = None,
+        track: Sequence[str] = ("tensorboard",),
+        options: Mapping[str, Any] | None = None,
     ):
         if display not in DISPLAYS:
             raise ValueError(f"display must be one of {', '.join(DISPLAYS)}, got {display!r}")
@@ -111,9 +115,10 @@ class Logger:
         path = self.run_dir / "metrics.jsonl"
         history = _drop_rows_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = TensorBoard(self.run_dir / "tensorboard", resume_step)
+        self._trackers = start_trackers(track, self.run_dir, resume_step, options or {})
+        self._last_eval = next((row for row in reversed(history) if row["stage"] == "eval"), None)
         self._times: defaultdict[str, float] = defaultdict(float)
-        self._display = build_display(display, self.run_dir.name, total_steps, history)
+        self._display = build_display(display, str(self.run_dir), total_steps, history)
         self._health = Health(history)
 
     def log(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
@@ -128,7 +133,8 @@ class Logger:
         row = {"step": step, "stage": stage, **values}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        self._tensorboard.add(row)
+        self._last_eval = row if stage == "eval" else self._last_eval
+        self._tell_trackers(lambda tracker: tracker.add(row))
         self._display.show(row)
         for text in self._health.read(row):
             self.message(text)
@@ -148,16 +154,26 @@ class Logger:
         """Say something once, above the progress display."""
         self._display.show_message(text)
 
-    def close(self) -> None:
+    def _tell_trackers(self, tell: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tell(tracker)
+            except Exception as error:  # whatever a foreign package raises: the run goes on
+                del self._trackers[name]
+                self.message(f"run.track: {name} failed, and the run goes on without it: {error}")
+
+    def close(self, *, failed: bool = False) -> None:
+        row = self._last_eval or {}
+        table = list_success(row) if row.get("eval/episodes") else []
+        self._tell_trackers(lambda tracker: tracker.close(table, failed=failed))
         self._display.close()
-        self._tensorboard.close()
         self._file.close()
 
     def __enter__(self) -> Logger:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        self.close(failed=kind is not None)
 
 
 class Muted:
@@ -193,35 +209,3 @@ def _drop_rows_after(path: Path, resume_step: int | None) -> list[dict[str, Any]
     if path.exists() and path.read_bytes() != text.encode():
         replace_text(path, text)
     return rows
-
-
-class TensorBoard:
-    """Event files, if tensorboard is installed; the warm start has its own steps: a run apart."""
-
-    def __init__(self, folder: Path, resume_step: int | None):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            SummaryWriter = None
-        self._writer_type = SummaryWriter
-        self._folder = folder
-        self._first_step = 0 if resume_step is None else resume_step + 1
-        self._writers: dict[str, Any] = {}
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        if self._writer_type is None:
-            return
-        writer = self._open_writer("warm_start" if row["stage"] == "warm_start" else "")
-        for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)):
-                writer.add_scalar(key, value, row["step"])
-
-    def _open_writer(self, run: str) -> Any:
-        if run not in self._writers:
-            purge = None if run and self._first_step else self._first_step
-            self._writers[run] = self._writer_type(str(self._folder / run), purge_step=purge)
-        return self._writers[run]
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()

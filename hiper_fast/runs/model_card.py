@@ -101,7 +101,11 @@ def describe_training(
     train, advantage, start = config.train, config.advantage, config.warm_start
     episodes = max((row["episodes"] for row in rows if row["stage"] == "train"), default=0)
     turns = max(count_turns(rows).values())
-    shown = f"{start.episodes:,} scripted episodes imitated, {start.epochs} times"
+    own = Path(start.demonstrations).suffix  # a file of episodes, not a scripted player
+    episodes_shown = (
+        f"episodes of {start.demonstrations}" if own else f"{start.episodes:,} scripted episodes"
+    )
+    shown = f"{episodes_shown} imitated, {start.epochs} times"
     return {
         "estimator": f"{advantage.estimator}, gamma {advantage.gamma:g}, "
         f"lambda {advantage.lambda_turn:g} over turns, {advantage.lambda_segment:g} over segments",

@@ -20,7 +20,7 @@ from hiper_fast import response
 from hiper_fast.runs.charts import WIDE, Format, Point, Series, draw_chart, draw_intervals
 from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.formats import format_decimal, format_percent, format_seconds
-from hiper_fast.runs.health import Alert, Health, read_finite, read_number
+from hiper_fast.runs.health import Alert, Health, read_finite, read_learned, read_number
 from hiper_fast.runs.metrics import read_metrics, wilson
 
 PAGE = Path(__file__).parent / "page"
@@ -45,15 +45,17 @@ def build(run_dir: str | Path) -> Path:
     config_file = run_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     train, evals = _select_stage(rows, "train"), select_evaluations(rows)
+    warm = _select_stage(rows, "warm_start")
+    start = "Warm start" if warm else "Before training"
     viewer, note = _read_episodes(run_dir / "episodes")
     page = Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         name=escape(run_dir.resolve().name),
         summary=escape(_summarize(config)),
         config=escape(config or "no config.yaml"),
-        figures=_draw_cards(rows, train, evals),
-        success=_draw_success(train, evals, _select_stage(rows, "warm_start")),
+        figures=_draw_cards(rows, train, evals, start),
+        success=_draw_success(train, evals, warm),
         health=_draw_health(rows),
-        tasks=_draw_task_table(evals),
+        tasks=_draw_task_table(evals, start),
         charts=_draw_charts(rows),
         note=escape(note),
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
@@ -114,8 +116,8 @@ def _summarize(config: str) -> str:
     return "  ·  ".join(form.format(find(path)) for path, form in parts if find(path) is not None)
 
 
-def _draw_cards(rows: list[Row], train: list[Row], evals: list[Row]) -> str:
-    cards = _draw_rate_cards(evals)
+def _draw_cards(rows: list[Row], train: list[Row], evals: list[Row], start: str) -> str:
+    cards = _draw_rate_cards(evals, start)
     if train and not evals:
         rate = format_percent(read_number(train[-1], "rollout/success"))
         cards.append(_draw_card("Success in training", rate, "no evaluation yet"))
@@ -128,17 +130,18 @@ def _draw_cards(rows: list[Row], train: list[Row], evals: list[Row]) -> str:
     warm += _add_up(_select_stage(rows, "warm_start")[-1:], "warm_start")
     trained, evaluated = _add_up(rows, "train"), _add_up(rows, "eval", "time/eval")
     if total := warm + trained + evaluated:
-        note = f"{format_seconds(warm)} warm start, {format_seconds(evaluated)} eval"
+        begun = f"{format_seconds(warm)} warm start, " if warm else ""
+        note = f"{begun}{format_seconds(evaluated)} eval"
         cards.append(_draw_card("Time", format_seconds(total), note))
     return "".join(cards) or '<p class="empty">Nothing has been logged yet.</p>'
 
 
-def _draw_rate_cards(evals: list[Row]) -> list[str]:
+def _draw_rate_cards(evals: list[Row], start: str) -> list[str]:
     ends, cards = _select_ends(evals), []
     for row, kind in zip(ends, ("", "main"), strict=False):
         bounds = f"{format_percent(row['eval/low'])} – {format_percent(row['eval/high'])}, 95 %"
         rate = format_percent(row["eval/success"])
-        cards.append(_draw_card(_name_update(row), rate, bounds, kind))
+        cards.append(_draw_card(_name_update(row, start), rate, bounds, kind))
     if len(ends) > 1:
         gain = 100 * (ends[-1]["eval/success"] - ends[0]["eval/success"])
         cards.append(_draw_card("Change", f"{gain:+.1f}", "points on unseen games"))
@@ -150,8 +153,8 @@ def _select_ends(evals: list[Row]) -> list[Row]:
     return evals[:1] + evals[1:][-1:]
 
 
-def _name_update(row: Row) -> str:
-    return f"Update {row['step']}" if row["step"] else "Warm start"
+def _name_update(row: Row, start: str) -> str:
+    return f"Update {row['step']}" if row["step"] else start
 
 
 def _draw_card(label: str, figure: str, note: str = "", kind: str = "") -> str:
@@ -191,11 +194,11 @@ def _draw_alert(alert: Alert) -> str:
     )
 
 
-def _draw_task_table(evals: list[Row]) -> str:
+def _draw_task_table(evals: list[Row], start: str) -> str:
     if not evals:
         return '<p class="empty">No evaluation yet.</p>'
     ends = _select_ends(evals)
-    header = "".join(f'<th colspan="2">{_name_update(row)}</th>' for row in ends)
+    header = "".join(f'<th colspan="2">{_name_update(row, start)}</th>' for row in ends)
     prefix = "eval/success/"
     names = {key.removeprefix(prefix) for row in ends for key in row if key.startswith(prefix)}
     lines = "".join(_draw_task(name, ends) for name in [*sorted(names), None])
@@ -318,7 +321,7 @@ def _draw_times(train: list[Row]) -> str:
 
 
 def _read_column(rows: list[Row], key: str, steps: list[int]) -> list[float | None]:
-    by_step = {row["step"]: read_number(row, key) for row in rows}
+    by_step = {row["step"]: read_learned(row, key) for row in rows}
     return [by_step.get(step) for step in steps]
 
 
@@ -362,27 +365,37 @@ def _read_episodes(folder: Path) -> tuple[list[dict], str]:
 
 
 def _read_episode(episode: dict) -> dict:
-    turns = enumerate(episode.get("turns", []))
+    turns = enumerate(episode.get("turns", []), 1)
     return {
         "task": str(episode.get("task", "")),
         "type": str(episode.get("task_type", "")).replace("_", " "),
         "won": bool(episode.get("won")),
         "truncated": bool(episode.get("truncated")),
-        "turns": [_read_turn(turn, first=index == 0) for index, turn in turns],
+        "turns": [_read_turn(turn, number) for number, turn in turns],
     }
 
 
-def _read_turn(turn: dict, first: bool) -> dict:
+def _read_turn(turn: dict, number: int) -> dict:
+    """`number` counts from 1, as hiper_fast.play does."""
     return {
+        "number": number,
         "observation": str(turn.get("observation", "")),
-        "blocks": cut_blocks(str(turn.get("response", ""))),
-        "switch": bool(turn.get("switch")) or first,
+        "blocks": _read_pieces(turn) or cut_blocks(str(turn.get("response", ""))),
+        "switch": bool(turn.get("switch")) or number == 1,
         "valid": bool(turn.get("valid")),
         "subgoal": turn.get("subgoal"),
         "reward": _round(turn.get("reward")),
         "advantage": _read_levels(turn, "advantage"),
         "value": _read_levels(turn, "value"),
     }
+
+
+def _read_pieces(turn: dict) -> list[tuple[str, str]]:
+    """A response as its tokens trained; none in records that do not tell (`cut_blocks`)."""
+    pieces = turn.get("pieces")
+    pieces = pieces if isinstance(pieces, list) else []
+    pairs = [piece for piece in pieces if isinstance(piece, list) and len(piece) == 2]
+    return [(str(text), block if block in ROLES else "") for text, block in pairs]
 
 
 def _read_levels(turn: dict, what: str) -> dict[str, float | None]:

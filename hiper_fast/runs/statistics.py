@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hiper_fast.options import ConfigError
+from hiper_fast.runs.metrics import wilson
 
 CONFIDENCE = 0.95
 TRIMMED = 0.25  # share that the interquartile mean leaves out at each end
@@ -60,6 +61,19 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     stats = import_scipy_stats()
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
     return Estimate(mean, mean - float(half), mean + float(half))
+
+
+def pool(outcomes: np.ndarray) -> Estimate:
+    """Success of games that were each played several times, `outcomes` [plays, games], with Wilson's interval.
+
+    Plays of one game are alike, so they are no further games: the interval is that of so many games as would give
+    the variance that the games' means have. With one play that is as many as there are.
+    """
+    means, (plays, games) = outcomes.mean(0), outcomes.shape
+    rate, spread = float(means.mean()), float(means.var())
+    single = rate * (1 - rate)  # the variance of games played once
+    count = games if not single else games * min(plays, single / spread if spread else plays)
+    return Estimate(rate, *wilson(rate * count, count))
 
 
 def interquartile_mean(outcomes: np.ndarray) -> float:

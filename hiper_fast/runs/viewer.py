@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ LEVELS = {
     "high": (reference.SUBGOAL, HIGH),
     "low": (reference.ACTION, LOW),
 }
+BLOCKS = {"switch": "switch", "high": "subgoal", "low": "action"}  # level -> what its tokens say
+
+Decode = Callable[[list[int]], bytes]
 
 
 def write_episodes(
@@ -29,24 +35,30 @@ def write_episodes(
     credit: Credit | None = None,
     values: Tensor | None = None,
     *,
+    decode: Decode | None = None,
     count: int = 8,
 ) -> None:
     """Writes the first `count` episodes to `folder/step-XXXXXX.jsonl`, one a line.
 
-    `values` is float32 [turns, 3]: low, high, switch.
+    `values` is float32 [turns, 3]: low, high, switch. With `decode`, token ids -> bytes, responses are also
+    kept in pieces, each with the block as which its tokens trained.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:06d}.jsonl"
     former = path.read_text().splitlines() if path.exists() else []
     lines = [line for line in former if json.loads(line)["stage"] != stage]
     for index in range(min(count, len(trajectories.episodes))):
-        record = build_record(trajectories, index, credit, values)
+        record = build_record(trajectories, index, credit, values, decode)
         lines.append(json.dumps(record | {"step": step, "stage": stage}))
     replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def build_record(
-    trajectories: Trajectories, index: int, credit: Credit | None, values: Tensor | None
+    trajectories: Trajectories,
+    index: int,
+    credit: Credit | None,
+    values: Tensor | None,
+    decode: Decode | None = None,
 ) -> dict[str, Any]:
     episode = trajectories.episodes[index]
     turns = []
@@ -60,7 +72,10 @@ def build_record(
             "action": turn.action,
             "reward": float(trajectories.rewards[i]),
         }
-        turns.append(said | _read_advantages(credit, i) | _read_values(values, i))
+        advantages = _read_advantages(credit, i)
+        if decode:
+            said["pieces"] = _cut_pieces(trajectories, i, advantages, decode)
+        turns.append(said | advantages | _read_values(values, i))
     return {
         "task": episode.task,
         "task_type": episode.task_type,
@@ -84,3 +99,27 @@ def _read_values(values: Tensor | None, turn: int) -> dict[str, float | None]:
         f"value_{name}": None if values is None else float(values[turn, column])
         for name, (_, column) in LEVELS.items()
     }
+
+
+def _cut_pieces(
+    trajectories: Trajectories, turn: int, advantages: dict[str, float | None], decode: Decode
+) -> list[tuple[str, str]]:
+    """The response as (text, block): runs of tokens that trained as one block, "" as none."""
+    begin, end = trajectories.cu_tokens[turn : turn + 2].tolist()
+    ids = trajectories.response_ids[begin:end].tolist()
+    blocks = [_name_block(role, advantages) for role in trajectories.roles[begin:end].tolist()]
+    decoder, pieces = codecs.getincrementaldecoder("utf-8")("replace"), []
+    for block, run in groupby(zip(blocks, ids, strict=True), key=lambda pair: pair[0]):
+        text = decoder.decode(decode([token for _, token in run]))
+        if text:
+            pieces.append((text, block))
+    if rest := decoder.decode(b"", final=True):
+        pieces.append((rest, blocks[-1]))
+    return pieces
+
+
+def _name_block(role: int, advantages: dict[str, float | None]) -> str:
+    """That of a token's roles whose level it trained; where none did, that of any."""
+    own = [name for name, (bit, _) in LEVELS.items() if role & bit]
+    trained = [name for name in own if advantages[f"advantage_{name}"] is not None]
+    return BLOCKS[(trained or own)[0]] if own else ""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -199,6 +200,49 @@ def test_live_panel_shows_everything(tmp_path, monkeypatch):
     labels = ["eta", "segment", "switch", "valid", "policy loss", "kl", "rollout", "total"]
     for expected in ["update 3 / 40", *labels, "▅", "[saved]"]:
         assert expected in text
+
+
+def show_panel(tmp_path, monkeypatch, *rows):
+    output = io.StringIO()
+    monkeypatch.setattr(
+        display, "Console", lambda: Console(file=output, force_terminal=True, width=100)
+    )
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.chdir(tmp_path)
+    with Logger("runs/mine", total_steps=40) as logger:
+        for step, row in enumerate(rows, 1):
+            logger.log(step, "train", row)
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", output.getvalue())
+
+
+def test_the_panel_names_the_run_folder(tmp_path, monkeypatch):
+    assert "─ runs/mine ─" in show_panel(tmp_path, monkeypatch, FULL)
+
+
+ALONE = FULL | dict.fromkeys(
+    ["loss/policy", "loss/kl", "loss/entropy", "loss/clip_fraction", "optim/grad_norm"], 0.0
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "dashes", "figures"),
+    [
+        (ALONE, ["policy loss", "kl", "entropy", "clipped", "grad norm"], ["value loss"]),
+        (FULL | {"loss/value": 0.0}, ["value loss", "kl"], ["policy loss"]),
+        (FULL | {"loss/value": 0.0, "value/explained_low": 0.5}, ["kl"], ["value loss"]),
+    ],
+)
+def test_what_does_not_train_is_a_dash(tmp_path, monkeypatch, capsys, row, dashes, figures):
+    text = show_panel(tmp_path, monkeypatch, row)
+    for label in dashes:
+        assert re.search(rf"{label} +–", text), label
+    for label in figures:
+        assert re.search(rf"{label} +-?\d", text), label
+    with Logger(tmp_path, display="plain") as logger:
+        logger.log(1, "train", row)
+    line = capsys.readouterr().out
+    assert ("policy –" in line) == ("policy loss" in dashes)
+    assert ("value –" in line) == ("value loss" in dashes)
 
 
 def test_sparkline():

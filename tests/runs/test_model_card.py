@@ -167,3 +167,15 @@ def test_texts_are_as_whole_as_the_checkpoint(agent, tmp_path, monkeypatch):
         save(tmp_path, agent, 2, texts={"README.md": "another"})
     assert [file.name for file in tmp_path.iterdir()] == ["step-000001"]
     assert (path / "README.md").read_text(encoding="utf-8") == "ä card"
+
+
+@pytest.mark.parametrize(
+    ("shown", "told"),
+    [
+        ("search", "9,000 scripted episodes imitated"),
+        ("a/mine.jsonl", "episodes of a/mine.jsonl imitated"),
+    ],
+)
+def test_what_was_imitated_is_named(shown, told):
+    config = configure(warm_start__demonstrations=shown)
+    assert told in model_card.describe_training(config, 0, [], {})["warm start"]

@@ -130,6 +130,26 @@ def test_every_section_of_a_whole_run(tmp_path):
     assert (entry["step"], entry["stage"], len(entry["episodes"][0]["turns"])) == (7, "train", 2)
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_start_is_named_after_what_there_was(tmp_path, warm):
+    rows = [{"step": 9, "stage": "warm_start", "time/total": 4.0}] * warm
+    rows += [evaluation(0, 32), update(1), evaluation(1, 48)]
+    text = build(write_run(tmp_path / "run", rows)).text
+    named, other = ("Warm start", "Before training")[:: 1 if warm else -1]
+    assert text.count(named) == 2 and other not in text, "a card and a column"
+    assert ("warm start, " in text) == warm
+
+
+def test_what_does_not_train_yet_has_no_curve(tmp_path):
+    """While the critic trains alone the policy's figures are 0 in the file, and no curve begins there."""
+    zero = dict.fromkeys(["loss/policy", "loss/kl", "loss/entropy", "optim/grad_norm"], 0.0)
+    rows = [update(1, **zero), update(2, **zero), update(3), update(4)]
+    page = build(write_run(tmp_path / "run", rows))
+    charts = [json.loads(own["data-hover"]) for tag, own in page.tags if tag == "figure"]
+    [texts] = [chart["text"] for chart in charts if "policy loss" in chart["text"][-1]]
+    assert texts[:2] == ["step 1", "step 2"] and "policy loss -0.1" in texts[2]
+
+
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
     report.build(write_run(tmp_path / "run", [update(1)], [episode(1, [turn()])]))
     page = build(tmp_path / "run")

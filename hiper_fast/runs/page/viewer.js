@@ -47,9 +47,9 @@ function drawReply(turn, scale) {
   return reply;
 }
 
-function drawTurn(turn, index, scale) {
-  const element = make("div", "turn", null, make("span", "number", index));
-  element.id = `turn-${index}`;
+function drawTurn(turn, scale) {
+  const element = make("div", "turn", null, make("span", "number", turn.number));
+  element.id = `turn-${turn.number}`;
   const observation = turn.observation.trim();
   const first = observation.split("\n", 1)[0];
   if (first === observation && observation.length < 110) {
@@ -86,13 +86,13 @@ function drawRibbon(episode, groups, scale) {
     for (const index of group) {
       const turn = episode.turns[index];
       const column = make("a");
-      column.href = `#turn-${index}`;
+      column.href = `#turn-${turn.number}`;
       for (const level of LEVELS) {
         const cell = colour(make("b"), turn.advantage[level], scale);
-        cell.dataset.tip = `turn ${index} · ${described(turn, level)}`;
+        cell.dataset.tip = `turn ${turn.number} · ${described(turn, level)}`;
         column.append(cell);
       }
-      column.append(make("span", "", index));
+      column.append(make("span", "", turn.number));
       piece.append(column);
     }
     strip.append(piece);
@@ -112,9 +112,10 @@ function drawEpisode(episode, scale) {
   const body = make("div", "", null, outcome, drawRibbon(episode, groups, scale));
   groups.forEach((group, index) => {
     const subgoal = episode.turns[group[0]].subgoal || "no subgoal";
-    const range = group.length > 1 ? `turns ${group[0]} to ${group.at(-1)}` : `turn ${group[0]}`;
+    const [first, last] = [group[0], group.at(-1)].map((turn) => episode.turns[turn].number);
+    const range = first < last ? `turns ${first} to ${last}` : `turn ${first}`;
     const heading = make("h3", "", subgoal, make("small", "", `segment ${index + 1} · ${range}`));
-    const turns = group.map((turn) => drawTurn(episode.turns[turn], turn, scale));
+    const turns = group.map((turn) => drawTurn(episode.turns[turn], scale));
     body.append(make("div", "segment", null, heading, ...turns));
   });
   return body;
