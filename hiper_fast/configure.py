@@ -19,7 +19,7 @@ import yaml
 from hiper_fast import estimators
 from hiper_fast.config import SHORT, Config
 from hiper_fast.envs.family import Family, families
-from hiper_fast.options import ConfigError, Setting, find_option, list_options, set_options
+from hiper_fast.options import NONE, ConfigError, Setting, find_option, list_options, set_options
 from hiper_fast.rollout import engines
 from hiper_fast.runs.folder import CHECKPOINT_CONFIG, CONFIG, find_run_folder
 
@@ -57,7 +57,7 @@ def read_command_line(
     own = list(read_file(run, local=False)) if run else []
     given = read_arguments(parser, argv, own)
     files = given.pop("config", [])
-    if "run.resume_from" in given:
+    if given.get("run.resume_from", NONE[0]) not in NONE:
         given["run.resume"] = True
     config = resolve(files, given, own)
     if config.run.resume:

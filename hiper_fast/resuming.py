@@ -80,12 +80,12 @@ def tell_stop(config: Config) -> str:
 
 @contextlib.contextmanager
 def naming_others(saved: Path | None) -> Iterator[None]:
-    """Within, an error that asks for another checkpoint than `saved` says how to get the one before."""
+    """Within, an error that asks for another checkpoint than `saved` says which there is."""
     try:
         yield
     except CheckpointError as error:
-        others = checkpoint.list_steps(saved.parent)
-        others.remove(checkpoint.step_of(saved))
+        others = checkpoint.list_steps(saved.parent) if saved else []
+        others = [step for step in others if step != checkpoint.step_of(saved)]
         if not others or not str(error).endswith("use another checkpoint"):
             raise
         raise CheckpointError(f"{error}, as with --run.resume_from {others[-1]}") from error

@@ -202,6 +202,8 @@ def open_session(config: Config, world: World, stopping: Stopping) -> Iterator[S
             session.saved = saved
             if saved:
                 restore(session, folder)
+        if config.run.resume_from is not None and world.main:
+            set_aside(folder, session.done)
         if not config.run.resume:
             folder = world.first(lambda: make_run_folder(config))
             stack.enter_context(hold_run(folder, world))
@@ -243,8 +245,7 @@ def prepare(config: Config, world: World, stopping: Stopping) -> Session:
 
 
 def restore(session: Session, folder: Path) -> None:
-    """Puts everything back as the checkpoint has it; then what the run has from later is set aside, if another way
-    was asked for."""
+    """Puts everything back as the checkpoint has it."""
     config, agent, world, saved = session.config, session.agent, session.world, session.saved
     state = checkpoint.read_state(saved)
     if config.warm_start.enabled == "yes" and config.train.kl_coef:
@@ -253,8 +254,6 @@ def restore(session: Session, folder: Path) -> None:
     networks = {"policy": agent.model, "critic": agent.critic}
     session.state |= checkpoint.load(saved, **networks, optimizers=session.optimizers, world=world)
     session.done = session.kept = checkpoint.step_of(saved)
-    if config.run.resume_from is not None and world.main:
-        set_aside(folder, session.done)
 
 
 def begin(session: Session, changes: list[str]) -> None:

@@ -11,6 +11,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -223,6 +224,34 @@ def test_a_forked_worker_ends_by_the_signal_as_if_nobody_listened():
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert not signals.asked
+
+
+def one_of_two(rank, port, argv, told):
+    """A process of a run, as torchrun would have started it."""
+    told_by = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told_by.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    tell_at("hiper_fast.train", "update", 2, told, wait=0.5)
+    os._exit(train.main(argv))
+
+
+def test_many_processes_stop_after_the_same_update_whichever_was_asked(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    told = context.Event()
+    argv = arguments(tmp_path, name="two", **{"run.save_every": 100, "warm_start.enabled": "no"})
+    pair = [context.Process(target=one_of_two, args=(rank, port, argv, told)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    send("SIGTERM")(pair[1], told)
+    for process in pair:
+        process.join(200)
+    assert [process.exitcode for process in pair] == [143, 143]
+    assert checkpoint.latest(tmp_path / "two" / "checkpoints").name == "step-000002"
+    assert train.main(resume(tmp_path, "two", "--updates", "3")) == 0, "one goes on with it"
+    assert [row["step"] for row in rows(tmp_path / "two") if row["stage"] == "train"] == [1, 2, 3]
 
 
 # The command itself.

@@ -167,7 +167,8 @@ class Logger:
             getattr(self._display, what)(*content)
         except OSError:  # a terminal or a pipe that is gone ends no run
             self._display = SilentDisplay()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)  # where what is still in the buffer goes
 
     def close(self) -> None:
         self._show("close")
