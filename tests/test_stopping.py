@@ -23,8 +23,7 @@ from helpers import configure
 from test_train import arguments, failure, rows
 
 from hiper_fast import stopping, train
-from hiper_fast.runs import checkpoint, lock
-from hiper_fast.runs.folder import make_run_folder
+from hiper_fast.runs import checkpoint, folder, lock
 
 pytestmark = pytest.mark.timeout(600)
 STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -296,6 +295,7 @@ def test_a_terminal_that_hangs_up_stops_the_run_with_its_state_saved(tmp_path):
 # Kills at random moments.
 
 
+@pytest.mark.timeout(200 * KILLS)
 def test_killed_at_random_moments_a_run_ends_up_as_if_nothing_had_been(finished, tmp_path):
     """Every signal and kill -9, until there were HIPER_FAST_KILLS of them; a run that ends gives way to another."""
     whole, seconds = finished
@@ -305,7 +305,7 @@ def test_killed_at_random_moments_a_run_ends_up_as_if_nothing_had_been(finished,
         name = f"killed-{number}"
         run, number, ended = tmp_path / name, number + 1, False
         while not ended:
-            kill, delay = names[kills % 4], rng.uniform(0.1, 0.8) * seconds
+            kill, delay = names[kills % 4], rng.uniform(0.05, 0.7) * seconds
             begun = (run / "config.yaml").exists()
             argv = resume(tmp_path, name) if begun else arguments(tmp_path, name=name)
             act = functools.partial(disturb, kill, delay if kills < KILLS else None)
@@ -390,22 +390,20 @@ def test_without_locks_an_owner_on_another_host_is_believed(tmp_path, monkeypatc
         lock.hold(tmp_path, "run", "").__enter__()
 
 
-def make_folder(folder, barrier, made):
-    config = configure(run__folder=str(folder))
-    barrier.wait()
-    made.put(make_run_folder(config).name)
+def test_runs_that_begin_in_one_moment_get_folders_of_their_own(tmp_path, monkeypatch):
+    find, faster = folder.find_run_folder, iter([True, True, False, True])
 
+    def overtaken(config):
+        found = find(config)
+        if next(faster):
+            found.mkdir(parents=True)
+        return found
 
-def test_runs_that_begin_in_one_moment_get_folders_of_their_own(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    barrier, made = context.Barrier(4), context.Queue()
-    several = [
-        context.Process(target=make_folder, args=(tmp_path, barrier, made)) for _ in range(4)
-    ]
-    for process in several:
-        process.start()
-    names = {made.get(timeout=60) for _ in several}
-    assert names == {"household-seed0", *(f"household-seed0-{i}" for i in (2, 3, 4))}
+    monkeypatch.setattr(folder, "find_run_folder", overtaken)
+    made = folder.make_run_folder(configure(run__folder=str(tmp_path)))
+    assert made.name == "household-seed0-3" and made.is_dir()
+    with pytest.raises(ValueError, match="--name: the run .*mine exists"):
+        folder.make_run_folder(configure(run__folder=str(tmp_path), run__name="mine"))
 
 
 # Another way from an earlier update.
