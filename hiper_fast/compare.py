@@ -10,7 +10,6 @@ Options of a run (--train.updates 8) go over those of every arm. docs/compare.md
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -36,6 +35,7 @@ from hiper_fast.runs.comparison import MEASURES, Question, compare
 from hiper_fast.runs.comparison_page import write_page
 from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.formats import format_percent
+from hiper_fast.runs.lock import hold
 from hiper_fast.runs.metrics import read_metrics
 from hiper_fast.runs.report import select_evaluations
 from hiper_fast.runs.statistics import import_scipy_stats
@@ -54,7 +54,7 @@ from hiper_fast.study import (
     write_arms,
 )
 
-LOGS, LOCK = "logs", ".lock"
+LOGS = "logs"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,18 +123,6 @@ def parse_seeds(text: str) -> int | list[int]:
     except ValueError:
         raise ConfigError(f"--seeds: expected a number, or some (0,1,2), got {text!r}") from None
     return seeds if "," in text or not seeds else seeds[0]
-
-
-@contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """The folder, for this process alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another comparison is at work here") from None
-        yield
 
 
 def run_all(runs: Sequence[Run], jobs: int) -> dict[str, str]:
@@ -296,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("--jobs: must be at least 1")
         check_recorded(study)
         if not own.get("only_report"):
-            with hold(study.folder):
+            with hold(study.folder, "comparison", "give this one another --folder"):
                 record_study(study)
                 failed = run_all(study.list_runs(), jobs)
         for label, why in failed.items():

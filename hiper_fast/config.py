@@ -275,7 +275,15 @@ class RunConfig:
     folder: str = option("runs", "where runs are kept")
     seed: int = option(0, "seed of games, initial weights and sampling", unbounded=True)
     resume: bool = option(False, "continue from the run's latest checkpoint, exactly")
+    resume_from: int | None = option(
+        None,
+        "resume from this update's checkpoint; what came later is kept in a folder apart",
+        least=0,
+    )
     save_every: int = option(10, "updates between checkpoints", above=0)
+    save_minutes: float = option(
+        30.0, "minutes after which an update is saved all the same; 0: by updates alone", least=0
+    )
     keep: int = option(2, "checkpoints kept, beside the best", above=0)
     display: Literal["auto", "panel", "plain", "none"] = option(
         "auto",

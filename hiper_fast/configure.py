@@ -20,9 +20,9 @@ from hiper_fast import estimators
 from hiper_fast.config import SHORT, Config
 from hiper_fast.envs.family import Family, families
 from hiper_fast.learn.demonstrations import check_name
-from hiper_fast.options import ConfigError, Setting, find_option, list_options, set_options
+from hiper_fast.options import NONE, ConfigError, Setting, find_option, list_options, set_options
 from hiper_fast.rollout import engines
-from hiper_fast.runs.folder import find_run_folder
+from hiper_fast.runs.folder import CHECKPOINT_CONFIG, CONFIG, find_run_folder
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "command line"
@@ -58,11 +58,11 @@ def read_command_line(
     own = list(read_file(run, local=False)) if run else []
     given = read_arguments(parser, argv, own)
     files = given.pop("config", [])
+    if given.get("run.resume_from", NONE[0]) not in NONE:
+        given["run.resume"] = True
     config = resolve(files, given, own)
     if config.run.resume:
-        config = resolve(
-            [], given, list(read_file(find_run_folder(config) / "config.yaml", local=False))
-        )
+        config = resolve([], given, read_run(find_run_folder(config)))
     return config
 
 
@@ -227,6 +227,16 @@ def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
     for setting in read_sections(content, source):
         if setting[1] not in skipped:
             yield setting
+
+
+def read_run(folder: Path) -> list[Setting]:
+    """The settings of a run's own options, without those that belong to the machine."""
+    try:
+        return list(read_file(folder / CONFIG, local=False))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; each of the run's checkpoints has a copy of it, {CHECKPOINT_CONFIG}"
+        ) from None
 
 
 def read_sections(content: Any, source: str) -> Iterator[Setting]:

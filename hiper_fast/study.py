@@ -27,7 +27,13 @@ from hiper_fast.runs.folder import replace_text
 
 STUDY = "study.yaml"
 KEYS = "config", "base", "arms", "seeds"
-OWN = "run.name", "run.folder", "run.seed", "run.resume"  # what a study sets of a run
+OWN = (
+    "run.name",
+    "run.folder",
+    "run.seed",
+    "run.resume",
+    "run.resume_from",
+)  # what a study sets of a run
 GROUP = 8  # episodes of a game, where an estimator that is given by its name alone compares them
 WARM_START = "warm-start"
 IMITATED_SECTIONS = "env", "agent", "model", "warm_start"  # what a warm start depends on, but for

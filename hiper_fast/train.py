@@ -10,8 +10,15 @@ torchrun --nproc-per-node 8 -m hiper_fast.train …  # the same on 8 GPUs
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
+
+from hiper_fast import stopping
+
+if __name__ == "__main__":
+    stopping.catch_early()  # the imports below take seconds
 
 import torch
 from safetensors import SafetensorError
@@ -27,17 +34,26 @@ from hiper_fast.learn.score import score
 from hiper_fast.learn.shaping import shape
 from hiper_fast.learn.update import update
 from hiper_fast.options import ConfigError
+from hiper_fast.resuming import tell_finished, tell_stop
 from hiper_fast.rollout.play import play_tasks
 from hiper_fast.rollout.summary import summarise
 from hiper_fast.runs.checkpoint import CheckpointError
 from hiper_fast.session import Batch, Session, open_session
+from hiper_fast.stopping import Stopping
 
 ERRORS = ConfigError, GameError, CheckpointError, FloatingPointError, OSError, SafetensorError
 
 
 def train(config: Config, world: World) -> None:
-    """One run: warm start, then updates of rollout -> values -> credit -> PPO; evaluations, checkpoints."""
-    with open_session(config, world) as session:
+    """One run: warm start, then updates of rollout -> values -> credit -> PPO; evaluations, checkpoints.
+
+    A signal to stop ends it with `stopping.Stop`, saved.
+    """
+    if config.run.resume and (told := world.first(lambda: tell_finished(config))):
+        if world.main:
+            print(told)
+        return
+    with Stopping() as signals, open_session(config, world, signals) as session:
         for step in range(session.first_step, config.train.updates + 1):
             batch = learn(session, step) if step > 0 else None
             keep_and_tell(session, step, batch)
@@ -49,7 +65,7 @@ def learn(session: Session, step: int) -> Batch:
     config, agent, games = session.config, session.agent, session.games
     began = time.perf_counter()
     seed = seed_step(config, step)
-    with session.logger.stage("rollout"):
+    with session.logger.stage("rollout"), session.leaving_at_once():
         tasks = games.draw(f"update {step}", config.train.episodes, config.train.group)
         trajectories = play_tasks(
             agent, session.envs, tasks, games.family, session.prompter, config,
@@ -68,27 +84,30 @@ def learn(session: Session, step: int) -> Batch:
         )  # fmt: skip
     counts = {"episodes": step * config.train.episodes, "time/total": time.perf_counter() - began}
     session.logger.log(step, "train", summarise(trajectories) | losses | counts)
-    session.count_skipped(losses)
+    session.count_skipped(step, losses)
     return Batch(trajectories, targets)
 
 
 def keep_and_tell(session: Session, step: int, batch: Batch | None) -> None:
-    """Evaluates, records episodes and saves where it is time to; stops a run that cannot go on."""
+    """Evaluates, records episodes and saves where it is time to; stops a run that cannot go on, or is to stop."""
     config, improved = session.config, False
-    last = step == config.train.updates or session.is_stuck
+    last = step == config.train.updates
+    if session.is_stuck:
+        session.report()
+        raise FloatingPointError(session.tell_way_back())
     if step % config.eval.every == 0 or last:
-        metrics, panel = evaluate(session.agent, session.games, session.prompter, config)
+        with session.leaving_at_once(step == 0 and config.warm_start.enabled == "no"):
+            metrics, panel = evaluate(session.agent, session.games, session.prompter, config)
         improved = session.note_success(metrics["eval/success"])
         session.logger.log(step, "eval", metrics)
         session.record(step, panel, batch)
-    if step % config.run.save_every == 0 or improved or last:
+    session.done = step
+    to_stop, late = session.agree()
+    due = (step % config.run.save_every == 0 or late) and not session.state["skipped"]
+    if due or improved or last or to_stop:
         session.save(step, improved)
-    if session.is_stuck:
-        raise FloatingPointError(
-            f"the loss was not finite in {session.state['skipped']} steps in a row, so the run saved its "
-            f"state and stopped; lower train.lr (now {config.train.lr}) and continue with --resume "
-            f"--name {session.folder.name}"
-        )
+    if to_stop and not last:
+        session.stop()
 
 
 def seed_step(config: Config, step: int) -> int:
@@ -107,9 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     except ERRORS as error:
         print(f"python -m hiper_fast.train: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped; continue from the last checkpoint with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            if stopping.speaks():
+                print(f"{stopping.name(number)}: {tell_stop(config)}", file=sys.stderr)
+        return stopping.STATUS + number
     return 0
 
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "tokenizers",
 }
 ROOMS = [  # from the ground up; a room imports from those before it
-    {"options", "response", "_C", "kernels"},
+    {"options", "response", "stopping", "_C", "kernels"},
     {"plugins", "config", "packing", "ops"},
     {"distributed"},
     {"envs", "agent"},
@@ -29,6 +29,7 @@ ROOMS = [  # from the ground up; a room imports from those before it
     {"runs"},
     {"learn"},
     {"plan", "configure"},
+    {"resuming"},
     {"session", "eval", "study"},
     COMMANDS,
     {"compare"},

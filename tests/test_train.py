@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -465,26 +466,33 @@ def spoil(monkeypatch, steps):
     monkeypatch.setattr(train, "give_credit", spoiled)
 
 
-def test_nan_again_and_again_stops_the_run_with_its_state_saved(tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, range(2, 100))
-    options = {"updates": 9, "train.critic_updates": 0, "train.max_skipped": 3}
+def test_nan_again_and_again_stops_the_run_and_the_advice_goes_on_from_a_good_state(
+    tmp_path, monkeypatch, capsys
+):
+    """From before the last sound update: its weights are those with which no loss was finite."""
+    spoil(monkeypatch, range(4, 100))
+    options = {"updates": 9, "train.critic_updates": 0, "train.max_skipped": 5, "run.save_every": 1}
     assert train.main(arguments(tmp_path, name="nan", **options)) == 2
     err = capsys.readouterr().err
     assert "not finite" in err and "train.lr" in err and "--resume --name nan" in err
     assert err.count("\n") == 1 and "Traceback" not in err
     run = tmp_path / "nan"
     train_rows = [row for row in rows(run) if row["stage"] == "train"]
-    assert [row["optim/skipped_steps"] for row in train_rows] == [0, 2, 2]
-    saved = checkpoint.latest(run / "checkpoints")
-    assert checkpoint.step_of(saved) == 3
-    model = make_tiny(path=str(saved)).model
+    assert [row["optim/skipped_steps"] for row in train_rows] == [0, 0, 0, 2, 2, 2]
+    assert {2, 3} <= set(checkpoint.list_steps(run / "checkpoints")), (
+        "no state of a row of skipped steps takes a good one's place"
+    )
+    model = make_tiny(path=str(checkpoint.latest(run / "checkpoints"))).model
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
     monkeypatch.undo()
-    assert (
-        train.main(["--resume", "--name", "nan", f"--run.folder={tmp_path}", "--updates", "4"]) == 0
-    )
+    command = shlex.split(err.partition(": python -m hiper_fast.train")[2])
+    assert ["--run.resume_from", "2", "--train.lr", "0.00075"] == command[-4:]
+    assert train.main([*command, "--updates", "4"]) == 0
+    assert [row["step"] for row in rows(run) if row["stage"] == "train"] == [1, 2, 3, 4]
     assert rows(run)[-2]["step"] == 4 and rows(run)[-2]["optim/skipped_steps"] == 0
+    kept = rows(run / "until-000006")
+    assert [row["step"] for row in kept if row["stage"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_nan_now_and_then_is_skipped_and_counted(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from hiper_fast.runs.tensors import (
     write_tensors,
 )
 
+MEASURED = 2**20  # bytes at each end of a file
 _NAME = re.compile(r"step-\d{6,}")
 
 
@@ -130,10 +132,8 @@ def load(
             f"no checkpoint at {path}: give a step-…… folder of a run's checkpoints"
         )
 
-    saved = read_json(path / "state.json", {"step", "state", "rng"})
-    for name in saved.get("files", ()):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing; use another checkpoint")
+    saved = _read_state_file(path)
+    _check_files(path, saved.get("files") or {})
     policy_tensors = _read_policy(path, policy) if world.main else {}
     critic_tensors = {}
     if critic is not None:
@@ -143,18 +143,19 @@ def load(
         check_shapes(file, critic_tensors, wanted)
     optimizer_states = read_optimizers(path, optimizers, world) if optimizers else {}
 
+    _restore_saved_rng(path / "state.json", saved["rng"])
+
     _load_policy(policy, policy_tensors, world)
     if critic is not None:
         critic.load_state_dict(critic_tensors, strict=False)
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(optimizer_states[name])
-    restore_rng(saved["rng"])
     return {**saved["state"], "step": saved["step"]}
 
 
 def latest(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of `folder` (the best one included), or None."""
-    steps = _list_steps(Path(folder))
+    steps = list_steps(folder)
     return _build_path(Path(folder), steps[-1]) if steps else None
 
 
@@ -179,6 +180,23 @@ def describe_choice(run: Path, found: Path) -> str:
     """What `find` took of a run, in words."""
     kind = "best" if found == best(run / "checkpoints") else "newest"
     return f"{run}: {found.name}, its {kind} checkpoint"
+
+
+def find_step(folder: str | Path, step: int) -> Path | None:
+    """The checkpoint of `step`, or None."""
+    return _build_path(Path(folder), step) if step in list_steps(folder) else None
+
+
+def list_steps(folder: str | Path) -> list[int]:
+    """The steps of all whole checkpoints, in order."""
+    _recover(Path(folder))
+    names = Path(folder).glob("step-*")
+    return sorted(step_of(path) for path in names if _NAME.fullmatch(path.name))
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The `state` that a checkpoint was saved with."""
+    return _read_state_file(Path(path))["state"]
 
 
 def step_of(path: str | Path) -> int:
@@ -214,6 +232,15 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(_decode(state), device)
 
 
+def _restore_saved_rng(file: Path, rng: Any) -> None:
+    present = capture_rng()
+    try:
+        restore_rng(rng)
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        restore_rng(present)
+        raise CheckpointError(f"{file} is corrupt: rng: {error}; use another checkpoint") from error
+
+
 def _encode(state: Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode("ascii")
 
@@ -239,9 +266,41 @@ def _write_policy(
 
 
 def _write_state(path: Path, content: dict[str, Any]) -> None:
-    files = sorted(str(file.relative_to(path)) for file in path.rglob("*.safetensors"))
+    written = [*path.rglob("*.safetensors"), path / "optimizer.json"]
+    files = {str(file.relative_to(path)): _measure(file) for file in sorted(written)}
     content = {**content, "rng": capture_rng(), "files": files}
     (path / "state.json").write_text(json.dumps(content))
+
+
+def _read_state_file(path: Path) -> dict[str, Any]:
+    file = path / "state.json"
+    saved = read_json(file, {"step", "state", "rng"})
+    if saved["step"] != step_of(path):
+        raise CheckpointError(f"{file} is of step {saved['step']}; use another checkpoint")
+    for key in {"state", "rng", "files"} & saved.keys():
+        if not isinstance(saved[key], dict | list if key == "files" else dict):
+            raise CheckpointError(f"{file} is corrupt: {key} is no table; use another checkpoint")
+    return saved
+
+
+def _check_files(path: Path, files: Mapping[str, str] | list[str]) -> None:
+    """That each is as it was written, as far as its ends tell; older checkpoints have names alone."""
+    for name in files:
+        file = path / str(name)
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; use another checkpoint")
+        if isinstance(files, dict) and files[name] != _measure(file):
+            raise CheckpointError(f"{file} is not as it was written; use another checkpoint")
+
+
+def _measure(file: Path) -> str:
+    """The file's size, and a checksum of its first and last MiB: those of two updates differ, and it takes no time."""
+    with file.open("rb") as content:
+        size = content.seek(0, os.SEEK_END)
+        content.seek(max(0, size - MEASURED))
+        end = zlib.crc32(content.read())
+        content.seek(0)
+        return f"{size} {zlib.crc32(content.read(MEASURED), end):08x}"
 
 
 def _read_policy(path: Path, policy: PreTrainedModel) -> dict[str, Tensor]:
@@ -309,11 +368,6 @@ def _build_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def _list_steps(folder: Path) -> list[int]:
-    _recover(folder)
-    return sorted(step_of(path) for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-
-
 def _read_best_step(folder: Path) -> int | None:
     """As the newest checkpoint knows it, so that it always names one that is there."""
     newest = latest(folder)
@@ -354,8 +408,8 @@ def _sweep(folder: Path) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    spared = {*_list_steps(folder)[-keep:], _read_best_step(folder)}
-    for step in _list_steps(folder):
+    spared = {*list_steps(folder)[-keep:], _read_best_step(folder)}
+    for step in list_steps(folder):
         if step not in spared:
             # Hidden first: a kill while removing never leaves half a checkpoint that looks whole.
             doomed = _build_path(folder, step).rename(folder / f".step-{step:06d}.tmp")

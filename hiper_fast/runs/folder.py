@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -53,6 +54,15 @@ def find_run_folder(config: Config) -> Path:
     return free
 
 
+def make_run_folder(config: Config) -> Path:
+    """Makes a new run's folder; of runs that begin in the same moment each gets its own."""
+    while True:
+        folder = find_run_folder(config)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
 def find_config(checkpoint: Path) -> Path | None:
     """The checkpoint's own configuration, else that of the run in which it lies; None without either."""
     checkpoint = checkpoint.resolve()
@@ -62,11 +72,11 @@ def find_config(checkpoint: Path) -> Path | None:
 
 def write_config(config: Config, folder: Path) -> None:
     """Writes the resolved configuration into the run's folder."""
-    (folder / CONFIG).write_text(format_config(config), encoding="utf-8")
+    replace_text(folder / CONFIG, format_config(config))
 
 
 def format_config(config: Config) -> str:
     """The configuration as YAML; its readers do not resume."""
     content = dataclasses.asdict(config)
-    content["run"]["resume"] = False
+    content["run"] |= {"resume": False, "resume_from": None}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

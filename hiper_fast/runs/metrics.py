@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hiper_fast.runs.display import DISPLAYS, build_display
+from hiper_fast.runs.display import DISPLAYS, SilentDisplay, build_display
 from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.health import Health
 from hiper_fast.runs.trackers import Tracker, start_trackers
@@ -41,13 +42,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row and "stage" in row:
-                rows.append(row)
-    return rows
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in map(_read_row, lines) if row is not None]
+
+
+def find_damage(path: str | Path, step: int) -> str | None:
+    """What a metrics.jsonl lacks of the updates until `step`, in words; None if nothing, or if there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines[:-1], 1):  # the last one may be cut short: a kill does that
+        if _read_row(line) is None:
+            return f"line {number} is no row of metrics"
+    there = {row["step"] for row in read_metrics(path) if row["stage"] == "train"}
+    missing = next((number for number in range(1, step + 1) if number not in there), None)
+    return None if missing is None else f"update {missing} is missing, of {step} that were made"
 
 
 def add_minutes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,7 +145,7 @@ class Logger:
         self._file.flush()
         self._last_eval = row if stage == "eval" else self._last_eval
         self._tell_trackers(lambda tracker: tracker.add(row))
-        self._display.show(row)
+        self._show("show", row)
         for text in self._health.read(row):
             self.message(text)
 
@@ -143,16 +153,28 @@ class Logger:
     def stage(self, name: str) -> Iterator[None]:
         """Time a block; its seconds are added to `time/<name>` of the next row."""
         start = time.perf_counter()
-        self._display.show_stage(name)
+        self._show("show_stage", name)
         try:
             yield
         finally:
-            self._display.show_stage("")
+            self._show("show_stage", "")
             self._times[name] += time.perf_counter() - start
 
     def message(self, text: str) -> None:
         """Say something once, above the progress display."""
-        self._display.show_message(text)
+        self._show("show_message", text)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk: a checkpoint never outlives what led to it."""
+        os.fsync(self._file.fileno())
+
+    def _show(self, what: str, *content: Any) -> None:
+        try:
+            getattr(self._display, what)(*content)
+        except OSError:  # a terminal or a pipe that is gone ends no run
+            self._display = SilentDisplay()
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)  # where what is still in the buffer goes
 
     def _tell_trackers(self, tell: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -166,7 +188,7 @@ class Logger:
         row = self._last_eval or {}
         table = list_success(row) if row.get("eval/episodes") else []
         self._tell_trackers(lambda tracker: tracker.close(table, failed=failed))
-        self._display.close()
+        self._show("close")
         self._file.close()
 
     def __enter__(self) -> Logger:
@@ -183,6 +205,8 @@ class Muted:
 
     def message(self, text: str) -> None: ...
 
+    def sync(self) -> None: ...
+
     def stage(self, name: str) -> contextlib.nullcontext:
         return contextlib.nullcontext()
 
@@ -190,6 +214,14 @@ class Muted:
         return self
 
     def __exit__(self, *exception: object) -> None: ...
+
+
+def _read_row(line: str) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "stage" in row:
+            return row
+    return None
 
 
 def _read_value(key: str, value: Any) -> int | float | str | None:

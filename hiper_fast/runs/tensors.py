@@ -109,7 +109,7 @@ def read_json(file: Path, keys: set[str]) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; use another checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is corrupt: {error}; use another checkpoint") from error
     missing = keys - content.keys() if isinstance(content, dict) else keys
     if missing:
@@ -143,12 +143,17 @@ def read_optimizers(
         parameters |= {f"{name}/{i}": p for i, p in enumerate(_list_parameters(optimizer))}
     file = path / "optimizer.safetensors"
     tensors = read_tensors(file, lambda name: parameters.get(name.rpartition("/")[0]), world)
-    rest = read_json(path / "optimizer.json", set(optimizers))
-    states = {name: _join_state(name, tensors, rest[name]) for name in optimizers}
-    for name, optimizer in optimizers.items():
-        _check_groups(path / "optimizer.json", name, states[name], optimizer)
-        _check_state(file, name, states[name], optimizer)
-        _restore_tuples(states[name], optimizer)
+    rest_file = path / "optimizer.json"
+    rest = read_json(rest_file, set(optimizers))
+    try:
+        states = {name: _join_state(name, tensors, rest[name]) for name in optimizers}
+        for name, optimizer in optimizers.items():
+            _check_groups(rest_file, name, states[name], optimizer)
+            _check_state(file, name, states[name], optimizer)
+            _restore_tuples(states[name], optimizer)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{rest_file} is corrupt: {why}; use another checkpoint") from error
     return states
 
 
@@ -193,3 +198,19 @@ def _restore_tuples(saved: dict[str, Any], optimizer: Optimizer) -> None:
         for key, value in group.items():
             if isinstance(value, list) and isinstance(current.get(key), tuple):
                 group[key] = tuple(value)
+        for key, sample in current.items():
+            if key != "params" and not _is_like(group.get(key, sample), sample):
+                raise ValueError(f"{key} of a parameter group is {group[key]!r}")
+
+
+def _is_like(value: Any, sample: Any) -> bool:
+    """Whether a setting is of the kind that the optimizer has; another machine may choose other flags."""
+    if isinstance(sample, bool | None):
+        return isinstance(value, bool | None)
+    if isinstance(sample, tuple):
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(sample)
+            and all(map(_is_like, value, sample))
+        )
+    return isinstance(value, float | int) and isinstance(sample, float | int | Tensor)

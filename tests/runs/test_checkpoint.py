@@ -413,6 +413,41 @@ def test_a_missing_or_corrupt_file_is_named_and_nothing_is_half_loaded(tmp_path,
     assert all(not optimizer.state for optimizer in other.optimizers.values())
 
 
+JUNK = [None, 3, "x", [], {}, [[]], {"state": 1}, {"state": {"a": {}}, "param_groups": [{}]}]
+
+
+def spoil(content: dict, rng: random.Random) -> None:
+    """Puts something else in one place of it, at any depth."""
+    place, key = content, rng.choice(list(content))
+    while place[key] and isinstance(place[key], dict | list) and rng.random() < 0.7:
+        place = place[key]
+        key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+    place[key] = rng.choice(JUNK)
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.json"])
+def test_json_of_another_shape_is_named_or_does_no_harm(tmp_path, name):
+    training, rng = Training(), random.Random(0)
+    training.step()
+    path = training.save(tmp_path, 1)
+    whole = (path / name).read_text()
+    refused = 0
+    for _ in range(40):
+        content = json.loads(whole)
+        spoil(content, rng)
+        (path / name).write_text(json.dumps(content))
+        other = Training(seed=1)
+        before = other.weights()
+        try:
+            other.load(path)
+            other.step()
+        except CheckpointError as error:
+            refused += 1
+            assert "use another checkpoint" in str(error) or "own config" in str(error)
+            assert_same_weights(other.weights(), before)
+    assert refused > 10
+
+
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     path = Training(hidden=16).save(tmp_path, 1)
     other = Training(hidden=24)
