@@ -40,6 +40,7 @@ from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs import checkpoint, model_card, report, trackers
+from hiper_fast.runs.checkpoint import CheckpointError
 from hiper_fast.runs.folder import (
     CHECKPOINT_CONFIG,
     find_run_folder,
@@ -258,6 +259,10 @@ def restore(session: Session, folder: Path) -> None:
     """Puts everything back as the checkpoint has it."""
     config, agent, world, saved = session.config, session.agent, session.world, session.saved
     state = checkpoint.read_state(saved)
+    wrong = [key for key in session.state if not isinstance(state.get(key, 0), int | float)]
+    if wrong:
+        file = saved / "state.json"
+        raise CheckpointError(f"{file} is corrupt: {wrong[0]} is no number; use another checkpoint")
     if config.warm_start.enabled == "yes" and config.train.kl_coef:
         load_reference(agent.model, folder / REFERENCE, state)
     add_networks(session)

@@ -101,10 +101,11 @@ def say(text: str) -> None:
 
 def _listen(handler: Handler) -> dict[int, Handler]:
     """Gives the signals a handler, but for those that are ignored, as `nohup` has it; returns the former ones."""
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     return {number: signal.signal(number, handler) for number in heard}
 
 
 def _end(number: int, text: str) -> None:
-    say(text)
+    if speaks():
+        say(text)
     os._exit(STATUS + number)

@@ -280,6 +280,8 @@ def _read_state_file(path: Path) -> dict[str, Any]:
     for key in {"state", "rng", "files"} & saved.keys():
         if not isinstance(saved[key], dict | list if key == "files" else dict):
             raise CheckpointError(f"{file} is corrupt: {key} is no table; use another checkpoint")
+    if not isinstance(saved.get("best"), int | None):
+        raise CheckpointError(f"{file} is corrupt: best is no step; use another checkpoint")
     return saved
 
 
