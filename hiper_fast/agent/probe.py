@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.generate import Batch, take_past
 from hiper_fast.agent.head import refusing
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.agent.generate import Batch, take_past
 
 LENGTHS = 19, 6  # tokens of the two sequences
 WINDOW_NAMES = re.compile(
@@ -39,7 +39,7 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel):
         generator = torch.Generator().manual_seed(SEED)
-        most = model.get_input_embeddings().num_embeddings
+        most = len(model.get_input_embeddings().weight)
         self.sequences = [
             torch.randint(most, (length,), generator=generator).to(model.device)
             for length in LENGTHS
