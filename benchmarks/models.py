@@ -116,11 +116,12 @@ torch {torch}, in float32 on a CPU.
 | cannot be built from transformers' default configuration, or are no model alone | {not_built} |
 | load and differ, or fail otherwise | {faults} |
 
-- **Works**: three ways to a token's log-prob agree to {worst:.0e} nats: what a rollout stored while it sampled (single
-  turns and conversations, prompts of {lengths} tokens in left-padded batches, temperature {temperature}), what updates
-  read from packed microbatches through the fused head, and what the model says as it came, of each sequence by itself.
-  Log-probs spread by a nat or more, windows are shorter than the sequences, packed batches longer than the positions,
-  and the embedding has rows that stand for no token. Gradients of policy and critic arrive.
+- **Works**: three ways to a token's log-prob agree within {tolerance:.0e} nats (worst here {worst:.1e}): what a rollout
+  stored while it sampled (single turns and conversations, prompts of {lengths} tokens in left-padded batches,
+  temperature {temperature}), what updates read from packed microbatches through the fused head, and what the model says as it
+  came, of each sequence by itself. Log-probs spread by about a nat or more, windows are shorter than the sequences,
+  packed batches longer than the positions, and the embedding has rows that stand for no token. Gradients of policy and
+  critic arrive.
 - **Refused**: what the load of a checkpoint would say. The same probe runs at every load. So it also refuses a
   checkpoint of a type that works here, if its options make it differ.
 - Encoders count as decoders here (`is_decoder: true`). Else they are refused, for attention in both directions.
@@ -299,6 +300,7 @@ def write_page(outcomes: list[Outcome]) -> str:
         refused=counts["refused"],
         not_built=counts["not built"],
         faults=counts["fault"],
+        tolerance=TOLERANCE,
         worst=worst,
         lengths=f"{min(LENGTHS)} to {max(LENGTHS)}",
         temperature=TEMPERATURE,

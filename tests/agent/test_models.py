@@ -146,6 +146,18 @@ def test_a_wrong_model_is_refused(kind, reason):
         load(wrong)
 
 
+def test_a_model_that_knows_nothing_yet_is_no_wrong_one():
+    model = models.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight *= 1e-5
+    load(model)
+
+
+def test_windows_are_what_they_were_after_the_probe():
+    agent, model = load(models.build("mistral"))
+    assert agent.model.config.sliding_window == model.config.sliding_window == models.WINDOW
+
+
 def test_ids_beyond_the_tokenizer_have_no_probability():
     model = models.build("phi")  # whose head has a bias
     known = len(models.TOKENIZER)
