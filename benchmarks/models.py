@@ -118,10 +118,10 @@ torch {torch}, in float32 on a CPU.
 
 - **Works**: three ways to a token's log-prob agree within {tolerance:.0e} nats (worst here {worst:.1e}): what a rollout
   stored while it sampled (single turns and conversations, prompts of {lengths} tokens in left-padded batches,
-  temperature {temperature}), what updates read from packed microbatches through the fused head, and what the model says as it
-  came, of each sequence by itself. Log-probs spread by about a nat or more, windows are shorter than the sequences,
-  packed batches longer than the positions, and the embedding has rows that stand for no token. Gradients of policy and
-  critic arrive.
+  temperature {temperature}), what updates read from packed microbatches through the fused head, and what the model
+  says as it came, of each sequence by itself. Log-probs spread by about a nat or more, windows are shorter than the
+  sequences, packed batches longer than the positions, and the embedding has rows that stand for no token. Gradients
+  of policy and critic arrive.
 - **Refused**: what the load of a checkpoint would say. The same probe runs at every load. So it also refuses a
   checkpoint of a type that works here, if its options make it differ.
 - Encoders count as decoders here (`is_decoder: true`). Else they are refused, for attention in both directions.

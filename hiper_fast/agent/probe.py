@@ -1,8 +1,8 @@
 """At load: what is sampled is what is trained. The ways to a token's log-prob, on two short random sequences.
 
 A probe is made of the model as it came, which reads each sequence by itself; `check` then asks the agent: packed
-through the fused head, as an update does, and step by step with a padded batch and its cache, as a rollout does. A model
-whose architecture makes them differ would train on ratios that are wrong from the first update on.
+through the fused head, as an update does, and step by step with a padded batch and its cache, as a rollout does. A
+model whose architecture makes them differ would train on ratios that are wrong from the first update on.
 """
 
 from __future__ import annotations

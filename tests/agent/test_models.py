@@ -53,6 +53,7 @@ def nudge(module):
     [
         "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma4_text", "granite", "cohere", "phi3",
         "phi", "qwen2_moe", "gpt2", "opt", "modernbert-decoder", "deepseek_v3", "granite_swa", "gpt_oss", "nemotron",
+        "electra", "whisper",
     ],
 )  # fmt: skip
 def test_what_is_sampled_is_what_is_trained(name):
