@@ -1,25 +1,22 @@
 """Which of transformers' causal LMs can be trained here: a tiny random model of every type, taken through loading.
 
-python benchmarks/models.py [TYPE …] [--page docs/models.md]
+python benchmarks/models.py [TYPE …] [--page FILE]
 
-A type works if it loads and the log-probs that `generate` stores while it samples are those that an update reads from packed
-microbatches, and those of the model as it came. Or it is refused, with a ConfigError. All else is a fault: exit status 1.
+A type works if it loads, the log-probs that `generate` stores while it samples are those that an update reads from
+packed microbatches and those of the model as it came, and gradients arrive. Or it is refused, with a ConfigError. All
+else is a fault, and the exit status 1. Without types, all are tried and docs/models.md is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import math
 import re
 import sys
 import textwrap
-import time
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +28,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hiper_fast.agent import tiny
 from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.generate import generate
 from hiper_fast.agent.loading import prepare
 from hiper_fast.config import ModelConfig
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.agent.generate import generate
 
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TOKENIZER = tiny.build_tokenizer([], [])
 PADDING = 11  # rows of the embedding that stand for no token
@@ -77,12 +75,15 @@ OPTIONS = {  # not sizes: what makes a model of its kind
 BOTH = ["sliding_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SPECIAL = {  # type -> fields of its configuration that follow no rule
+    "cohere": {"logit_scale": 0.75},  # else log-probs hardly spread
+    "cohere2": {"logit_scale": 0.75},
+    "cohere2_moe": {"logit_scale": 0.75},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(BOTH, ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 4.0}},
     "gemma3n_text": {"layer_types": BOTH * 2, "num_kv_shared_layers": 2},
     "gemma4_text": {"layer_types": BOTH * 2, "num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "lfm2": {"full_attn_idxs": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral3": {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1,
@@ -91,18 +92,51 @@ SPECIAL = {  # type -> fields of its configuration that follow no rule
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-LENGTHS = 23, 3, 1, 14, 9, 2  # of the prompts
+LENGTHS = 17, 3, 1, 14, 9, 2  # of the prompts
 RESPONSE = 8
+TEMPERATURE = 0.8
 BATCH_TOKENS = 60  # of prompts at once, and of a microbatch
 TOLERANCE = 1e-4  # nats
+GAIN = 1.3  # of the weights: log-probs then spread by a nat or more, and an error shows
 SEED = 0
+
+
+INTRODUCTION = """# Which models can be trained
+
+    python benchmarks/models.py
+
+writes this page in about a minute: for each of the {types} model types for which transformers has a causal LM, a tiny
+model with random weights goes through what `--model` goes through at load. Here transformers {transformers} and
+torch {torch}, in float32 on a CPU.
+
+| | types |
+|---|--:|
+| work | {works} |
+| are refused at load, with the reason | {refused} |
+| cannot be built from transformers' default configuration, or are no model alone | {not_built} |
+| load and differ, or fail otherwise | {faults} |
+
+- **Works**: three ways to a token's log-prob agree within {tolerance:.0e} nats (worst here {worst:.1e}): what a rollout
+  stored while it sampled (single turns and conversations, prompts of {lengths} tokens in left-padded batches,
+  temperature {temperature}), what updates read from packed microbatches through the fused head, and what the model
+  says as it came, of each sequence by itself. Log-probs spread by about a nat or more, windows are shorter than the
+  sequences, packed batches longer than the positions, and the embedding has rows that stand for no token. Gradients
+  of policy and critic arrive.
+- **Refused**: what the load of a checkpoint would say. The same probe runs at every load. So it also refuses a
+  checkpoint of a type that works here, if its options make it differ.
+- Encoders count as decoders here (`is_decoder: true`). Else they are refused, for attention in both directions.
+- Rotary frequencies of type `longrope` or `dynamic` change beyond a length: runs that can reach it are refused.
+- Soft-capped attention scores are fast on a GPU with flash-attn. Without it, and with attention sinks always, a layer
+  holds all scores of a group of sequences.
+
+"""
 
 
 @dataclass(slots=True)
 class Outcome:
     type: str
     name: str
-    kind: str  # works, refused, not built, or fault
+    kind: str  # works, refused, not built or fault
     reason: str = ""
     difference: float = math.nan  # the largest, in nats
 
@@ -116,7 +150,9 @@ def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedCo
         elif field in OPTIONS:
             options[field] = OPTIONS[field]
         elif value is None or type(value) is int:
-            options |= {field: size for name, size in SIZES[::-1] if re.fullmatch(name, field)}
+            sizes = [size for name, size in SIZES if re.fullmatch(name, field)]
+            if sizes:
+                options[field] = sizes[0]
         elif field in ("layer_types", "layers_block_type") and value:
             kinds = list(dict.fromkeys(value))
             options[field] = kinds * (1 + (len(kinds) == 1))
@@ -129,7 +165,7 @@ def shrink(default: PreTrainedConfig, given: dict | None = None) -> PreTrainedCo
 
 
 def build(model_type: str, **fields) -> PreTrainedModel:
-    """A model with weights that make its log-probs spread by a nat or more, so that an error shows."""
+    """A model whose weights are so large, and its log-probs so unlike, that an error shows."""
     config = shrink(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type, {}) | fields)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -141,21 +177,24 @@ def build(model_type: str, **fields) -> PreTrainedModel:
 def scatter(model: PreTrainedModel) -> None:
     for p in model.parameters():
         if p.dim() > 1:
-            p.normal_(std=1.5 * p.shape[-1] ** -0.5)
+            p.normal_(std=GAIN * p.shape[-1] ** -0.5)
         elif p.is_floating_point():
             p.add_(0.3 * torch.randn(p.shape))
 
 
-def sample(agent: Agent, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+def sample(
+    agent: Agent, prompts: list[list[int]], pasts: list | None = None
+) -> list[tuple[list[int], list[float]]]:
     """Responses and their log-probs as a rollout makes them."""
     return generate(
         agent.model,
         prompts,
         max_new_tokens=RESPONSE,
-        temperature=1.0,
+        temperature=TEMPERATURE,
         stop_ids=agent.stop_ids,
         generator=torch.Generator().manual_seed(SEED),
         batch_tokens=BATCH_TOKENS,
+        pasts=pasts,
         vocabulary=agent.head.vocabulary,
     )
 
@@ -167,7 +206,7 @@ def read_packed(agent: Agent, sequences: list[list[int]]) -> list[Tensor]:
     ids = torch.tensor(sum(sequences, []))
     for batch in microbatches(ids, prefix_sums([len(s) for s in sequences]), BATCH_TOKENS):
         hidden = run_trunk(agent.model, batch)
-        logprobs = agent.logprobs(hidden, batch.input_ids.roll(-1), 1.0)
+        logprobs = agent.logprobs(hidden, batch.input_ids.roll(-1), TEMPERATURE)
         sizes = batch.cu_seqlens.diff().tolist()
         for index, rows in zip(batch.index.tolist(), logprobs.split(sizes), strict=True):
             found[index] = rows[:-1]
@@ -180,50 +219,50 @@ def read_alone(model: PreTrainedModel, vocabulary: int, sequences: list[list[int
     found = []
     for ids in map(torch.tensor, sequences):
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1, :vocabulary].float()
-        found.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+        found.append((logits / TEMPERATURE).log_softmax(-1).gather(1, ids[1:, None])[:, 0])
     return found
 
 
 def compare(model: PreTrainedModel, agent: Agent) -> float:
-    """The largest difference in nats between what a rollout stores, an update reads and the `model` as it came gives."""
+    """Nats at most between what rollouts store, what updates read and what `model` gives, as it came.
+
+    Rollouts are single turns, and conversations of two whose second goes on from the first's past.
+    """
     generator = torch.Generator().manual_seed(SEED)
     prompts = [torch.randint(len(TOKENIZER), (n,), generator=generator).tolist() for n in LENGTHS]
-    responses = sample(agent, prompts)
-    sequences = [prompt + ids for prompt, (ids, _) in zip(prompts, responses, strict=True)]
-    sampled = torch.cat([torch.tensor(logprobs) for _, logprobs in responses])
+    single = sample(agent, prompts)
+    pasts: list = [None] * len(prompts)
+    first = sample(agent, prompts, pasts)
+    longer = [[*prompt, *ids, 7, 8] for prompt, (ids, _) in zip(prompts, first, strict=True)]
+    second = sample(agent, longer, pasts)
+    turns = list(zip(2 * prompts + longer, single + first + second, strict=True))
+    sequences = [prompt + ids for prompt, (ids, _) in turns]
     ways = read_packed(agent, sequences), read_alone(model, agent.head.vocabulary, sequences)
     return max(
-        float(
-            (
-                torch.cat([r[-len(ids) :] for r, (ids, _) in zip(rows, responses, strict=True)])
-                - sampled
-            )
-            .abs()
-            .max()
-        )
-        for rows in ways
+        float((read[-len(logprobs) :] - torch.tensor(logprobs)).abs().max())
+        for way in ways
+        for read, (_, (_, logprobs)) in zip(way, turns, strict=True)
     )
 
 
 def train(agent: Agent) -> None:
-    """Gradients of policy and critic, as an update takes them."""
-    ids = torch.arange(40)
-    [batch] = microbatches(ids, prefix_sums([25, 15]), 40)
-    logprobs = agent.logprobs(agent.trunk(batch), batch.input_ids, 1.0)
+    """Gradients of policy and critic, as an update takes them; ValueError if none arrive."""
+    [batch] = microbatches(torch.arange(40), prefix_sums([25, 15]), 40)
+    logprobs = agent.logprobs(agent.trunk(batch), batch.input_ids, TEMPERATURE)
     agent.add_critic()
     torch.nn.init.ones_(agent.critic.heads.weight)
     values = agent.critic(agent.critic_hidden(batch))
     (logprobs.sum() + values.square().sum()).backward()
     for module in (agent.model, agent.critic):
-        grads = [p.grad for p in module.parameters() if p.grad is not None]
-        if not grads or not all(g.isfinite().all() for g in grads):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if not gradients or not all(g.isfinite().all() for g in gradients):
             raise ValueError(f"gradients of {type(module).__name__} are missing or not finite")
 
 
-def check(model_type: str) -> Outcome:
+def check(model_type: str, dtype: torch.dtype = torch.float32) -> Outcome:
     outcome = Outcome(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], "not built")
     try:
-        model = build(model_type)
+        model = build(model_type).to(dtype)
         outcome.kind = "fault"
         agent = prepare(copy.deepcopy(model), TOKENIZER, ModelConfig(device="cpu"))
         outcome.difference = compare(model, agent)
@@ -236,24 +275,54 @@ def check(model_type: str) -> Outcome:
     return outcome
 
 
+def describe(outcome: Outcome) -> str:
+    """What the table says beside a type and its class."""
+    if outcome.kind == "works":
+        return "works"
+    reason = re.sub(r"^model\.path: (\w+ (?=has|gives|cannot|chooses|scales))?", "", outcome.reason)
+    reason = re.split("; (?:use|it cannot)|, which cannot read packed|, where they spread", reason)[
+        0
+    ]
+    reason = re.sub(": by up to .*", "", reason)
+    reason = reason or f"differs by {outcome.difference:.2g} nats"
+    return f"{outcome.kind}: {textwrap.shorten(reason, 160, placeholder=' …')}".replace("|", "\\|")
+
+
+def write_page(outcomes: list[Outcome]) -> str:
+    counts = Counter(outcome.kind for outcome in outcomes)
+    worst = max(o.difference for o in outcomes if o.kind == "works")
+    rows = [f"| {o.type} | `{o.name}` | {describe(o)} |" for o in outcomes]
+    return INTRODUCTION.format(
+        transformers=transformers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        types=len(outcomes),
+        works=counts["works"],
+        refused=counts["refused"],
+        not_built=counts["not built"],
+        faults=counts["fault"],
+        tolerance=TOLERANCE,
+        worst=worst,
+        lengths=f"{min(LENGTHS)} to {max(LENGTHS)}",
+        temperature=TEMPERATURE,
+    ) + "\n".join(["| type | class | |", "|---|---|---|", *rows, ""])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", default=TYPES, metavar="TYPE")
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="default: all")
+    parser.add_argument("--page", type=Path, help="where the page goes")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     outcomes = []
-    for model_type in options.types:
-        start = time.time()
+    for model_type in options.types or TYPES:
         outcomes.append(check(model_type))
-        o = outcomes[-1]
-        print(
-            f"{o.type:24} {o.kind:10} {time.time() - start:5.1f}s {textwrap.shorten(o.reason, 230)}",
-            flush=True,
-        )
-    print(Counter(o.kind for o in outcomes))
-    return int(any(o.kind == "fault" for o in outcomes))
+        print(f"{model_type:26} {describe(outcomes[-1])}", flush=True)
+    print(", ".join(f"{count} {kind}" for kind, count in Counter(o.kind for o in outcomes).items()))
+    page = options.page or (None if options.types else PAGE)
+    if page:
+        page.write_text(write_page(outcomes))
+    return int(any(outcome.kind == "fault" for outcome in outcomes))
 
 
 if __name__ == "__main__":

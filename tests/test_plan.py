@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2C
 from hiper_fast import plan, session, train
 from hiper_fast.agent import attention, footprint, layers, lora
 from hiper_fast.agent.agent import Critic, run_trunk
+from hiper_fast.agent.generate import name_cache
 from hiper_fast.config import Config
 from hiper_fast.configure import list_recipes, resolve
 from hiper_fast.distributed import ALONE
@@ -20,7 +21,6 @@ from hiper_fast.learn import optim
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
-from hiper_fast.agent.generate import name_cache
 
 SIZES = dict(
     hidden_size=64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable
 
 import torch
@@ -55,7 +56,7 @@ class Agent:
         attention.use(model)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.world, self.tiny = world, tiny
-        self.pieces = list_pieces(tokenizer, model.get_input_embeddings().num_embeddings)
+        self.pieces = list_pieces(tokenizer, len(model.get_input_embeddings().weight))
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
         self.lora = hasattr(model, "peft_config")
@@ -84,7 +85,9 @@ class Agent:
         """Keeps the present policy as the KL term's reference. LoRA's base is not copied."""
         self.reference = self._copy_network(self.model, frozen=True)
         if self.lora:
-            factors = [p for name, p in self.reference.named_parameters() if "lora_B" in name]
+            named = self.reference.named_parameters()
+            starts_at_zero = re.compile("lora_B|lora_embedding_A").search
+            factors = [p for name, p in named if starts_at_zero(name)]
             if not any(factor.any() for factor in factors):
                 self.reference.disable_adapters()  # not trained yet: the base model itself
 

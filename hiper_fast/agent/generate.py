@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-# Keys and values of one sequence's tokens, each [tokens, heads, d], of each layer.
-Past = list[tuple[Tensor, Tensor]]
+# Keys and values of one sequence's tokens, each [tokens, heads, d], of every layer that keeps some.
+Past = dict[int, tuple[Tensor, Tensor]]
 
 
 @torch.inference_mode()
@@ -144,8 +144,8 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
 def join_pasts(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
     """One cache, left-padded, of the first so many tokens of each past."""
     cache = DynamicCache()  # whole layers, also where the window slides: a past may be cut anywhere
-    known = next((past for past, length in pasts if length), [])
-    for layer in range(len(known)):
+    known = next((past for past, length in pasts if length), {})
+    for layer in known:
         states = []
         for kind in (0, 1):  # keys, values
             rows = [(past or known)[layer][kind][:length] for past, length in pasts]
@@ -157,14 +157,14 @@ def join_pasts(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
 
 def take_past(cache: DynamicCache, row: int, length: int) -> Past:
     """What a left-padded cache holds of one row's `length` tokens."""
-    return [
-        tuple(
-            states[row, :, -length:].transpose(0, 1).clone()
-            for states in (layer.keys, layer.values)
-        )
-        for layer in cache.layers
-        if layer.keys is not None  # the last layers may use the keys of others
-    ]
+
+    def take(states: Tensor) -> Tensor:
+        return states[row, :, -length:].transpose(0, 1).clone()
+
+    layers = enumerate(cache.layers)
+    return {
+        i: (take(layer.keys), take(layer.values)) for i, layer in layers if layer.keys is not None
+    }
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""At load: what is sampled is what is trained. The three ways to a token's log-prob, on two short random sequences.
+"""At load: what is sampled is what is trained. The ways to a token's log-prob, on two short random sequences.
 
-`expect` asks the model as it came, each sequence by itself; `check` then asks the agent: packed through the fused
-head, as an update does, and step by step with a padded batch and its cache, as a rollout does. A model whose
-architecture makes them differ would train on ratios that are wrong from the first update on.
+A probe is made of the model as it came, which reads each sequence by itself; `check` then asks the agent: packed
+through the fused head, as an update does, and step by step with a padded batch and its cache, as a rollout does. A
+model whose architecture makes them differ would train on ratios that are wrong from the first update on.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hiper_fast.agent.agent import Agent, run_trunk
+from hiper_fast.agent.generate import Batch, Past, take_past
 from hiper_fast.agent.head import refusing
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.agent.generate import Batch, take_past
 
 LENGTHS = 19, 6  # tokens of the two sequences
 WINDOW_NAMES = re.compile(
@@ -31,6 +31,7 @@ LAST = 5  # tokens of each that are compared, the last ones
 STEPS = 2  # of them sampled one by one
 # The largest difference, in units of how much the model's log-probs of a next token differ among themselves.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+ROUNDING = 1e-5  # nats, also where they hardly differ
 SEED = 2602_16165
 
 
@@ -39,7 +40,7 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel):
         generator = torch.Generator().manual_seed(SEED)
-        most = model.get_input_embeddings().num_embeddings
+        most = len(model.get_input_embeddings().weight)
         self.sequences = [
             torch.randint(most, (length,), generator=generator).to(model.device)
             for length in LENGTHS
@@ -70,7 +71,7 @@ class Probe:
         for way, found in ways.items():
             wanted = known if found.dim() == 2 else expected[:, -STEPS - 1 :]
             worst = float((found - wanted).abs().max())
-            if not worst <= TOLERANCE[model.dtype] * spread:
+            if not worst <= max(ROUNDING, TOLERANCE[model.dtype] * spread):
                 raise ConfigError(
                     f"model.path: {type(model).__name__} gives other log-probs when its sequences are {way}, than "
                     f"when each is read alone: by up to {worst:.2g}, where they spread by {spread:.2g}; it "
@@ -104,7 +105,7 @@ class Probe:
                 batch.go_on(tokens, torch.zeros_like(tokens, dtype=torch.bool))
         return torch.stack(found, 1)
 
-    def read_past(self, agent: Agent, ids: list[int]) -> tuple[Tensor, Tensor]:
+    def read_past(self, agent: Agent, ids: list[int]) -> Past:
         batch = Batch(agent.model, [ids], [0], len(ids), [None])
         batch.read()
         return take_past(batch.cache, 0, len(ids))

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hiper_fast.agent import attention
 from hiper_fast.agent.agent import run_trunk
+from hiper_fast.agent.generate import generate
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.agent.generate import generate
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -194,7 +194,7 @@ def test_turns_that_go_on_equal_a_full_forward_of_the_whole(family, budget):
             torch.testing.assert_close(
                 torch.tensor(logprobs), full_logprobs(model, contexts[i], ids), atol=1e-5, rtol=1e-5
             )
-            known = {len(states) for layer in pasts[i] for states in layer}
+            known = {len(states) for layer in pasts[i].values() for states in layer}
             assert known == {len(contexts[i]) + len(ids) - 1}
             contexts[i] = contexts[i] + ids
         assert len({len(ids) for ids, _ in results}) > 1

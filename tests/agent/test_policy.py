@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from hiper_fast import eval as evaluation
 from hiper_fast import train
 from hiper_fast.agent import tiny
+from hiper_fast.agent.generate import name_cache
 from hiper_fast.agent.loading import load_agent
 from hiper_fast.config import Config, ModelConfig
 from hiper_fast.learn import optim
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
-from hiper_fast.agent.generate import name_cache
 from hiper_fast.runs import checkpoint
 
 SIZES = {

@@ -5,12 +5,12 @@ import torch
 from helpers import HOUSEHOLD, configure, make_tiny
 
 from hiper_fast import response
+from hiper_fast.agent.generate import generate
 from hiper_fast.envs.household import Household
 from hiper_fast.packing import interleave, prefix_sums
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.engines.batched import Engine
 from hiper_fast.rollout.episode import Play
-from hiper_fast.agent.generate import generate
 from hiper_fast.rollout.play import ask, play_in_step
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.summary import summarise

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from hiper_fast.agent.agent import Agent
+from hiper_fast.agent.generate import Past, generate
 from hiper_fast.config import Config
 from hiper_fast.rollout.engines import Answer, Request
-from hiper_fast.agent.generate import Past, generate
 
 
 class Engine:
