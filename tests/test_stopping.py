@@ -507,7 +507,7 @@ IN_CHECKPOINT = {
 
 @pytest.mark.parametrize(
     "name, damage",
-    zip(sorted(IN_CHECKPOINT), itertools.cycle([cut, empty, scribble]), strict=False),
+    [*zip(sorted(IN_CHECKPOINT), itertools.cycle([cut, empty, scribble]), strict=False)],
 )
 def test_a_broken_file_of_a_checkpoint_is_named_with_a_way_out(run, capsys, name, damage):
     damage(run / "checkpoints" / "step-000005" / name)
