@@ -106,11 +106,8 @@ class Catalogue:
         name: str = "items",
         recipe: Recipe | None = None,
     ):
-        self._recipe = recipe or (
-            Catalogue,
-            (store, index),
-            {"seed": seed, "prices": prices, "nouns": nouns, "name": name},
-        )
+        drawn = {"seed": seed, "prices": prices, "nouns": nouns}
+        self._recipe = recipe or (Catalogue, (store, index), drawn | {"name": name})
         self.store, self.index, self.seed, self.name = store, index, seed, name
         self.reward = Reward(find_nouns(nouns))
         rng = random.Random(seed)

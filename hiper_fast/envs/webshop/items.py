@@ -129,10 +129,10 @@ def make_records(
 ) -> Iterator[Record]:
     """One record per product, in file order, without ASINs that are "nan", too long or repeated.
 
-    Texts come out as `text.strip_controls` leaves them. A record has `asin name category query product_category description bullets prices price_tag
-    options attributes instruction instruction_attributes human`; `prices` holds one price or the
-    two ends of a range. Raises DataError naming `source`, the product and the key for what is
-    missing or of another type.
+    A record has `asin name category query product_category description bullets prices price_tag
+    options attributes instruction instruction_attributes human`, its texts as `strip_controls`
+    leaves them; `prices` holds one price or the two ends of a range. Raises DataError naming
+    `source`, the product and the key for what is missing or of another type.
     """
     seen = set()
     for position, item in enumerate(items):
