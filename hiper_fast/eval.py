@@ -25,6 +25,7 @@ from hiper_fast.rollout.summary import summarise_scores
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs.folder import find_config
 from hiper_fast.runs.metrics import list_success, wilson
+from hiper_fast.text import clean
 
 
 def evaluate(
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(format_table(metrics))
     if provenance := games.family.describe_data():
-        print(", ".join(f"{key}: {value}" for key, value in provenance.items()))
+        print(clean(", ".join(f"{key}: {value}" for key, value in provenance.items())))
     return 0
 
 

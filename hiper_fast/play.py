@@ -36,6 +36,7 @@ from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Episode, pack
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config
+from hiper_fast.text import clean
 
 QUIT = ("q", "quit", "exit")
 
@@ -99,12 +100,13 @@ def show_thought(thought: Thought, state: State) -> Panel:
     parsed = response.parse(thought.text, plans=state.plans)
     table = Table.grid(padding=(0, 1))
     if not parsed.valid:
-        table.add_row("said", Text(thought.text.decode(errors="replace"), style="red"))
+        said = thought.text.decode(errors="replace")
+        table.add_row("said", Text(clean(said), style="red"))
     if state.plans:
         named = parsed.subgoal if parsed.switch or state.subgoal is None else state.subgoal
         table.add_row("decision", "SWITCH" if parsed.switch else "KEEP")
-        table.add_row("subgoal", Text(named or "None"))
-    table.add_row("action", Text(response.command(thought.text), style="bold"))
+        table.add_row("subgoal", Text(clean(named or "None")))
+    table.add_row("action", Text(clean(response.command(thought.text)), style="bold"))
     for name, value in zip(("V low", "V high", "V switch"), thought.values or [], strict=False):
         table.add_row(name, f"{value:+.2f}")
     return Panel(table, title="agent", title_align="left")
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         play, mind = open_game(arguments, config)
         play_game(play, console, mind, auto=arguments.auto)
     except (ValueError, GameError, checkpoint.CheckpointError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(clean(f"{parser.prog}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         console.print()

@@ -14,6 +14,7 @@ from typing import Any
 from hiper_fast.runs.display import DISPLAYS, build_display
 from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.health import Health
+from hiper_fast.text import clean
 
 SUCCESS = "eval/success/"  # before a task type
 OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
@@ -146,7 +147,7 @@ class Logger:
 
     def message(self, text: str) -> None:
         """Say something once, above the progress display."""
-        self._display.show_message(text)
+        self._display.show_message(clean(text))
 
     def close(self) -> None:
         self._display.close()

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from hiper_fast.text import replace_surrogates
+from hiper_fast.text import clean, replace_surrogates
 
 from . import pages
 from .goals import Goals
@@ -308,7 +308,8 @@ def _load_or_build(
             return Store.load(entry), Index.load(entry / "index")
         except Exception as error:  # whatever is wrong with a cache, building it again mends it
             warnings.warn(
-                f"{entry}: the cache cannot be used and is built again ({error})", stacklevel=3
+                clean(f"{entry}: the cache cannot be used and is built again ({error})"),
+                stacklevel=3,
             )
             shutil.rmtree(entry, ignore_errors=True)
     attributes = read_object(files["attributes"])
@@ -323,7 +324,7 @@ def _load_or_build(
         return _build(source(), entry, progress)
     except OSError as error:
         warnings.warn(
-            f"{folder}: nothing can be cached there ({error}); the shop is kept in memory",
+            clean(f"{folder}: nothing can be cached there ({error}); the shop is kept in memory"),
             stacklevel=3,
         )
         store = Store.build_in_memory(source(), progress)
@@ -377,4 +378,4 @@ class _Patience:
     def __call__(self, stage: str, done: int) -> None:
         if time.monotonic() > self._told + _TELL_EVERY:
             self._told = time.monotonic()
-            print(f"webshop: {stage}: {done:,}", file=sys.stderr, flush=True)
+            print(clean(f"webshop: {stage}: {done:,}"), file=sys.stderr, flush=True)
