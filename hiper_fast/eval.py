@@ -36,6 +36,7 @@ from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config, replace_text
 from hiper_fast.runs.metrics import list_success, wilson
 from hiper_fast.runs.statistics import pool
+from hiper_fast.text import clean
 
 Row = tuple[str, float, int, float, float]  # name, success, games, and the interval of the success
 
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
             played += some
         print(format_all(played))
         if data:
-            print(", ".join(f"{key}: {value}" for key, value in data.items()))
+            print(clean(", ".join(f"{key}: {value}" for key, value in data.items())))
         if arguments.json:
             write_json(arguments.json, describe_all(played, configs[0], data))
     except (ConfigError, GameError, checkpoint.CheckpointError, OSError) as error:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
+from hiper_fast.text import PlainError
+
 BOUNDS = {  # name of a bound -> (the words of its error, whether a value keeps it)
     "above": ("above", lambda value, bound: value > bound),
     "least": ("at least", lambda value, bound: value >= bound),
@@ -28,7 +30,7 @@ Setting = tuple[
 ]  # where it is said (a file, or "command line"), a dotted option, its value
 
 
-class ConfigError(ValueError):
+class ConfigError(PlainError, ValueError):
     """A bad option, value or configuration file; the message names it and how to mend it."""
 
 

@@ -46,6 +46,7 @@ from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.trajectory import Episode, pack
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config
+from hiper_fast.text import clean
 
 QUIT = ("q", "quit", "exit")
 SUBGOAL = "subgoal:"  # begins a line that names what the next commands are for
@@ -112,12 +113,13 @@ def show_thought(thought: Thought, state: State) -> Panel:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     if not parsed.valid:
-        table.add_row("said", Text(thought.text.decode(errors="replace"), style="red"))
+        said = thought.text.decode(errors="replace")
+        table.add_row("said", Text(clean(said), style="red"))
     if state.plans:
         named = parsed.subgoal if parsed.switch or state.subgoal is None else state.subgoal
         table.add_row("decision", "SWITCH" if parsed.switch else "KEEP")
-        table.add_row("subgoal", Text(named or "None"))
-    table.add_row("action", Text(response.command(thought.text), style="bold"))
+        table.add_row("subgoal", Text(clean(named or "None")))
+    table.add_row("action", Text(clean(response.command(thought.text)), style="bold"))
     for name, value in zip(("V low", "V high", "V switch"), thought.values or [], strict=False):
         table.add_row(name, f"{value:+.2f}")
     return Panel(table, title="agent", title_align="left")
@@ -354,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.record:
             record(arguments.record, play, task, console)
     except (ValueError, GameError, checkpoint.CheckpointError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(clean(f"{parser.prog}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         console.print()

@@ -20,11 +20,12 @@ COMMANDS = {
     "tokenizers",
 }
 ROOMS = [  # from the ground up; a room imports from those before it
-    {"options", "response", "stopping", "_C", "kernels"},
+    {"text", "stopping"},
+    {"options", "response", "_C", "kernels"},
     {"plugins", "config", "packing", "ops"},
     {"distributed"},
     {"envs", "agent"},
-    {"rollout"},
+    {"rollout", "gymnasium"},
     {"estimators"},
     {"runs"},
     {"learn"},

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hiper_fast.agent import tiny
+from hiper_fast.agent.folders import check_folder, explain
 from hiper_fast.agent.layers import find_layers, recompute
 from hiper_fast.options import ConfigError
 
@@ -51,9 +52,14 @@ def find_architecture(
         return tiny.build_model(tiny.load_tokenizer(tokenizer_file), 0).config
     name = path.removesuffix("-Instruct").removesuffix("-Base")
     known = name in QWEN25 or name in QWEN3
+    check_folder(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=local_files_only or known)
+        return AutoConfig.from_pretrained(
+            path, local_files_only=local_files_only or known, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
+        if (Path(path) / "config.json").exists():
+            raise ConfigError(f"model.path: cannot load {path}: {explain(error)}") from error
         if not known:
             raise ConfigError(
                 f"model.path: {path} is no folder with a config.json, is not in the local cache, "

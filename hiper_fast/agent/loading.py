@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from transformers import (
 
 from hiper_fast.agent import attention, layers, lora, rotary, tiny, tokens
 from hiper_fast.agent.agent import Agent
+from hiper_fast.agent.folders import ADAPTER, check_folder, explain
 from hiper_fast.agent.probe import Probe
+from hiper_fast.agent.runtime import silence_transformers
 from hiper_fast.config import AgentConfig, ModelConfig
 from hiper_fast.distributed import ALONE, World
 from hiper_fast.options import ConfigError
@@ -116,23 +117,40 @@ def build_tiny(
 def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A folder's or hub id's model and tokenizer; ConfigError with the reason and the mend."""
     folder = Path(config.path)
-    if (folder / "adapter_config.json").exists():
+    check_folder(config.path)
+    if (folder / ADAPTER).exists():
         lora.import_peft("model.path")
     try:
-        options = {"local_files_only": config.local_files_only}
-        tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
-        if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
-            raise ValueError("it holds no tokenizer; save the model's own beside its weights")
-        path = str(folder.absolute()) if folder.exists() else config.path  # adapters store it
-        dtype = getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        with silence_transformers():
+            model, tokenizer = read_pretrained(config)
     except LOAD_ERRORS as error:
         where, mend = config.path, ""
         if not folder.exists():
             where += " (no such folder here, so taken as a hub id)"
             if config.local_files_only:
                 mend = "; to download it, add --model.local_files_only=false"
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
-        raise ConfigError(f"model.path: cannot load {where}: {reason}{mend}") from error
+        raise ConfigError(f"model.path: cannot load {where}: {explain(error)}{mend}") from error
     model.config.output_router_logits = False  # no auxiliary loss is trained: docs/policy.md
+    return model, tokenizer
+
+
+def read_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As transformers reads them, without code of theirs and without pickles; one of `LOAD_ERRORS` if it cannot."""
+    options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
+    if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
+        raise ValueError("it holds no tokenizer; save the model's own beside its weights")
+    folder = Path(config.path)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder.absolute()) if folder.exists() else config.path,  # adapters store it
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"its weights lack {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which would "
+            "be random; save the whole causal LM"
+        )
     return model, tokenizer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 
 import torch
+from transformers.utils import logging
 
 from hiper_fast.config import RunConfig
 
@@ -18,6 +21,20 @@ def configure_torch(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
+
+
+@contextlib.contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Neither its bars nor its warnings, until the block is left; what they tell of must be checked there."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def keep_freed_memory() -> None:

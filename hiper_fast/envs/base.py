@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from typing import Any, Protocol, runtime_checkable
 
+from hiper_fast.text import PlainError
+
 Info = dict[str, Any]
 
 WON_REWARD = 10.0  # on the winning step; every other step pays 0
 
 
-class GameError(ValueError):
+class GameError(PlainError, ValueError):
     """Game data that cannot be played; the message names the file and what is wrong with it."""
 
 
@@ -29,6 +31,13 @@ class Environment(Protocol):
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
         """Act; returns (observation, reward, terminated, truncated, info)."""
+
+
+def check_command(command: Any) -> str:
+    """`command` as it is; TypeError naming its type unless it is a text."""
+    if not isinstance(command, str):
+        raise TypeError(f"command: expected str, got {type(command).__name__}")
+    return command
 
 
 def check_options(options: dict[str, Any] | None, known: set[str]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from hiper_fast import response
 from hiper_fast.config import Config
-from hiper_fast.envs.base import Environment
+from hiper_fast.envs.base import Environment, Info
 from hiper_fast.envs.family import Family, Task
 from hiper_fast.envs.prompts import State
 from hiper_fast.rollout.engines import Answer, Request
 from hiper_fast.rollout.trajectory import Episode, Turn, key_state
+from hiper_fast.text import clean
 
 
 class Play:
@@ -17,13 +18,20 @@ class Play:
     def __init__(self, env: Environment, task: Task, family: Family, config: Config):
         self.env, self.family, self.config = env, family, config
         observation, info = env.reset(**task)
-        self.info = info
-        opening, plans = family.strip_opening(observation), config.agent.subgoals
-        self.state = State(info["task"], opening, info["admissible_commands"], plans=plans)
+        sentence, plans = clean(info["task"]), config.agent.subgoals
+        self.state = State(sentence, "", [], plans=plans)
+        self.take(family.strip_opening(clean(observation)), info)
         reachable = getattr(env, "reachable", True)
-        self.episode = Episode(info["task"], info["task_type"], plans=plans, reachable=reachable)
+        kind = clean(info["task_type"])
+        self.episode = Episode(sentence, kind, plans=plans, reachable=reachable)
         self.episode.continued = config.agent.style == "transcript"
         self.over = False
+
+    def take(self, observation: str, info: Info) -> None:
+        """What the agent reads from now on: clean, whatever stands in the environment's texts."""
+        self.info = info
+        self.wordings = {clean(command): command for command in info["admissible_commands"]}
+        self.state.observation, self.state.commands = observation, list(self.wordings)
 
     def see(self, ids: list[int], truncated: bool) -> None:
         """Stores the turn's prompt. One that no longer fits behind its context ends the episode."""
@@ -55,7 +63,11 @@ class Play:
         episode.states.append(key_state(state.observation, state.commands))
         is_listed = self.family.is_listed(action.strip(), state.commands)
         episode.near_misses += self.family.is_near_miss(action.strip(), state.commands)
-        observation, _, terminated, _, self.info = self.env.step(action)
+        wording = self.wordings.get(action.strip(), action)  # as the environment has it
+        observation, _, terminated, _, info = self.env.step(wording)
+        state.history.append((state.observation, action))
+        state.sent.add(action.strip())
+        self.take(clean(observation).strip(), info)
         episode.responses.append(answer.ids)
         if episode.continued:
             state.context += answer.ids
@@ -64,8 +76,4 @@ class Play:
         episode.rewards.append(reward + (rewards.success if self.info["won"] else 0.0))
         episode.won, episode.terminated = self.info["won"], terminated
         episode.score = self.info.get("task_score")
-        state.history.append((state.observation, action))
-        state.sent.add(action.strip())
-        state.observation = observation.strip()
-        state.commands = self.info["admissible_commands"]
         self.over = terminated or len(episode.responses) == self.config.env.max_turns

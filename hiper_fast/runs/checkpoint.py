@@ -12,14 +12,13 @@ to disk and renamed, so a killed or failed save never touches an older one.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from hiper_fast.agent.runtime import silence_transformers
 from hiper_fast.distributed import ALONE, World
 from hiper_fast.runs.tensors import (
     NAMES_SHOWN,
@@ -258,7 +257,7 @@ def _write_policy(
 ) -> None:
     weights = world.state_dict(policy)
     if world.main:
-        with _silence_transformers():
+        with silence_transformers():
             policy.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)
         for name, text in texts.items():  # after peft, which has a README of its own
@@ -326,7 +325,7 @@ def _read_whole_policy(path: Path, policy: PreTrainedModel) -> dict[str, Tensor]
             "use another checkpoint"
         )
     try:
-        with _silence_transformers():
+        with silence_transformers():
             stored, info = type(policy).from_pretrained(
                 path,
                 dtype=policy.dtype,
@@ -351,19 +350,6 @@ def _load_policy(policy: PreTrainedModel, tensors: dict[str, Tensor], world: Wor
         set_peft_model_state_dict(policy, tensors)
     else:
         world.load_state_dict(policy, tensors)
-
-
-@contextlib.contextmanager
-def _silence_transformers() -> Iterator[None]:
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _build_path(folder: Path, step: int) -> Path:

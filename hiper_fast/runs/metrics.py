@@ -16,6 +16,7 @@ from hiper_fast.runs.display import DISPLAYS, SilentDisplay, build_display
 from hiper_fast.runs.folder import replace_text
 from hiper_fast.runs.health import Health
 from hiper_fast.runs.trackers import Tracker, start_trackers
+from hiper_fast.text import clean
 
 SUCCESS = "eval/success/"  # before a task type
 OUTCOMES = "eval/won/"  # a task type's games, a character each: 1 won, 0 lost
@@ -162,7 +163,7 @@ class Logger:
 
     def message(self, text: str) -> None:
         """Say something once, above the progress display."""
-        self._show("show_message", text)
+        self._show("show_message", clean(text))
 
     def sync(self) -> None:
         """Waits until all rows are on the disk: a checkpoint never outlives what led to it."""

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hiper_fast.distributed import ALONE, World
+from hiper_fast.text import PlainError
 
 NAMES_SHOWN = 3  # in an error message
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PlainError, RuntimeError):
     """A checkpoint could not be written or read; the message names the file and the mend."""
 
 

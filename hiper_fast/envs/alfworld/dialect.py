@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..base import GameError
 
@@ -53,6 +54,7 @@ class Dialect:
     helps: bool = True  # "help" is a command
 
 
+@lru_cache(maxsize=64)  # games differ in their task alone
 def read_dialect(grammar: str) -> Dialect:
     """Of a game file's grammar; one without actions leaves the words to `Dialect`.
 

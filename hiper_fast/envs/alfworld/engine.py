@@ -12,7 +12,7 @@ from bisect import insort
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..base import WON_REWARD, Info, check_options
+from ..base import WON_REWARD, Info, check_command, check_options
 from .game import Game, parse_game
 from .pddl import Fact, holds
 
@@ -68,7 +68,7 @@ class AlfWorld:
         return text, self._make_info()
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
-        command = command.strip()
+        command = check_command(command).strip()
         if command not in self._commands:
             return NOTHING_HAPPENS, 0.0, self._won, False, self._make_info()
         had_won = self._won

@@ -68,9 +68,9 @@ class Family(RoomFamily):
         return hold_out(self.list_games(self.options.split))
 
     def list_games(self, split: str) -> list[Path]:
-        """The games of a split; the disk is asked once."""
+        """The games of a split, each checked; the disk is asked once."""
         if split not in self.listings:
-            self.listings[split] = list_games(split, self.options.task_types)
+            self.listings[split] = list_games(split, self.options.task_types, check=True)
         return self.listings[split].games
 
     def list_panel(self, panel: str, count: int) -> list[family.Task]:

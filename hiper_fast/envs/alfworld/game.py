@@ -13,6 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from hiper_fast.text import strip_controls
+
 from ..base import GameError
 from .dialect import Dialect, read_dialect
 from .pddl import Fact, Formula, Grounder, Problem, list_atoms, read_problem, rename
@@ -197,7 +199,7 @@ def _build(data: Mapping[str, Any], name: str) -> Game:
         task_type=goal.task_type if goal else "other",
         goal=goal,
         walkthrough=walkthrough,
-        dialect=read_dialect(data["grammar"]),
+        dialect=read_dialect(_TASK.sub("", data["grammar"])),
         goal_formula=formula,
         goal_atoms=frozenset(list_atoms(formula)),
         facts=frozenset(fact for predicate in _FLUENTS for fact in facts[predicate]),
@@ -239,7 +241,7 @@ def _read_content(data: Mapping[str, Any]) -> tuple[str, Problem, tuple[str, ...
     task = _TASK.search(data["grammar"])
     if not task:
         raise GameError("its grammar has no 'Your task is to: …' sentence")
-    problem = read_problem(data["pddl_problem"])
+    problem = read_problem(strip_controls(data["pddl_problem"]))
     if problem.domain != "alfred":
         raise GameError(f"its problem is for the domain {problem.domain}, not alfred")
     for predicate, facts in problem.facts.items():
@@ -248,7 +250,7 @@ def _read_content(data: Mapping[str, Any]) -> tuple[str, Problem, tuple[str, ...
                 raise GameError(
                     f"its problem has a fact unknown to ALFWorld: ({' '.join(fact)[:80]})"
                 )
-    return task[1], problem, tuple(walkthrough)
+    return strip_controls(task[1]), problem, tuple(map(strip_controls, walkthrough))
 
 
 def make_text_names(ids: Iterable[str]) -> dict[str, str]:

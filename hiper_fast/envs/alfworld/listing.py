@@ -8,9 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from .game import GAME_FILE, TASK_TYPES, read_game
+from ..base import GameError
+from .game import GAME_FILE, TASK_TYPES
+from .trials import judge_all
 
 TRIAL_FILES = (GAME_FILE, "traj_data.json")  # either makes a folder a trial
+ARCHIVE = "json_2.1.1"  # what the official archive unpacks to
+SPLITS = ("train", "valid_train", "valid_seen", "valid_unseen")
+MEND = f"point it at the folder that contains {ARCHIVE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +24,13 @@ class Listing:
 
     games: list[Path]
     left_out: dict[str, int]
+    checked: bool = False  # every one of them was parsed
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
         count = len(self.games)
         told = "1 game" if count == 1 else f"{count:,} games"
+        told += ", checked" if self.checked and self.games else ""
         return f"{told} (left out: {reasons})" if reasons else told
 
 
@@ -35,59 +42,73 @@ def games(split: str, task_types: Collection[str] | None = None) -> list[Path]:
     return list_games(split, task_types).games
 
 
-def list_games(split: str, task_types: Collection[str] | None = None) -> Listing:
+def list_games(
+    split: str, task_types: Collection[str] | None = None, *, check: bool = False
+) -> Listing:
     """The games of a split, of these task types (None: all).
 
-    Raises ValueError where there are none, GameError for a file that cannot be read.
+    `check` parses every game that is to be played, on all cores; else its file is only read. Raises
+    ValueError where there are no games, and one GameError if files are damaged: it names the first
+    and says how many.
     """
     if task_types is not None and not set(task_types) <= set(TASK_TYPES):
         raise ValueError(f"task_types is {task_types!r}; choose from {', '.join(TASK_TYPES)}")
     folder = find_split(split)
-    trials = {path.parent for name in TRIAL_FILES for path in folder.glob(f"*/*/{name}")}
+    trials = sorted({path.parent for name in TRIAL_FILES for path in folder.glob(f"*/*/{name}")})
     if not trials:
         raise ValueError(f"split {split!r} is empty: no */*/{GAME_FILE} under {folder}")
-    found, left_out = [], Counter()
-    for trial in sorted(trials):
-        if reason := find_reason_against(trial, task_types):
-            left_out[reason] += 1
-        else:
-            found.append(trial / GAME_FILE)
-    listing = Listing(found, dict(left_out))
+    verdicts = judge_all(trials, task_types, whole=check)
+    if faults := [verdict.fault for verdict in verdicts if verdict.fault]:
+        raise GameError(describe_faults(faults, len(trials), split))
+    found = [
+        trial / GAME_FILE
+        for trial, verdict in zip(trials, verdicts, strict=True)
+        if not verdict.reason
+    ]
+    left_out = Counter(verdict.reason for verdict in verdicts if verdict.reason)
+    listing = Listing(found, dict(left_out), check)
     if not found:
         raise ValueError(f"split {split!r} has nothing to play under {folder}: {listing}")
     return listing
 
 
+def describe_faults(faults: list[str], count: int, split: str) -> str:
+    if len(faults) == 1:
+        return f"{faults[0]} (unpack it again, or move its folder out of {split})"
+    return (
+        f"{faults[0]} (the first of {len(faults):,} damaged files among the {count:,} trials of {split}: "
+        "unpack them again, or move their folders elsewhere)"
+    )
+
+
 def find_split(split: str) -> Path:
-    """The folder of a split."""
-    root = os.environ.get("ALFWORLD_DATA")
-    if not root:
-        raise ValueError(
-            "ALFWORLD_DATA is not set; point it at the folder that contains json_2.1.1"
-        )
-    folder = Path(root).expanduser()
-    if (folder / "json_2.1.1").is_dir():
-        folder = folder / "json_2.1.1"
-    if not (folder / split).is_dir():
-        raise ValueError(
-            f"no split {split!r} under ALFWORLD_DATA: {folder / split} is not a folder"
-        )
-    return folder / split
+    """The folder of a split, also where $ALFWORLD_DATA is a level too deep or too high."""
+    given = os.environ.get("ALFWORLD_DATA")
+    if not given:
+        raise ValueError(f"ALFWORLD_DATA is not set; {MEND}")
+    root = Path(given).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"ALFWORLD_DATA is {root}, which is no folder; {MEND}")
+    for folders in ([root / ARCHIVE], [root], find_above(root), find_below(root, split)):
+        found = [folder / split for folder in folders if (folder / split).is_dir()]
+        if len(found) > 1:
+            several = ", ".join(str(path.parent) for path in found)
+            raise ValueError(f"ALFWORLD_DATA is {root}, which holds {several}; name one of them")
+        if found:
+            return found[0]
+    wrong = root / ARCHIVE if (root / ARCHIVE).is_dir() else root
+    raise ValueError(
+        f"no split {split!r} under ALFWORLD_DATA: {wrong / split} is not a folder; {MEND}"
+    )
 
 
-def find_reason_against(trial: Path, task_types: Collection[str] | None) -> str:
-    """Why a trial is not played, asked in the order of ALFWorld's loader; empty if it is."""
-    task = trial.parent.name
-    kind = f"{task}/{trial.name}"
-    if "movable" in kind:
-        return "with a movable receptacle"
-    if "Sliced" in kind:
-        return "with a sliced object"
-    if task_types is not None and task.split("-", 1)[0] not in task_types:
-        return "of other task types"
-    if not (trial / GAME_FILE).exists():
-        return "without a game file"
-    content = read_game(trial / GAME_FILE)
-    if "solvable" not in content:
-        return "not known to be solvable"
-    return "" if content["solvable"] else "not solvable"
+def find_above(root: Path) -> list[Path]:
+    """The data's folder, if `root` lies in it: a split, a task or a trial."""
+    inside = [root.absolute(), *root.absolute().parents][:3]
+    return [folder.parent for folder in inside if folder.name in SPLITS][:1]
+
+
+def find_below(root: Path, split: str) -> list[Path]:
+    """The data's folders that `root` holds a level further down."""
+    archives = sorted(root.glob(f"*/{ARCHIVE}"))
+    return archives or sorted(path.parent for path in root.glob(f"*/{split}"))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..base import WON_REWARD, Info, check_options
+from ..base import WON_REWARD, Info, check_command, check_options
 from .game import Game, find_game_file, make_text_names, read_game
 
 
@@ -42,7 +42,7 @@ class TextWorld:
         return state.feedback, self._make_info(state)
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
-        state, _, _ = self._engine.step(command)
+        state, _, _ = self._engine.step(check_command(command))
         reward = WON_REWARD if state["won"] and not self._won else 0.0
         self._won = state["won"]
         return state.feedback, reward, self._won, False, self._make_info(state)

@@ -39,16 +39,17 @@ def load(
     `Catalogue.load`.
     """
     folder = data or os.environ.get("WEBSHOP_DATA")
-    return _load(os.fspath(folder) if folder else None, catalogue_seed, size, nouns)
+    return _load(os.path.abspath(folder) if folder else None, catalogue_seed, size, nouns)
 
 
 @cache
 def _load(folder: str | None, seed: int, size: str | None, nouns: str) -> Catalogue:
     if folder:
-        return Catalogue.load(folder, seed, size=size, nouns=nouns)
-    return Catalogue.from_items(
-        *generate(seed), seed=seed, nouns=nouns, name=f"embedded shop {seed}"
-    )
+        catalogue = Catalogue.load(folder, seed, size=size, nouns=nouns)
+    else:
+        name = f"embedded shop {seed}"
+        catalogue = Catalogue.from_items(*generate(seed), seed=seed, nouns=nouns, name=name)
+    return catalogue.remember(_load, folder, seed, size, nouns)
 
 
 def build(

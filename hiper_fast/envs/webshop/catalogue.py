@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+from hiper_fast.text import clean, replace_surrogates
 
 from . import pages
 from .goals import Goals
@@ -28,17 +30,18 @@ from .items import (
     make_records,
     read_items,
     read_object,
-    replace_surrogates,
 )
 from .reward import Nouns, Reward, find_nouns
 from .store import Progress, Store
 
 HITS = 50  # products that a search finds at most
-_FORMAT = b"hiper_fast webshop 1"  # of the cache
+_FORMAT = b"hiper_fast webshop 2"  # of the cache
 _KEPT_PRODUCTS, _KEPT_SEARCHES = 1 << 13, 1 << 13  # in memory, parsed or answered
 _CHUNK = 1 << 22  # bytes hashed at a time
 _TELL_EVERY = 2  # seconds
 _ENDINGS = (".json", ".json.gz", ".json.xz")
+
+Recipe = tuple[Callable[..., "Catalogue"], tuple, dict[str, Any]]  # what makes a catalogue again
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,10 @@ class Catalogue:
         prices: Mapping[str, float] | None = None,
         nouns: str | Nouns = "auto",
         name: str = "items",
+        recipe: Recipe | None = None,
     ):
+        drawn = {"seed": seed, "prices": prices, "nouns": nouns}
+        self._recipe = recipe or (Catalogue, (store, index), drawn | {"name": name})
         self.store, self.index, self.seed, self.name = store, index, seed, name
         self.reward = Reward(find_nouns(nouns))
         rng = random.Random(seed)
@@ -142,7 +148,9 @@ class Catalogue:
         files = _find_files(Path(folder), size)
         progress = progress or _Patience()
         store, index = _load_or_build(files, _find_cache_folder(cache), progress)
-        return cls(store, index, seed=seed, prices=prices, nouns=nouns, name=files["items"].name)
+        drawn = {"seed": seed, "prices": prices, "nouns": nouns}
+        again = Catalogue.load, (os.path.abspath(folder),), {**drawn, "size": size, "cache": cache}
+        return cls(store, index, **drawn, name=files["items"].name, recipe=again)
 
     @classmethod
     def from_items(
@@ -168,6 +176,15 @@ class Catalogue:
             nouns=nouns,
             name=name,
         )
+
+    def __reduce__(self) -> tuple:
+        """Pickled as how it was made; what came from files or from a seed is made of them again."""
+        return _make_again, (*self._recipe, len(self))
+
+    def remember(self, make: Callable[..., Catalogue], *arguments: Any) -> Catalogue:
+        """Itself, to be pickled as `make(*arguments)`."""
+        self._recipe = make, arguments, {}
+        return self
 
     def __len__(self) -> int:
         return len(self.store)
@@ -210,6 +227,18 @@ class Catalogue:
             return self.store.find_number(asin)
         except KeyError:
             raise ValueError(f"{argument}: there is no product {asin!r} in {self.name}") from None
+
+
+def _make_again(
+    make: Callable[..., Catalogue], arguments: tuple, options: dict[str, Any], count: int
+) -> Catalogue:
+    catalogue = make(*arguments, **options)
+    if len(catalogue) != count:
+        raise DataError(
+            f"{catalogue.name}: it had {count} products when this was pickled and has {len(catalogue)}; "
+            "fetch the same files again"
+        )
+    return catalogue
 
 
 def _check_price(asin: str, price: float) -> float:
@@ -279,7 +308,8 @@ def _load_or_build(
             return Store.load(entry), Index.load(entry / "index")
         except Exception as error:  # whatever is wrong with a cache, building it again mends it
             warnings.warn(
-                f"{entry}: the cache cannot be used and is built again ({error})", stacklevel=3
+                clean(f"{entry}: the cache cannot be used and is built again ({error})"),
+                stacklevel=3,
             )
             shutil.rmtree(entry, ignore_errors=True)
     attributes = read_object(files["attributes"])
@@ -294,7 +324,7 @@ def _load_or_build(
         return _build(source(), entry, progress)
     except OSError as error:
         warnings.warn(
-            f"{folder}: nothing can be cached there ({error}); the shop is kept in memory",
+            clean(f"{folder}: nothing can be cached there ({error}); the shop is kept in memory"),
             stacklevel=3,
         )
         store = Store.build_in_memory(source(), progress)
@@ -348,4 +378,4 @@ class _Patience:
     def __call__(self, stage: str, done: int) -> None:
         if time.monotonic() > self._told + _TELL_EVERY:
             self._told = time.monotonic()
-            print(f"webshop: {stage}: {done:,}", file=sys.stderr, flush=True)
+            print(clean(f"webshop: {stage}: {done:,}"), file=sys.stderr, flush=True)

@@ -82,6 +82,9 @@ class Index:
         shared = (self._documents, self._counts, self._block_bounds, self._norms, self._inverse)
         self._addresses = [array.ctypes.data for array in shared]
 
+    def __reduce__(self) -> tuple:
+        return Index, (self._arrays, self.filled, self.total_tokens)
+
     def __len__(self) -> int:
         """The number of documents."""
         return len(self._norms)

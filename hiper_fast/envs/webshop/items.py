@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TextIO
+
+from hiper_fast.text import strip_all, strip_controls
 
 from ..base import GameError
 
@@ -127,22 +130,23 @@ def make_records(
     """One record per product, in file order, without ASINs that are "nan", too long or repeated.
 
     A record has `asin name category query product_category description bullets prices price_tag
-    options attributes instruction instruction_attributes human`; `prices` holds one price or the
-    two ends of a range. Raises DataError naming `source`, the product and the key for what is
-    missing or of another type.
+    options attributes instruction instruction_attributes human`, its texts as `strip_controls`
+    leaves them; `prices` holds one price or the two ends of a range. Raises DataError naming
+    `source`, the product and the key for what is missing or of another type.
     """
     seen = set()
     for position, item in enumerate(items):
         if not isinstance(item, dict) or not isinstance(item.get("asin"), str):
             raise DataError(f"{source}: product {position}: 'asin' is missing or no text")
-        asin = item["asin"]
+        asin, key = strip_controls(item["asin"]), item["asin"]
         if asin == "nan" or len(asin) > LONGEST_ASIN or asin in seen:
             continue
         seen.add(asin)
         try:
-            yield _make_record(asin, item, attributes.get(asin, {}), human.get(asin, []))
+            record = _make_record(asin, item, attributes.get(key, {}), human.get(key, []))
         except DataError as error:
             raise DataError(f"{source}: product {asin}: {error}") from None
+        yield strip_all(record)
 
 
 def _make_record(asin: str, item: dict[str, Any], attributes: Any, human: Any) -> Record:
@@ -206,7 +210,7 @@ def _read_prices(pricing: Any) -> tuple[list[float], str]:
         prices = [float(Decimal(re.sub(r"[^\d.]", "", price))) for price in pricing.split("$")[1:3]]
     except InvalidOperation:
         prices = []
-    if not prices:
+    if not prices or not all(map(math.isfinite, prices)):
         raise DataError(
             f"'pricing' is {pricing!r}, expected prices such as '$9.99' or '$9.99 - $19.99'"
         )
@@ -259,11 +263,4 @@ def make_document(record: Record) -> str:
         f"{name}: {', '.join(values)}" for name, values in record["options"].items()
     )
     bullet = record["bullets"][0] if record["bullets"] else ""
-    return replace_surrogates(
-        " ".join([record["name"], record["description"], bullet, options]).lower()
-    )
-
-
-def replace_surrogates(text: str) -> str:
-    """`text` with a `?` for each lone surrogate."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return " ".join([record["name"], record["description"], bullet, options]).lower()

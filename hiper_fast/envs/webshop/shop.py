@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
-from ..base import WON_REWARD, Info, check_options
+from ..base import WON_REWARD, Info, check_command, check_options
 from . import pages
 from .catalogue import Catalogue, Product
 from .goals import Goal, check_goal
@@ -49,12 +49,29 @@ class WebShop:
         if observation not in OBSERVATIONS:
             raise ValueError(f"observation: {observation!r} is none of {', '.join(OBSERVATIONS)}")
         self.catalogue, self.split, self.split_by, self.kind = catalogue, split, split_by, goals
-        self.goals = catalogue.goals(goals)
-        self.indices = self.goals.split(split, split_by)
+        self._find_goals()
+        self.product: Product | None = None
         self.goal: Goal | None = None
         self._random = random.Random(seed)
         self._rich = observation == "text_rich"
         self._show_attributes = show_attributes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled without what the catalogue has, which every environment of a process shares."""
+        own = {
+            name: value for name, value in vars(self).items() if name not in ("goals", "indices")
+        }
+        return own | {"product": self.product and self.product.number}
+
+    def __setstate__(self, own: dict[str, Any]) -> None:
+        vars(self).update(own)
+        self._find_goals()
+        if self.product is not None:
+            self.product = self.catalogue.get_product(self.product)
+
+    def _find_goals(self) -> None:
+        self.goals = self.catalogue.goals(self.kind)
+        self.indices = self.goals.split(self.split, self.split_by)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -101,9 +118,7 @@ class WebShop:
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
         self._check_begun()
-        if not isinstance(command, str):
-            raise TypeError(f"command: expected str, got {type(command).__name__}")
-        name, argument = parse(command)
+        name, argument = parse(check_command(command))
         if self._parts is not None:
             return self._observe(), 0.0, True, False, self._make_info()
         if name == "search":
@@ -123,7 +138,7 @@ class WebShop:
     def _go_to_search(self) -> None:
         self.keywords: list[str] | None = None
         self.page_number: int | None = None
-        self.product: Product | None = None
+        self.product = None
         self.options: dict[str, str] = {}
         self.seen: set[str] = set()
         self.where, self.page = "search", pages.SEARCH

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -40,6 +40,9 @@ class Store:
     combinations: np.ndarray  # int64 [n], 0 without an instruction
     human: np.ndarray  # int64 [n]
     attribute_counts: dict[str, int]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"lines": bytes(self.lines)}  # a map is its process's own
 
     def __len__(self) -> int:
         return len(self.asins)

@@ -12,7 +12,15 @@ from test_alfworld_engine import tiny
 
 from hiper_fast import envs
 from hiper_fast.envs import household
-from hiper_fast.envs.alfworld import TASK_TYPES, AlfWorld, AlfWorldSplit, Game, GameError, games
+from hiper_fast.envs.alfworld import (
+    TASK_TYPES,
+    AlfWorld,
+    AlfWorldSplit,
+    Game,
+    GameError,
+    games,
+    trials,
+)
 from hiper_fast.envs.alfworld.dialect import Dialect
 from hiper_fast.envs.alfworld.listing import list_games
 from hiper_fast.envs.alfworld.player import make_player
@@ -102,7 +110,10 @@ def test_a_run_tells_what_was_left_out(mixed):
     made = Games(configure("alfworld"))
     assert len(made.list_panel()) == 3
     told = made.family.describe_data()
-    assert told == {"train": "1 game", "valid_seen": str(list_games("valid_seen"))}
+    assert told == {
+        "train": "1 game, checked",
+        "valid_seen": str(list_games("valid_seen", check=True)),
+    }
 
 
 def test_a_corrupt_file_is_named_before_anything_is_played(mixed):
@@ -255,3 +266,128 @@ def test_other_words_are_refused_with_the_file_and_what_it_says(tmp_path, old, n
 def test_blanks_in_a_template_do_not_matter():
     content = change('template :: "move {o} to {r}"', 'template  ::\n """ move {o}  to {r} """')
     assert Game.from_dict(content).dialect == Dialect()
+
+
+# What is damaged shows at the start.
+
+
+def list_parsing(content):
+    """Game files that read well and cannot be played."""
+    return {
+        "no domain": content | {"pddl_domain": ""},
+        "half a problem": content | {"pddl_problem": content["pddl_problem"][:-40]},
+        "no grammar": content | {"grammar": None},
+        "other words": change("take {o} from {r}", "grab {o}") | {"solvable": True},
+    }
+
+
+@pytest.fixture(params=["alone", "shared"])
+def crowd(request, tmp_path, monkeypatch):
+    """Nine games for training and the counts of processes that check them: one, or three."""
+    monkeypatch.setattr(trials, "SHARE", 3 if request.param == "shared" else 100)
+    monkeypatch.setattr(trials, "count_cores", lambda: 3)
+    write_split(tmp_path / "train", {f"{PLACE}-Mug-None-Desk-{i}/trial": {} for i in range(9)})
+    write_split(tmp_path / "valid_seen", {f"{PLACE}-Mug-None-Desk-1/trial": {}})
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    return [tmp_path / "train" / f"{PLACE}-Mug-None-Desk-{i}/trial/game.tw-pddl" for i in range(9)]
+
+
+def test_all_games_are_checked_and_counted(crowd):
+    made = Games(configure("alfworld"))
+    assert made.family.describe_data()["train"] == "9 games, checked"
+    assert list_games("train", check=True).games == crowd == games("train")
+
+
+@pytest.mark.parametrize("fault", list_parsing(household.generate(TASK_TYPES[0], 0, "small")))
+def test_a_game_that_could_not_be_played_later_is_named_at_the_start(crowd, fault):
+    content = list_parsing(household.generate(TASK_TYPES[0], 0, "small") | {"solvable": True})
+    crowd[7].write_text(json.dumps(content[fault]))
+    with pytest.raises(ConfigError, match=f"env: cannot play {crowd[7]}: its? .*out of train.$"):
+        Games(configure("alfworld"))
+
+
+def test_of_several_damaged_files_the_first_is_named_with_how_many_there_are(crowd):
+    crowd[2].write_bytes(crowd[2].read_bytes()[:500])
+    crowd[5].write_text("")
+    crowd[8].write_text(json.dumps(tiny(pddl_domain="(define (domain other))")))
+    said = f"env: cannot play {crowd[2]}: .*truncated.* first of 3 damaged files among the 9 trials"
+    with pytest.raises(ConfigError, match=said):
+        Games(configure("alfworld"))
+
+
+def test_workers_that_cannot_run_are_done_without(crowd, monkeypatch):
+    monkeypatch.setattr(trials, "_WORKER", "raise SystemExit(1)")
+    assert len(list_games("train", check=True).games) == 9
+    crowd[8].write_text("{")
+    with pytest.raises(GameError, match=str(crowd[8])):
+        list_games("train", check=True)
+
+
+# Where the data lies.
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["json_2.1.1", "", "json_2.1.1/train", "json_2.1.1/valid_seen", "..", "json_2.1.1/train/TASK"],
+)
+def test_a_folder_a_level_too_deep_or_too_high_is_recognised(tmp_path, monkeypatch, given):
+    data = tmp_path / "all" / "alfworld"
+    for split in ("train", "valid_seen"):
+        write_split(data / "json_2.1.1" / split, {f"{PLACE}-Mug-None-Desk-1/trial": {}})
+    (tmp_path / "all" / "webshop").mkdir()
+    monkeypatch.setenv(
+        "ALFWORLD_DATA", str(data / given.replace("TASK", f"{PLACE}-Mug-None-Desk-1"))
+    )
+    for split in ("train", "valid_seen"):
+        [game] = games(split)
+        assert game.resolve().is_relative_to(data / "json_2.1.1" / split)
+
+
+def test_a_folder_too_high_without_the_archives_name_is_recognised(tmp_path, monkeypatch):
+    write_split(tmp_path / "games" / "train", {f"{PLACE}-Mug-None-Desk-1/trial": {}})
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    assert games("train")[0].is_relative_to(tmp_path / "games" / "train")
+
+
+def test_a_folder_that_is_wrong_is_told_with_the_right_one(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        write_split(tmp_path / name / "json_2.1.1/train", {f"{PLACE}-Mug-None-Desk-1/trial": {}})
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="holds .*new/json_2.1.1, .*old/json_2.1.1; name one"):
+        games("train")
+    with pytest.raises(ValueError, match="no split 'valid_seen'.* contains json_2.1.1"):
+        games("valid_seen")
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere, which is no folder; point it at the folder"):
+        games("train")
+
+
+# Text that would reach the terminal.
+
+EVIL = "\x1b]0;title\x07\x1b[31mred\x1b[0m\x00\x9b2J\u202e\ud800"
+
+
+def test_a_games_own_texts_come_out_clean_and_can_be_played(tmp_path):
+    content = household.generate(TASK_TYPES[0], 0, "small")
+    grammar = content["grammar"].replace("Your task is to: ", f"Your task is to: {EVIL}")
+    problem = content["pddl_problem"].replace("_bar_", "\x1b[2J_bar_")
+    file = tmp_path / "game.tw-pddl"
+    file.write_text(json.dumps(content | {"grammar": grammar, "pddl_problem": problem}))
+    ours, theirs = AlfWorld(file), AlfWorld(content)
+    text, info = ours.reset()
+    assert "\x1b" not in text and "\x9b" not in text and text.encode()
+    assert info["task"].startswith("red\u202e?")
+    assert info["admissible_commands"] == theirs.reset()[1]["admissible_commands"]
+    for step in content["walkthrough"]:
+        *_, info = ours.step(step)
+    assert info["won"]
+
+
+def test_an_error_tells_names_and_contents_clean(tmp_path):
+    folder = tmp_path / "\x1b[31mred\u202e"
+    folder.mkdir()
+    file = folder / "game.tw-pddl"
+    file.write_text(json.dumps(tiny(pddl_domain="(define (domain \x1b[2J\ud800)")))
+    with pytest.raises(GameError) as caught:
+        AlfWorld(file)
+    assert f"{tmp_path}/red/game.tw-pddl: its domain is ?" in str(caught.value)

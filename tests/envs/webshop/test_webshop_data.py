@@ -6,11 +6,14 @@ import lzma
 import random
 
 import pytest
+from helpers import configure
 from products import asked, product
 
-from hiper_fast.envs import make
+from hiper_fast.envs import make, webshop
 from hiper_fast.envs.webshop import Catalogue, DataError, WebShop
 from hiper_fast.envs.webshop.items import make_records, read_items, read_object
+from hiper_fast.options import ConfigError
+from hiper_fast.rollout.games import Games
 
 ATTRIBUTES = asked("dimmable")
 
@@ -418,3 +421,26 @@ def test_what_is_shared_cannot_change(folder, load):
     with pytest.raises(ValueError, match="read-only"):
         other.goals().split("all")[0] = 1
     assert other.goals() is other.goals("synthetic")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "swapped", "gone"])
+@pytest.mark.parametrize("name", ["items_shuffle_1000", "items_ins_v2_1000", "items_human_ins"])
+def test_a_damaged_file_is_one_error_that_names_it_before_anything_is_played(
+    folder, tmp_path, monkeypatch, name, damage
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (folder / "items_human_ins.json").write_text(json.dumps({"B000000001": []}))
+    config = configure("webshop", env__data=str(folder), env__split="all", env__eval_split="all")
+    Games(config)
+    file, text = folder / f"{name}.json", (folder / f"{name}.json").read_text()
+    other = '{"a": 1}' if text.startswith("[") else "[]"
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_text({"truncated": text[:-3], "emptied": "", "swapped": other}[damage])
+    if (name, damage) == ("items_human_ins", "gone"):
+        return  # which a shop can do without
+    webshop._load.cache_clear()
+    with pytest.raises(ConfigError, match=f"env: .*{name}.json") as caught:
+        Games(config)
+    assert "\n" not in str(caught.value)
