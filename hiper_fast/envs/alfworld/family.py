@@ -52,6 +52,7 @@ class Family(RoomFamily):
     Options = Options
     environment = AlfWorldSplit
     defaults = HERE / "defaults.yaml"
+    recipe = "alfworld"
 
     def make(self) -> AlfWorldSplit:
         kept, _ = self.divided
