@@ -60,7 +60,7 @@ def parse(
     """The configuration that a command line asks for; `run`: a run's config.yaml, below all files.
 
     Errors end the program with one line that names the option (exit status 2); `--help` lists every
-    option of the chosen environment. Of a run in another environment one line says so.
+    option of the chosen environment. That a run was of another environment is said in one line.
     """
     parser = Parser(
         prog=f"python -m hiper_fast.{program}",
@@ -77,8 +77,7 @@ def parse(
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if own and (trained := name_environment(find_text(own, ENVIRONMENT))) != config.env.name:
-        text = f"this checkpoint was trained on {trained}; the settings of {config.env.name} apply"
-        print(f"{parser.prog}: {text}", file=sys.stderr)
+        print(f"This checkpoint was trained on {trained}; the settings of {config.env.name} apply.")
     return config
 
 

@@ -752,7 +752,7 @@ def play_elsewhere(tmp_path, capsys, env, trained):
         description="",
         run=folder / "hiper_fast.yaml",
     )
-    return config, capsys.readouterr().err
+    return config, capsys.readouterr().out
 
 
 def test_a_checkpoint_in_another_environment_has_that_ones_own_limits(tmp_path, capsys):
@@ -772,9 +772,7 @@ def test_a_checkpoint_in_another_environment_has_that_ones_own_limits(tmp_path, 
     assert (config.agent.history, config.agent.style) == (3, "compact"), (
         "how the model was taught to read"
     )
-    assert said == (
-        "python -m hiper_fast.eval: this checkpoint was trained on household; the settings of webshop apply\n"
-    )
+    assert said == "This checkpoint was trained on household; the settings of webshop apply.\n"
 
 
 def test_a_pretrained_models_checkpoint_in_another_environment(tmp_path, capsys):
@@ -811,9 +809,9 @@ def test_a_run_that_goes_on_elsewhere_says_where_it_was_trained(tmp_path, capsys
     write_config(resolve(given={"env": "household", "agent.max_prompt_tokens": 300}), folder)
     more = f"--run.folder={tmp_path}", "--name=mine", "--resume"
     assert parse(*more, "--env=webshop").agent.max_prompt_tokens == 512
-    assert "trained on household; the settings of webshop apply" in capsys.readouterr().err
+    assert "trained on household; the settings of webshop apply" in capsys.readouterr().out
     assert parse(*more).agent.max_prompt_tokens == 300
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 # Run folders.
