@@ -21,7 +21,7 @@ from hiper_fast.options import ConfigError
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import play_tasks
 from hiper_fast.rollout.prompter import Prompter
-from hiper_fast.rollout.summary import summarise_scores
+from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs.folder import find_config
 from hiper_fast.runs.metrics import list_success, wilson
@@ -48,6 +48,7 @@ def evaluate(
         "eval/high": high,
         "eval/episodes": len(tasks),
         **summarise_scores("eval", trajectories.episodes),
+        **summarise_limits("eval", trajectories.episodes),
         "eval/turns": trajectories.turns / len(tasks),
         "eval/valid_rate": float(trajectories.valid.float().mean()),
         "time/eval": time.perf_counter() - started,
@@ -110,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         games = Games(config)
         agent = load_agent(config.model, config.run.seed)
         prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
+        prompter.check_room()
         metrics, _ = evaluate(agent, games, prompter, config, seed=arguments.sampling_seed)
     except (ConfigError, GameError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

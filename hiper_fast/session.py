@@ -32,6 +32,7 @@ from hiper_fast.runs.folder import (
     write_config,
 )
 from hiper_fast.runs.metrics import Logger, Muted, read_metrics
+from hiper_fast.runs.rates import judge_rates
 from hiper_fast.runs.viewer import write_episodes
 
 MOST_SHARED = 0.1  # value coefficient above which the value loss rules a shared trunk
@@ -136,6 +137,7 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
         config.model, config.run.seed, family.tokenizer, vocabulary=family.list_words, world=world
     )
     prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
+    prompter.check_room()
     estimate = estimators.find(config.advantage.estimator)
     folder = world.first(lambda: find_run_folder(config))
     saved = None
@@ -150,6 +152,8 @@ def open_session(config: Config, world: World) -> Iterator[Session]:
             write_config(config, folder)
         if provenance := family.describe_data():
             logger.message(", ".join(f"{key}: {value}" for key, value in provenance.items()))
+        for text in judge_rates(config, agent.model.num_parameters(), lora=agent.lora):
+            logger.message(text)
         start_policy(session)
         add_networks(session)
         yield session

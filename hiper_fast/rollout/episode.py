@@ -56,6 +56,7 @@ class Play:
         is_listed = self.family.is_listed(action.strip(), state.commands)
         observation, _, terminated, _, self.info = self.env.step(action)
         episode.responses.append(answer.ids)
+        episode.responses_at_limit += len(answer.ids) >= self.config.agent.max_response_tokens
         if episode.continued:
             state.context += answer.ids
         episode.logprobs.append(answer.logprobs)

@@ -45,6 +45,7 @@ class Episode:
     states: list[int] = field(default_factory=list)  # `key_state` of each turn
     group: int = 0  # equal: episodes of the same game
     truncated_prompts: int = 0
+    responses_at_limit: int = 0  # as long as they may be: most of them were cut
     score: float | None = None  # the environment's own score in [0, 1], where it gives one
     reachable: bool = True  # whether the best score can be had at all
 
