@@ -38,6 +38,7 @@ from hiper_fast.runs.folder import CHECKPOINT_CONFIG, find_run_folder
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "command line"
 ENVIRONMENT, MODEL = "env.name", "model.path"
+COMMON = list_options(Config())  # which every environment has
 TINY = "tiny"
 LONGEST_NAME = 200  # bytes of a run's name: file systems take 255
 NOT_DEFAULTS = MODEL, "plan."  # what a recipe says of the paper's own runs
@@ -230,7 +231,7 @@ def find_family(settings: Sequence[Setting]) -> type[Family]:
 
 def find_text(settings: Sequence[Setting], name: str) -> str:
     """What the last of `settings` says of an option that every environment has, or its default."""
-    option = list_options(Config())[name]
+    option = COMMON[name]
     for source, given, value in reversed(settings):
         if SHORT.get(given, given) == name:
             return read_value(option, source, value)
@@ -325,7 +326,7 @@ def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
     content = load_yaml(path, source)
     if isinstance(content, dict) and (base := content.pop("base", None)) is not None:
         yield from read_file(find_base(base, source), local=local)
-    skipped = set() if local else {o.name for o in list_options(Config()).values() if o.local}
+    skipped = set() if local else {o.name for o in COMMON.values() if o.local}
     for setting in read_sections(content, source):
         if setting[1] not in skipped:
             yield setting
@@ -340,7 +341,7 @@ def read_sections(content: Any, source: str) -> Iterator[Setting]:
         if not isinstance(section, str):
             raise ConfigError(f"{source}: {expected}, got the key {show(section)}")
         if not isinstance(entries, dict | None):
-            near = suggest_options(section, list(list_options(Config())), [])
+            near = suggest_options(section, list(COMMON), [])
             raise ConfigError(
                 f"{source}: {expected}, got {show(entries)} in {show(section)}; {near}"
             )

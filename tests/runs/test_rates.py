@@ -44,7 +44,7 @@ def test_the_tiny_models_rates_on_a_large_model():
 def test_a_large_models_rates_on_the_tiny_model():
     config = configure(train__lr=1e-6, train__critic_lr=1e-3)
     (text,) = judge_rates(config, TINY)
-    assert "train.lr is 1e-06, 1/784 of what models of 0.4 M weights are used to" in text
+    assert "train.lr is 1e-06, 1/785 of what models of 0.4 M weights are used to" in text
 
 
 def test_what_does_not_train_is_not_judged():
