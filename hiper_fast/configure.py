@@ -75,8 +75,9 @@ def parse(
     )
     try:
         config, own = read_command_line(parser, argv, run)
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    except (ConfigError, OSError) as error:  # of a run's folder that cannot be looked into
+        told = error if isinstance(error, ConfigError) else show_name(error)
+        parser.exit(2, f"{parser.prog}: {told}\n")
     if own and (trained := name_environment(find_text(own, ENVIRONMENT))) != config.env.name:
         print(f"This checkpoint was trained on {trained}; the settings of {config.env.name} apply.")
     return config

@@ -227,6 +227,11 @@ def test_values_that_make_no_sense(capsys, name, value, message):
     assert message in err and err.count("\n") == 1 and len(err) < 400
 
 
+def test_a_folder_of_runs_that_cannot_be(capsys):
+    err = refused(capsys, "--run.folder=" + "x" * 4000, "--resume")
+    assert "File name too long" in err and err.count("\n") == 1 and len(err) < 400
+
+
 def test_without_a_lower_clip():
     assert resolve(given={"train.loss": "cispo", "train.clip_low": 1}).train.clip_low == 1
 
