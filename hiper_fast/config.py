@@ -7,6 +7,8 @@ from typing import Literal
 
 from hiper_fast.options import option
 
+MOST_SEEDS = 2**63 - 1
+
 
 @dataclass(slots=True)
 class EnvConfig:
@@ -45,8 +47,9 @@ class AgentConfig:
         384,
         "longer prompts drop history, then the observation's tail; a transcript of so many tokens ends its episode",
         above=0,
+        per_env=True,
     )
-    max_response_tokens: int = option(28, "tokens sampled at most in a turn", above=0)
+    max_response_tokens: int = option(28, "tokens sampled at most in a turn", above=0, per_env=True)
     batch_tokens: int = option(
         8192, "prompt tokens of the episodes that generate together, or one longer prompt", above=0
     )
@@ -56,15 +59,20 @@ class AgentConfig:
         "response named, on a KEEP turn too (reference)",
     )
     fallback: int = option(
-        30, "a response without action block acts by its last characters, so many", least=0
+        30,
+        "a response without action block acts by its last characters, so many",
+        least=0,
+        per_env=True,
     )
-    temperature: float = option(1.0, "sampling temperature in training", above=0)
+    temperature: float = option(1.0, "sampling temperature in training", above=0, most=100)
 
 
 @dataclass(slots=True)
 class ModelConfig:
     path: str = option(
-        "tiny", "tiny (built here, from scratch), or any causal LM: a folder or a hub id"
+        "tiny",
+        "tiny (built here, from scratch), or any causal LM: a folder or a hub id. Which of two defaults counts depends "
+        "on it: the tiny model's, also for checkpoints of it, or the paper's for a pretrained model",
     )
     critic: Literal["separate", "shared"] = option(
         "separate",
@@ -96,23 +104,27 @@ class RolloutConfig:
 
 @dataclass(slots=True)
 class RewardConfig:
-    success: float = option(1.0, "reward of the winning turn (reference: 10)", unbounded=True)
+    success: float = option(1.0, "reward of the winning turn (reference: 10)", least=-1e6, most=1e6)
     invalid: float = option(
-        -0.1, "added on a turn whose response does not keep the format", unbounded=True
+        -0.1, "added on a turn whose response does not keep the format", least=-1e6, most=1e6
     )
     inadmissible: float = option(
         -0.1,
         "added on a turn whose command the environment does not list (reference: 0)",
-        unbounded=True,
+        least=-1e6,
+        most=1e6,
     )
-    keep: float = option(0.0, "KEEP penalty (reference, ALFWorld: -0.3)", unbounded=True)
+    keep: float = option(
+        0.0, "KEEP penalty (reference, ALFWorld: -0.3)", least=-1e6, most=1e6, per_env=True
+    )
     keep_mode: Literal["normalized", "fixed"] = option(
         "normalized", "normalized: divided by the episode's turns; fixed: on each KEEP turn"
     )
     consistency: float = option(
         0.0,
         "added on a KEEP turn whose subgoal differs from the last one (reference: -0.3)",
-        unbounded=True,
+        least=-1e6,
+        most=1e6,
     )
 
 
@@ -137,6 +149,7 @@ class AdvantageConfig:
         "what stands for the reward that a truncated episode misses; next_state: V_high of the state after it; "
         "reference (hae): V_low of its last turn, V_high of its last segment's start",
         flag=("none", "next_state"),
+        per_env=True,
     )
     malformed: bool = option(
         True, "tokens outside the blocks of an invalid turn train as its action (reference: false)"
@@ -173,6 +186,7 @@ class TrainConfig:
         1e-4,
         "AdamW's epsilon (reference: 1e-8): what has gradients far below it, as rare tokens have, hardly moves",
         above=0,
+        most=1,
     )
     warmup_updates: int = option(4, "policy updates over which its learning rate rises", least=0)
     microbatch_tokens: int = option(
@@ -188,9 +202,9 @@ class TrainConfig:
         "usual); 0: not weighted",
         least=0,
     )
-    lr: float = option(8e-4, "policy learning rate (reference, 1.5B: 1e-6)", least=0)
-    critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)", least=0)
-    weight_decay: float = option(0.01, "AdamW weight decay", least=0)
+    lr: float = option(8e-4, "policy learning rate (reference, 1.5B: 1e-6)", least=0, most=1)
+    critic_lr: float = option(1e-3, "critic learning rate (reference: 1e-5)", least=0, most=1)
+    weight_decay: float = option(0.01, "AdamW weight decay", least=0, most=1)
     optimizer: Literal["adamw", "adamw8bit", "offload"] = option(
         "adamw",
         "adamw; adamw8bit: 8-bit moments (torchao); offload: masters and moments in the CPU's memory",
@@ -199,7 +213,7 @@ class TrainConfig:
         True,
         "bfloat16 weights train through float32 masters; false: small updates are lost to rounding",
     )
-    grad_clip: float = option(1.0, "largest gradient norm", least=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: any", least=0)
     loss: Literal["ppo", "cispo"] = option(
         "ppo",
         "ppo: clipped ratio, dual clip; cispo: clipped ratio as a constant weight of the log-prob's gradient",
@@ -214,7 +228,9 @@ class TrainConfig:
         "token: mean over a minibatch's loss tokens; sequence: mean over its sequences of each one's mean; constant: "
         "their sum, divided by the most response tokens that its sequences could have (Dr. GRPO)",
     )
-    clip_low: float = option(0.2, "clip of the ratio below 1; 1: none", least=0)
+    clip_low: float = option(
+        0.2, "clip of the ratio below 1, by less than 1; with cispo 1: none", least=0, most=1
+    )
     clip_high: float = option(0.2, "clip of the ratio above 1", least=0)
     dual_clip: float = option(3.0, "PPO dual clip for negative advantages", above=1)
     kl_coef: float = option(0.01, "KL to the reference policy; 0 keeps no reference model", least=0)
@@ -251,6 +267,7 @@ class WarmStartConfig:
         2.5e-3,
         "peak learning rate; warms up, then falls to a tenth (Muon, for the tiny model's matrices: 8 times it)",
         least=0,
+        most=1,
     )
 
 
@@ -264,16 +281,23 @@ class EvalConfig:
         "test: games for what is reported; tune: others, to choose settings on. They share none, nor with training",
     )
     episodes: int = option(
-        512, "games of the panel; alfworld: at most the whole split, each game once", above=0
+        512,
+        "games of the panel; alfworld: at most the whole split, each game once",
+        above=0,
+        per_env=True,
     )
-    temperature: float = option(1.0, "sampling temperature in evaluation (reference: 0.4)", least=0)
+    temperature: float = option(
+        1.0, "sampling temperature in evaluation (reference: 0.4)", least=0, most=100
+    )
 
 
 @dataclass(slots=True)
 class RunConfig:
-    name: str = option("auto", "folder under runs/; auto: made of the environment and the seed")
+    name: str = option(
+        "auto", "folder under run.folder; auto: made of the environment and the seed"
+    )
     folder: str = option("runs", "where runs are kept")
-    seed: int = option(0, "seed of games, initial weights and sampling", unbounded=True)
+    seed: int = option(0, "seed of games, initial weights and sampling", least=0, most=MOST_SEEDS)
     resume: bool = option(False, "continue from the run's latest checkpoint, exactly")
     resume_from: int | None = option(
         None,
@@ -295,7 +319,7 @@ class RunConfig:
         "where metrics go beside metrics.jsonl, some of: tensorboard, wandb (offline unless $WANDB_MODE says else), "
         "trackio",
     )
-    threads: int = option(0, "CPU threads; 0: one per core", least=0)
+    threads: int = option(0, "CPU threads; 0: one per core", least=0, most=1024)
 
 
 @dataclass(slots=True)
@@ -313,7 +337,9 @@ class PlanConfig:
         0.0, "TFLOP/s of a large product; 0: measured here, or from the table", least=0
     )
     gb_per_s: float = option(0.0, "GB/s of a copy; 0: measured here, or from the table", least=0)
-    utilisation: float = option(0.4, "assumed share of the TFLOP/s that passes reach", above=0)
+    utilisation: float = option(
+        0.4, "assumed share of the TFLOP/s that passes reach", above=0, most=1
+    )
     turns: int = option(0, "turns of an update; 0: every episode runs to its limit", least=0)
     prompt_tokens: int = option(0, "mean tokens of a prompt; 0: as many as allowed", least=0)
     response_tokens: int = option(0, "mean tokens of a response; 0: as many as allowed", least=0)

@@ -1,6 +1,7 @@
 """From YAML files and the command line to one configuration: layered, typed, `auto` resolved, checked.
 
-Defaults, those of the environment over them, every `--config FILE` in turn, `--section.option VALUE`.
+Defaults, those of the environment for this kind of model over them, every `--config FILE` in turn,
+`--section.option VALUE`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from hiper_fast import estimators
+from hiper_fast import estimators, strict_yaml
+from hiper_fast.agent import tiny
 from hiper_fast.config import SHORT, Config
 from hiper_fast.envs.family import Family, families
-from hiper_fast.learn.demonstrations import check_name
-from hiper_fast.options import NONE, ConfigError, Setting, find_option, list_options, set_options
+from hiper_fast.learn import demonstrations
+from hiper_fast.options import (
+    NONE,
+    ConfigError,
+    Setting,
+    find_option,
+    flatten,
+    list_options,
+    read_value,
+    set_options,
+    show,
+    show_name,
+    suggest_options,
+)
 from hiper_fast.rollout import engines
 from hiper_fast.runs.folder import CHECKPOINT_CONFIG, CONFIG, find_run_folder
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "command line"
-ENVIRONMENT = "env.name"
+ENVIRONMENT, MODEL = "env.name", "model.path"
+COMMON = list_options(Config())  # which every environment has
+TINY = "tiny"
+LONGEST_NAME = 200  # bytes of a run's name: file systems take 255
+NOT_DEFAULTS = MODEL, "plan."  # what a recipe says of the paper's own runs
+DEFAULTS_HELP = (
+    "In brackets: the default; where it depends on the model, that of the tiny one, and that of a pretrained one "
+    "(--model FOLDER or hub id), which has the paper's settings."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what is wrong with a command line."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{COMMAND_LINE}: {message}")
 
 
 def parse(
@@ -35,26 +63,32 @@ def parse(
     """The configuration that a command line asks for; `run`: a run's config.yaml, below all files.
 
     Errors end the program with one line that names the option (exit status 2); `--help` lists every
-    option of the chosen environment.
+    option of the chosen environment. That a run was of another environment is said in one line.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m hiper_fast.{program}",
         usage="%(prog)s [--config FILE ...] [--section.option VALUE ...]",
         description=description,
+        epilog=DEFAULTS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
     try:
-        return read_command_line(parser, argv, run)
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        config, own = read_command_line(parser, argv, run)
+    except (ConfigError, OSError) as error:  # of a run's folder that cannot be looked into
+        told = error if isinstance(error, ConfigError) else show_name(error)
+        parser.exit(2, f"{parser.prog}: {told}\n")
+    if own and (trained := name_environment(find_text(own, ENVIRONMENT))) != config.env.name:
+        print(f"This checkpoint was trained on {trained}; the settings of {config.env.name} apply.")
+    return config
 
 
 def read_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, run: Path | None
-) -> Config:
+) -> tuple[Config, list[Setting]]:
+    """The configuration, and the settings of the run that it goes on with or looks at, if any."""
     own = list(read_file(run, local=False)) if run else []
     given = read_arguments(parser, argv, own)
     files = given.pop("config", [])
@@ -62,8 +96,9 @@ def read_command_line(
         given["run.resume"] = True
     config = resolve(files, given, own)
     if config.run.resume:
-        config = resolve([], given, read_run(find_run_folder(config)))
-    return config
+        own = read_run(find_run_folder(config))
+        config = resolve([], given, own)
+    return config, own
 
 
 def read_arguments(
@@ -74,25 +109,35 @@ def read_arguments(
     own: settings below those of the command line, which may name the environment.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
+    first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    first.add_argument("--config", action="append")
     first.add_argument("--env", f"--{ENVIRONMENT}", dest=ENVIRONMENT)
-    chosen, _ = first.parse_known_args(argv)
-    family = find_family([*own, *read_files(chosen.config)], vars(chosen))
-    add_options(parser, Config(env=family.Options()))
+    chosen = vars(first.parse_known_args(argv)[0])
+    files = read_files(chosen.pop("config", []))
+    family = find_family([*own, *files, *name_source(chosen)])
+    add_options(parser, family)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        if unknown[0].startswith("-"):
-            name = unknown[0].lstrip("-").split("=")[0]
-            find_option(list_options(Config(env=family.Options())), name, COMMAND_LINE, SHORT)
-        raise ConfigError(
-            f"{COMMAND_LINE}: unexpected argument {unknown[0]!r}; options are --section.option VALUE"
-        )
+        refuse(unknown[0], family)
     return vars(arguments)
 
 
-def add_options(parser: argparse.ArgumentParser, config: Config) -> None:
-    """Gives the parser `--config`, `--help` and every option of `config`."""
+def refuse(argument: str, family: type[Family]) -> None:
+    """ConfigError for an argument that is no option."""
+    name = argument.partition("=")[0].lstrip("-")
+    known = list_options(Config(env=family.Options()))
+    if argument.startswith("-"):
+        find_option(known, name, COMMAND_LINE, SHORT)
+    mend = (
+        f"write --{name}"
+        if SHORT.get(name, name) in known
+        else "options are --section.option VALUE"
+    )
+    raise ConfigError(f"{COMMAND_LINE}: unexpected argument {show(argument)}; {mend}")
+
+
+def add_options(parser: argparse.ArgumentParser, family: type[Family]) -> None:
+    """Gives the parser `--config`, `--help` and every option of a family's configuration."""
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     parser.add_argument(
         "--config",
@@ -102,16 +147,37 @@ def add_options(parser: argparse.ArgumentParser, config: Config) -> None:
         "line over all",
     )
     short = {long: name for name, long in SHORT.items()}
-    for option in list_options(config).values():
+    tiny, pretrained = (list_defaults(family, tiny=is_tiny) for is_tiny in (True, False))
+    for option in list_options(Config(env=family.Options())).values():
         names = [f"--{name}" for name in (short.get(option.name), option.name) if name]
-        default = "none" if option.default is None else option.default
+        defaults = describe_defaults(tiny[option.name], pretrained[option.name])
         parser.add_argument(
             *names,
             dest=option.name,
             metavar=option.name.split(".")[1].upper(),
-            help=f"{option.help} [{default}]".replace("%", "%%"),
+            help=f"{option.help} [{defaults}]".replace("%", "%%"),
             **({"nargs": "?", "const": True} if option.kind is bool else {}),
         )
+
+
+def describe_defaults(tiny: Any, pretrained: Any) -> str:
+    words = ["none" if default is None else str(default) for default in (tiny, pretrained)]
+    return words[0] if tiny == pretrained else "tiny: {}; pretrained: {}".format(*words)
+
+
+def list_defaults(family: type[Family], *, tiny: bool) -> dict[str, Any]:
+    """Dotted option -> what counts where nothing else is said."""
+    config = Config(env=family.Options())
+    set_options(config, read_defaults(family, tiny=tiny), SHORT)
+    return flatten(config)
+
+
+def read_defaults(family: type[Family], *, tiny: bool) -> list[Setting]:
+    """An environment's own settings: for the tiny model, or its recipe's, for a pretrained one."""
+    if tiny:
+        return list(read_file(family.defaults)) if family.defaults else []
+    recipe = read_file(find_base(family.recipe, f"{family.__module__}: recipe"))
+    return [setting for setting in recipe if not setting[1].startswith(NOT_DEFAULTS)]
 
 
 def resolve(
@@ -121,8 +187,7 @@ def resolve(
 ) -> Config:
     """Defaults, the environment's, a run's `own` settings, `files`, then `given`; checked, no `auto` left."""
     settings = [*read_files(files), *name_source(given or {})]
-    family = find_family([*own, *settings], {})
-    return settle([*select_own(own, family), *settings])
+    return settle([*select_own(own, settings), *settings])
 
 
 def name_source(given: Mapping[str, Any]) -> list[Setting]:
@@ -131,56 +196,84 @@ def name_source(given: Mapping[str, Any]) -> list[Setting]:
 
 
 def settle(settings: Sequence[Setting]) -> Config:
-    """Defaults, the environment's, then `settings`; checked, no `auto` left."""
-    family = find_family(settings, {})
-    if family.defaults:
-        settings = [*read_file(family.defaults), *settings]
+    """Defaults, the environment's for this kind of model, then `settings`; checked, no `auto` left."""
+    family = find_family(settings)
+    defaults = read_defaults(family, tiny=is_tiny(find_text(settings, MODEL)))
     config = Config(env=family.Options())
-    set_options(config, settings, SHORT)
+    set_options(config, let_later_count([*defaults, *settings]), SHORT)
     choose_automatic(config, family)
     check(config, family)
     return config
 
 
-def select_own(own: Sequence[Setting], family: type[Family]) -> list[Setting]:
-    """A run's settings without those of `env` that are none here: of another environment or an older run."""
-    known = list_options(Config(env=family.Options()))
-    same = find_family(own, {}) is family
+def let_later_count(settings: Sequence[Setting]) -> Iterator[Setting]:
+    """A number of minibatches that is said after their size counts in its place."""
+    for setting in settings:
+        yield setting
+        if setting[1] == "train.minibatches":
+            yield setting[0], "train.minibatch_size", 0
+
+
+def select_own(own: Sequence[Setting], settings: Sequence[Setting]) -> list[Setting]:
+    """A run's own settings that count below `settings`: of another environment's none that suit only that one, and
+    never what this environment does not have, as an older run may."""
+    options = list_options(Config(env=find_family([*own, *settings]).Options()))
+    names = (name_environment(find_text(every, ENVIRONMENT)) for every in (own, [*own, *settings]))
+    elsewhere = len(set(names)) > 1
+    bound = {name for name, option in options.items() if option.per_env} if elsewhere else set()
     return [
         setting
         for setting in own
-        if not setting[1].startswith("env.") or (same and setting[1] in known)
+        if setting[1] not in bound
+        and (not setting[1].startswith("env.") or (setting[1] in options and not elsewhere))
     ]
 
 
-def find_family(settings: Sequence[Setting], given: Mapping[str, Any]) -> type[Family]:
-    """The environment's family, as the last of `settings`, or `given`, names it."""
-    names = [value for _, name, value in settings if SHORT.get(name, name) == ENVIRONMENT]
-    return families.find(name_environment(given.get(ENVIRONMENT) or (names or ["auto"])[-1]))
+def find_family(settings: Sequence[Setting]) -> type[Family]:
+    """The environment's family, as the last of `settings` names it."""
+    return families.find(name_environment(find_text(settings, ENVIRONMENT)))
+
+
+def find_text(settings: Sequence[Setting], name: str) -> str:
+    """What the last of `settings` says of an option that every environment has, or its default."""
+    option = COMMON[name]
+    for source, given, value in reversed(settings):
+        if SHORT.get(given, given) == name:
+            return read_value(option, source, value)
+    return option.default
 
 
 def name_environment(name: str) -> str:
     if name != "auto":
-        return str(name)
+        return name
     return "alfworld" if os.environ.get("ALFWORLD_DATA") else "household"
+
+
+def is_tiny(path: str) -> bool:
+    """Whether `model.path` is the tiny model or a checkpoint of it, by its shape or by what lies beside it."""
+    if path == TINY or tiny.is_saved_in(path):
+        return True
+    file = Path(path) / CHECKPOINT_CONFIG
+    return os.path.isfile(file) and find_text(list(read_file(file)), MODEL) == TINY
 
 
 def choose_automatic(config: Config, family: type[Family]) -> None:
     """Puts what it means here in place of every `auto` but the run's name, which the folders decide."""
-    tiny = config.model.path == "tiny"
     config.env.name = name_environment(config.env.name)
     if config.agent.style == "auto":
-        config.agent.style = "compact" if tiny and "compact" in family.styles else "reference"
+        compact = "compact" in family.styles and is_tiny(config.model.path)
+        config.agent.style = "compact" if compact else "reference"
     if config.model.device == "auto":
         config.model.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.warm_start.enabled == "auto":
-        config.warm_start.enabled = "yes" if tiny else "no"
+        config.warm_start.enabled = "yes" if config.model.path == TINY else "no"
     if config.run.display == "auto":
         config.run.display = "panel" if sys.stdout.isatty() else "plain"
 
 
 def check(config: Config, family: type[Family]) -> None:
     """ConfigError for names that nothing has, and for values that do not go together."""
+    check_name(config.run.name)
     estimate = estimators.find(config.advantage.estimator)
     if estimators.needs_groups(estimate) and config.train.group < 2:
         raise ConfigError(
@@ -196,17 +289,33 @@ def check(config: Config, family: type[Family]) -> None:
             "train.importance_cap: weighs what the trainer recomputes against what was sampled; set "
             "train.old_logprobs to recomputed, or leave the cap out"
         )
+    if config.train.loss == "ppo" and config.train.clip_low >= 1:
+        raise ConfigError(
+            f"train.clip_low: PPO clips the ratio at 1 - clip_low, which must be above 0; give less than 1 (0.2 is "
+            f"usual), not {config.train.clip_low}"
+        )
     engines.find(config.rollout.engine)
-    check_name(config.warm_start.demonstrations)
+    demonstrations.check_name(config.warm_start.demonstrations)
     if config.agent.style not in family.styles:
         raise ConfigError(
-            f"agent.style: {config.agent.style!r} is none of {', '.join(family.styles)}"
+            f"agent.style: {show(config.agent.style)} is none of {', '.join(family.styles)}"
         )
     if config.train.episodes % config.train.group:
         raise ConfigError(
             f"train.group: {config.train.episodes} episodes (train.episodes) do not make whole groups "
             f"of {config.train.group}"
         )
+
+
+def check_name(name: str) -> None:
+    """ConfigError for a run's name that is no folder's own: in another folder, hidden, or too long."""
+    if not name.strip() or name.startswith(".") or "/" in name or os.sep in name:
+        raise ConfigError(
+            f"run.name: {show(name)} is no name of a folder below run.folder; leave out / and a leading dot, "
+            "and say with run.folder where runs are kept"
+        )
+    if len(name.encode()) > LONGEST_NAME:
+        raise ConfigError(f"run.name: {show(name)} is longer than {LONGEST_NAME} bytes")
 
 
 def read_files(files: Sequence[str | Path]) -> list[Setting]:
@@ -219,11 +328,11 @@ def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
 
     local: with those options that belong to the machine.
     """
-    source = f"--config {path}"
+    source = f"--config {show_name(path)}"
     content = load_yaml(path, source)
-    if isinstance(content, dict) and "base" in content:
-        yield from read_file(find_base(content.pop("base"), source), local=local)
-    skipped = set() if local else {o.name for o in list_options(Config()).values() if o.local}
+    if isinstance(content, dict) and (base := content.pop("base", None)) is not None:
+        yield from read_file(find_base(base, source), local=local)
+    skipped = set() if local else {o.name for o in COMMON.values() if o.local}
     for setting in read_sections(content, source):
         if setting[1] not in skipped:
             yield setting
@@ -240,37 +349,51 @@ def read_run(folder: Path) -> list[Setting]:
 
 
 def read_sections(content: Any, source: str) -> Iterator[Setting]:
-    """The settings of sections with options below them."""
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise ConfigError(f"{source}: expected sections such as 'train:' with options below them")
+    """The settings of sections with options below them; one with nothing below it has none."""
+    expected = "expected sections such as 'train:' with options below them"
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: {expected}, got {show(content)}")
     for section, entries in content.items():
-        for key, value in entries.items():
+        if not isinstance(section, str):
+            raise ConfigError(f"{source}: {expected}, got the key {show(section)}")
+        if not isinstance(entries, dict | None):
+            near = suggest_options(section, list(COMMON), [])
+            raise ConfigError(
+                f"{source}: {expected}, got {show(entries)} in {show(section)}; {near}"
+            )
+        for key, value in (entries or {}).items():
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{source}: {show_name(section)}: expected the name of an option, got {show(key)}"
+                )
             yield source, f"{section}.{key}", value
 
 
 def find_base(name: Any, source: str) -> Path:
     """The recipe's file; never one of the same name in the current folder, which may have this very base."""
     recipes = list_recipes()
-    if str(name) not in recipes:
-        raise ConfigError(f"{source}: base: {name!r} is none of the recipes {', '.join(recipes)}")
-    return recipes[str(name)]
+    if not isinstance(name, str) or name not in recipes:
+        raise ConfigError(
+            f"{source}: base: {show(name)} is none of the recipes {', '.join(recipes)}"
+        )
+    return recipes[name]
 
 
 def load_yaml(path: str | Path, source: str) -> Any:
     names = list_recipes()
-    file = names[str(path)] if str(path) in names and not Path(path).is_file() else Path(path)
+    is_recipe = str(path) in names and not os.path.isfile(path)
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        content = strict_yaml.load(names[str(path)] if is_recipe else Path(path))
     except FileNotFoundError as error:
         near = difflib.get_close_matches(str(path), names, n=1)
         hint = (
             f"did you mean the recipe {near[0]}?" if near else f"the recipes are {', '.join(names)}"
         )
         raise ConfigError(f"{source}: cannot be read ({error.strerror}); {hint}") from None
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: not valid YAML ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError) as error:  # no file has a name with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{source}: cannot be read ({reason})") from None
+    return {} if content is None else content
 
 
 def list_recipes() -> dict[str, Path]:

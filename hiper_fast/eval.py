@@ -30,7 +30,7 @@ from hiper_fast.options import ConfigError
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import play_tasks
 from hiper_fast.rollout.prompter import Prompter
-from hiper_fast.rollout.summary import summarise_scores
+from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config, replace_text
@@ -62,6 +62,7 @@ def evaluate(
         "eval/high": high,
         "eval/episodes": len(tasks),
         **summarise_scores("eval", trajectories.episodes),
+        **summarise_limits("eval", trajectories.episodes),
         "eval/turns": trajectories.turns / len(tasks),
         "eval/valid_rate": float(trajectories.valid.float().mean()),
         "time/eval": time.perf_counter() - started,
@@ -119,6 +120,7 @@ def play_panel(path: Path, config: Config, seeds: Sequence[int]) -> tuple[list[P
     games = Games(config)
     agent = load_agent(config.model, config.run.seed, speech=config.agent)
     prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
+    prompter.check_room()
     played = []
     for seed in seeds:
         metrics, trajectories = evaluate(agent, games, prompter, config, seed=seed)

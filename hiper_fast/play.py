@@ -71,6 +71,7 @@ class Mind:
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
         style = games.family.styles[config.agent.style]
         self.prompter = Prompter(self.agent.tokenizer, config.agent, style)
+        self.prompter.check_room()
         make_engine = engines.find(config.rollout.engine)
         self.engine = make_engine(self.agent, config, temperature=temperature, seed=seed)
 

@@ -8,7 +8,9 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import Any
 
-from hiper_fast.options import ConfigError, suggest
+from hiper_fast.options import ConfigError, shorten, show, show_name, suggest
+
+MOST_SAID = 120  # characters of why something cannot be loaded
 
 
 class Plugins:
@@ -51,7 +53,7 @@ class Plugins:
         names = self.names()
         near = suggest(name, names, f"known: {', '.join(names)}")
         raise ConfigError(
-            f"{self.option}: there is no {self.kind} {name!r}; {near} or package.module:NAME"
+            f"{self.option}: there is no {self.kind} {show(name)}; {near} or package.module:NAME"
         )
 
     def _has_module(self, name: str) -> bool:
@@ -64,7 +66,8 @@ class Plugins:
         module, _, attribute = path.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # whatever a module does when it is imported
             raise ConfigError(
-                f"{self.option}: {path} cannot be loaded ({error}); give package.module:NAME that Python finds"
+                f"{self.option}: {show_name(path)} cannot be loaded ({shorten(str(error), MOST_SAID)}); give "
+                "package.module:NAME that Python finds"
             ) from error

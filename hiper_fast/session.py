@@ -50,6 +50,7 @@ from hiper_fast.runs.folder import (
 )
 from hiper_fast.runs.lock import hold
 from hiper_fast.runs.metrics import Logger, Muted, read_metrics
+from hiper_fast.runs.rates import judge_rates
 from hiper_fast.runs.viewer import write_episodes
 from hiper_fast.stopping import Stop, Stopping
 
@@ -251,6 +252,7 @@ def prepare(config: Config, world: World, stopping: Stopping) -> Session:
         world=world,
     )
     prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
+    prompter.check_room()
     estimate = estimators.find(config.advantage.estimator)
     return Session(config, world, games, envs, agent, prompter, estimate, stopping)
 
@@ -288,6 +290,9 @@ def begin(session: Session, changes: list[str]) -> None:
             f"train.value_coef above {MOST_SHARED} lets the value loss rule the trunk that "
             f"model.critic: shared trains with it; {MOST_SHARED} or less is usual"
         )
+    agent = session.agent
+    for text in judge_rates(config, agent.model.num_parameters(), lora=agent.lora):
+        logger.message(text)
     if not session.saved:
         if config.warm_start.enabled == "yes":
             imitate(session)

@@ -21,7 +21,7 @@ import yaml
 from hiper_fast import estimators
 from hiper_fast.config import Config
 from hiper_fast.configure import load_yaml, read_file, read_sections, settle
-from hiper_fast.options import ConfigError, Setting, flatten, list_options, suggest
+from hiper_fast.options import ConfigError, Setting, flatten, list_options, show, suggest
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import replace_text
 
@@ -187,10 +187,10 @@ def read_seeds(seeds: Any, source: str) -> list[int]:
     """As many as a number says, from 0 on, or those of a list."""
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
         return list(range(seeds))
-    whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"{source}: seeds: expected how many, or a list of different ones, got {seeds!r}"
+            f"{source}: seeds: expected how many, or a list of different ones, got {show(seeds)}"
         )
     return seeds
 

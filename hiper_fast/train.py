@@ -112,7 +112,7 @@ def keep_and_tell(session: Session, step: int, batch: Batch | None) -> None:
 
 def seed_step(config: Config, step: int) -> int:
     """The seed of an update's draws: a resumed run draws what the uninterrupted one would have drawn."""
-    return config.run.seed * 1_000_003 + step
+    return (config.run.seed * 1_000_003 + step) % 2**63
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hiper_fast import configure
+from hiper_fast.agent.tiny import build_model, load_tokenizer
 from hiper_fast.config import SHORT, Config
 from hiper_fast.configure import RECIPES, resolve
 from hiper_fast.envs.family import families
 from hiper_fast.options import ConfigError, convert, flatten, list_options
-from hiper_fast.runs.folder import find_run_folder, write_config
+from hiper_fast.runs.folder import find_run_folder, format_config, write_config
 
 OPTIONS = {
     name: option
@@ -28,9 +30,17 @@ FAMILY = {
 FAMILY |= {"env.split_by": "webshop", "env.split": "webshop", "env.eval_split": "webshop"}
 
 
+WITH = {  # what else a value needs, or may not contradict
+    "train.group": lambda value: {"train.episodes": value},
+    "train.importance_cap": lambda value: {"train.old_logprobs": "recomputed"},
+    "train.clip_low": lambda value: {"train.loss": "cispo"},
+}
+
+
 def given(name, value):
     """The options of a configuration that has `name`."""
-    return {"env.name": FAMILY.get(name, "household"), name: value}
+    more = WITH.get(name, lambda value: {})(value)
+    return {"env.name": FAMILY.get(name, "household"), name: value, **more}
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +161,13 @@ def test_unknown_options_name_the_nearest(capsys, argv, near):
         ("train.lr", "nan", "a finite number"),
         ("advantage.normalize", "perhaps", "true or false"),
         ("train.value_coef", "1,two,3", "a finite number"),
+        ("train.value_coef", "1,inf,3", "a finite number"),
+        ("train.lr", "inf", "a finite number"),
+        ("run.seed", "9" * 5000, "a whole number"),
+        ("run.name", "a\nb", "text without control or invisible characters"),
+        ("run.name", "\x1b]0;", "text without control or invisible characters"),
+        ("model.path", "\u202eexe", "text without control or invisible characters"),
+        ("model.path", "\udcff", "text without control or invisible characters"),
     ],
 )
 def test_wrong_types_name_option_and_type(capsys, name, value, expected):
@@ -159,10 +176,70 @@ def test_wrong_types_name_option_and_type(capsys, name, value, expected):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("lr", "did you mean train.lr or warm_start.lr?"),
+        ("max_turns", "did you mean env.max_turns?"),
+        ("max-turns", "did you mean env.max_turns?"),
+        ("train.max_turns", "did you mean env.max_turns?"),
+        ("gamma", "did you mean advantage.gamma?"),
+        ("episodes", "did you mean train.episodes, warm_start.episodes or eval.episodes?"),
+        ("batch", "did you mean agent.batch_tokens or warm_start.batch_turns?"),
+        ("temprature", "did you mean agent.temperature or eval.temperature?"),
+        ("q", "see --help for all options"),
+        ("x" * 100_000, "see --help for all options"),
+        ("\x1b[31m", "see --help for all options"),
+    ],
+)
+def test_near_misses_are_found_across_sections(capsys, name, near):
+    err = refused(capsys, f"--{name}", "1")
+    assert near in err and len(err) < 400 and err.count("\n") == 1 and err[:-1].isprintable()
+
+
+def test_an_option_without_its_dashes(capsys):
+    assert "unexpected argument 'train.lr=3'; write --train.lr" in refused(capsys, "train.lr=3")
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("run.seed", "-1", "must be at least 0"),
+        ("run.seed", str(2**63), "must be at most 9223372036854775807"),
+        ("train.episodes", str(10**12), "must be at most 2147483647"),
+        ("train.clip_low", "1", "train.clip_low: PPO clips"),
+        ("train.clip_low", "1.5", "must be at most 1"),
+        ("train.lr", "2", "must be at most 1"),
+        ("reward.success", "1e30", "must be at most 1000000.0"),
+        (
+            "run.name",
+            "../elsewhere",
+            "run.name: '../elsewhere' is no name of a folder below run.folder",
+        ),
+        ("run.name", "/tmp/x", "is no name of a folder"),
+        ("run.name", "..", "is no name of a folder"),
+        ("run.name", "", "is no name of a folder"),
+        ("run.name", "ü" * 101, "is longer than 200 bytes"),
+    ],
+)
+def test_values_that_make_no_sense(capsys, name, value, message):
+    err = refused(capsys, f"--{name}={value}")
+    assert message in err and err.count("\n") == 1 and len(err) < 400
+
+
+def test_a_folder_of_runs_that_cannot_be(capsys):
+    err = refused(capsys, "--run.folder=" + "x" * 4000, "--resume")
+    assert "File name too long" in err and err.count("\n") == 1 and len(err) < 400
+
+
+def test_without_a_lower_clip():
+    assert resolve(given={"train.loss": "cispo", "train.clip_low": 1}).train.clip_low == 1
+
+
 def test_a_missing_value_is_one_clear_line(capsys):
     err = refused(capsys, "--train.lr")
     assert "--train.lr" in err and "expected one argument" in err
-    assert len(err.splitlines()) <= 2, "the usage of all options buries the message"
+    assert len(err.splitlines()) == 1, "the usage of all options buries the message"
 
 
 NUMBERS = [name for name, option in OPTIONS.items() if type(option.default) in (int, float)]
@@ -171,9 +248,9 @@ NUMBERS = [name for name, option in OPTIONS.items() if type(option.default) in (
 def test_every_number_has_a_range_or_says_that_it_has_none():
     for name in NUMBERS:
         assert bool(OPTIONS[name].bounds) != OPTIONS[name].unbounded, name
-    unbounded = {name for name in NUMBERS if OPTIONS[name].unbounded}
-    rewards = ("success", "invalid", "inadmissible", "keep", "consistency")
-    assert unbounded == {*(f"reward.{name}" for name in rewards), "run.seed"}
+        assert {"least", "above"} & OPTIONS[name].bounds.keys(), name
+        assert {"most", "below"} & OPTIONS[name].bounds.keys(), name
+    assert {name for name in NUMBERS if OPTIONS[name].unbounded} == set()
 
 
 def test_every_list_of_numbers_has_a_range_and_a_length():
@@ -291,7 +368,10 @@ def test_help_lists_every_option_with_its_default(capsys):
     for name in flat:
         assert f"--{name}" in out and OPTIONS[name].help.split()[0] in out
     assert all(f"--{short}" in out for short in SHORT) and "--config" in out
-    assert str(OPTIONS["train.lr"].default) in out and "Trains." in out
+    told = " ".join(out.split())
+    assert "1e-6) [tiny: 0.0015; pretrained: 1e-06]" in told and "Trains." in out
+    assert "[tiny: 384; pretrained: 2048]" in told and "episodes per update [128]" in told
+    assert "those of the tiny one" not in told and "that of the tiny one" in told
     assert "--env.goals" not in out
 
 
@@ -404,7 +484,44 @@ def test_bootstrap_of_earlier_runs_is_read(tmp_path, word, value):
         ("train: {value_coef: 3}", "train.value_coef: expected a list"),
         ("advantage: {gamma: 1.5}", "advantage.gamma: must be at most 1, got 1.5"),
         ("updates: 3", "expected sections"),
-        ("train:", "expected sections"),
+        ("train: 3", "got 3 in 'train'"),
+        ("lr: 1.0e-5", "did you mean train.lr"),
+        ("train.lr: 1.0e-5", "did you mean train.lr?"),
+        (
+            "train: [lr]",
+            "expected sections such as 'train:' with options below them, got ['lr'] in 'train'",
+        ),
+        ("5: {lr: 1}", "got the key 5"),
+        ("true: {lr: 1}", "got the key True"),
+        ("train: {5: 1}", "train: expected the name of an option, got 5"),
+        ("? [a]\n: {lr: 1}", "not valid YAML"),
+        (
+            "train:\n  lr: 1\nenv: {}\ntrain:\n  updates: 3",
+            "(line 4: 'train' stands here again; it is in line 1 already)",
+        ),
+        ("train:\n  lr: 1\n  lr: 2", "(line 3: 'lr' stands here again; it is in line 2 already)"),
+        (
+            "train:\n\tlr: 1",
+            "(line 2: found character '\\t' that cannot start any token; indent with spaces)",
+        ),
+        ("train: {updates: 1" + "0" * 5000 + "}", "a value is not of its kind"),
+        (
+            "train: {updates: 0x1" + "0" * 5000 + "}",
+            "expected a whole number, got a number of more than 80 digits",
+        ),
+        ("train: {updates: 2001-13-45}", "a value is not of its kind"),
+        ("train: {updates: !!int ''}", "a value is not of its kind"),
+        (
+            "train: {updates: 2001-01-01}",
+            "train.updates: expected a whole number, got datetime.date(2001, 1, 1)",
+        ),
+        ("train: &a [*a]", "(line 1: it holds itself)"),
+        ("[" * 5000, "nested too deeply"),
+        (
+            'model: {path: "\\e[31m"}',
+            "model.path: expected text without control or invisible characters, got '\\x1b[31m'",
+        ),
+        ('"\\e[2J": {lr: 1}', "unknown option '\\x1b[2J.lr'"),
         ("- a\n- b", "expected sections"),
         ("just words", "expected sections"),
         ("train: {updates: 3", "not valid YAML"),
@@ -415,6 +532,33 @@ def test_bad_files(tmp_path, capsys, text, message):
     file = write(tmp_path / "bad.yaml", text)
     err = refused(capsys, "--config", file)
     assert message in err and err.count("\n") == 1
+
+
+def test_a_section_whose_lines_are_all_comments_is_empty(tmp_path):
+    text = "base:\ntrain:\n  # lr: 1.0e-5\nenv:\n  # size: large\neval: {}\n"
+    assert parse("--config", write(tmp_path / "a.yaml", text)) == parse()
+
+
+@pytest.mark.parametrize("form", ["[{0}, {0}, {0}]", "{{x: {0}, y: {0}}}", "{{<<: [{0}, {0}]}}"])
+@pytest.mark.parametrize("place", ["train: {{updates: {}}}", "train: {}", "{}: 1"])
+def test_aliases_that_grow_beyond_all_measure_are_refused_at_once(tmp_path, capsys, form, place):
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} " + form.format(f"*a{i - 1}") for i in range(1, 80)]
+    file = write(tmp_path / "laughs.yaml", "\n".join([*lines, place.format("*a79 ")]))
+    started = time.perf_counter()
+    err = refused(capsys, "--config", file)
+    assert err.count("\n") == 1 and len(err) < 400 and time.perf_counter() - started < 5
+    assert "aliases stand for more than 100,000 values" in err
+
+
+def test_aliases_of_a_usual_size_are_taken(tmp_path):
+    text = "train: &rates {lr: 0.002, critic_lr: 0.003}\nwarm_start: {lr: &r 0.5}\nreward: {success: *r}\n"
+    config = parse("--config", write(tmp_path / "a.yaml", text))
+    assert (config.train.critic_lr, config.reward.success) == (0.003, 0.5)
+
+
+def test_a_file_too_large_for_options(tmp_path, capsys):
+    assert "larger than 500,000 bytes" in refused(capsys, "--config", "/dev/zero")
 
 
 def test_a_bad_file_is_named(tmp_path, capsys):
@@ -528,11 +672,152 @@ def test_a_runs_own_environment_counts_where_it_is_played_again(tmp_path):
     assert resolve(own=own).env == resolve([file]).env and resolve(own=own).env.max_turns == 4
     other = resolve(given={"env.name": "household"}, own=own)
     assert other.env == resolve(given={"env.name": "household"}).env
-    assert other.agent == resolve([file]).agent
+    limits = {"max_prompt_tokens": 384, "max_response_tokens": 28, "fallback": 30}
+    assert other.agent == dataclasses.replace(resolve([file]).agent, **limits)
     file.write_text(file.read_text().replace("env:", "env:\n  size: large"))
     assert resolve(own=list(configure.read_file(file, local=False))).env.max_turns == 4
     with pytest.raises(ConfigError, match="unknown option 'env.size'"):
         resolve([file])
+
+
+# Defaults follow the model.
+
+PAPER = {"alfworld": ["alfworld"], "webshop": ["webshop"], "household": ["hiper-reference"]}
+
+
+def tell(config, *but):
+    """All settings but those of `but`, sections or options."""
+    return {name: value for name, value in flatten(config).items() if not name.startswith(but)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_pretrained_model_has_the_papers_settings_of_its_environment(name):
+    config = resolve(given={"env.name": name, "model.path": "some/model"})
+    paper = resolve(PAPER[name], {"env.name": name})
+    assert tell(config, "model.path", "plan.") == tell(paper, "model.path", "plan.")
+    assert (config.train.lr, config.agent.max_response_tokens) == (1e-6, 512)
+    assert config.agent.max_prompt_tokens == (4096 if name == "webshop" else 2048)
+    assert config.plan == resolve(given={"env.name": name}).plan, (
+        "which is told of the paper's runs"
+    )
+
+
+def test_what_is_told_goes_over_the_papers_settings(tmp_path):
+    file = write(
+        tmp_path / "a.yaml", "agent: {max_prompt_tokens: 1000}\nmodel: {path: some/model}\n"
+    )
+    config = resolve([file], {"train.lr": 3e-6, "train.minibatches": 4})
+    assert (config.agent.max_prompt_tokens, config.train.lr) == (1000, 3e-6)
+    assert (config.train.minibatches, config.train.minibatch_size) == (4, 0)
+    both = {"model": "some/model", "train.minibatches": 4, "train.minibatch_size": 64}
+    assert resolve(given=both).train.minibatch_size == 64
+    assert resolve([file], {"model": "tiny"}).train.lr == resolve().train.lr
+
+
+def save_checkpoint(folder: Path, *, config=None, weights=True) -> Path:
+    """What tells a checkpoint's kind: the model's configuration, and that of its run."""
+    folder.mkdir(parents=True)
+    if weights:
+        build_model(load_tokenizer(families.find("household").tokenizer), 0).config.save_pretrained(
+            folder
+        )
+    if config:
+        (folder / "hiper_fast.yaml").write_text(format_config(config))
+    return folder
+
+
+@pytest.mark.parametrize("weights, told", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("name", PAPER)
+def test_a_checkpoint_of_the_tiny_model_keeps_the_tiny_models_settings(
+    tmp_path, name, weights, told
+):
+    own = resolve(given={"env.name": "household"}) if told else None
+    folder = save_checkpoint(tmp_path / "step-000010", config=own, weights=weights)
+    config = resolve(given={"env.name": name, "model.path": str(folder)})
+    tiny = resolve(given={"env.name": name})
+    assert tell(config, "model.path", "warm_start.enabled") == tell(
+        tiny, "model.path", "warm_start.enabled"
+    )
+    assert (config.agent.style, config.warm_start.enabled) == ("compact", "no")
+
+
+def test_a_checkpoint_of_a_pretrained_model_has_the_papers_settings(tmp_path):
+    own = resolve(given={"model.path": "some/model"})
+    folder = save_checkpoint(tmp_path / "step-000010", config=own, weights=False)
+    assert resolve(given={"model.path": str(folder)}).train.lr == 1e-6
+
+
+def play_elsewhere(tmp_path, capsys, env, trained):
+    """The configuration that plays a run's checkpoint in `env`, and what is said of it."""
+    folder = save_checkpoint(
+        tmp_path / "step-000010", config=resolve(given=trained), weights=trained["model"] == "tiny"
+    )
+    config = configure.parse(
+        [f"--env={env}", f"--model={folder}"],
+        program="eval",
+        description="",
+        run=folder / "hiper_fast.yaml",
+    )
+    return config, capsys.readouterr().out
+
+
+def test_a_checkpoint_in_another_environment_has_that_ones_own_limits(tmp_path, capsys):
+    trained = {
+        "env": "household",
+        "model": "tiny",
+        "agent.max_prompt_tokens": 300,
+        "agent.history": 3,
+    }
+    config, said = play_elsewhere(tmp_path, capsys, "webshop", trained)
+    assert (config.agent.max_prompt_tokens, config.agent.fallback, config.eval.episodes) == (
+        512,
+        20,
+        500,
+    )
+    assert config.env == resolve(given={"env": "webshop"}).env
+    assert (config.agent.history, config.agent.style) == (3, "compact"), (
+        "how the model was taught to read"
+    )
+    assert said == "This checkpoint was trained on household; the settings of webshop apply.\n"
+
+
+def test_a_pretrained_models_checkpoint_in_another_environment(tmp_path, capsys):
+    trained = {
+        "env": "webshop",
+        "model": "some/model",
+        "model.critic": "shared",
+        "agent.max_response_tokens": 99,
+    }
+    config, said = play_elsewhere(tmp_path, capsys, "alfworld", trained)
+    assert (config.agent.max_prompt_tokens, config.agent.max_response_tokens) == (2048, 512)
+    assert (config.reward.keep, config.advantage.bootstrap, config.eval.episodes) == (
+        -0.3,
+        "reference",
+        140,
+    )
+    assert config.model.critic == "shared" and "was trained on webshop" in said
+
+
+def test_a_checkpoint_in_its_own_environment_keeps_all_of_its_settings(tmp_path, capsys):
+    trained = {
+        "env": "webshop",
+        "model": "tiny",
+        "agent.max_prompt_tokens": 300,
+        "eval.episodes": 7,
+    }
+    config, said = play_elsewhere(tmp_path, capsys, "webshop", trained)
+    assert (config.agent.max_prompt_tokens, config.eval.episodes, said) == (300, 7, "")
+
+
+def test_a_run_that_goes_on_elsewhere_says_where_it_was_trained(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    begin(folder)
+    write_config(resolve(given={"env": "household", "agent.max_prompt_tokens": 300}), folder)
+    more = f"--run.folder={tmp_path}", "--name=mine", "--resume"
+    assert parse(*more, "--env=webshop").agent.max_prompt_tokens == 512
+    assert "trained on household; the settings of webshop apply" in capsys.readouterr().out
+    assert parse(*more).agent.max_prompt_tokens == 300
+    assert capsys.readouterr().out == ""
 
 
 # Run folders.

@@ -22,7 +22,7 @@ COMMANDS = {
 ROOMS = [  # from the ground up; a room imports from those before it
     {"text", "stopping"},
     {"options", "response", "_C", "kernels"},
-    {"plugins", "config", "packing", "ops"},
+    {"plugins", "config", "packing", "ops", "strict_yaml"},
     {"distributed"},
     {"envs", "agent"},
     {"rollout", "gymnasium"},

@@ -197,7 +197,7 @@ def test_a_conversation_goes_on_after_a_word_of_the_persons_and_ends_where_its_r
         and "Out of turns after 3 turns." in shown
     )
     assert shown.count("V low") == 3
-    options[-1] = 300
+    options[-1] = 340
     status, shown, _ = play("household", "--checkpoint", path, "--auto", *options)
     assert status == 0 and "Out of room for the conversation after 1 turns." in shown
 

@@ -109,6 +109,7 @@ TRAIN_KEYS = {
         "rollout/prompt_tokens",
         "rollout/response_tokens",
         "rollout/truncated_prompts",
+        "rollout/responses_at_limit",
     ),
     *(
         "loss/policy",
@@ -135,6 +136,8 @@ EVAL_KEYS = {
         "eval/episodes",
         "eval/turns",
         "eval/valid_rate",
+        "eval/truncated_prompts",
+        "eval/responses_at_limit",
         "time/eval",
     ),
 }
@@ -582,7 +585,7 @@ def test_shared_critic_flat_gae_and_no_reference(tmp_path):
         "train.kl_coef": 0,
         "warm_start.enabled": "no",
         "agent.style": "reference",
-        "agent.max_prompt_tokens": 90,
+        "agent.max_prompt_tokens": 390,  # format and task take 380
         "train.critic_updates": 0,
     }
     assert train.main(arguments(tmp_path, name="other", **options)) == 0
@@ -679,6 +682,31 @@ def broken_model(folder, kind):
     if kind != "no tokenizer" and folder.exists():
         tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_a_run_says_at_once_what_its_settings_spoil(tmp_path, capsys):
+    """A rate before anything is played; prompts and responses that are cut, in the first evaluation and update."""
+    options = {
+        "agent.style": "reference",
+        "agent.max_prompt_tokens": 390,
+        "agent.max_response_tokens": 4,
+    }
+    options |= {"updates": 1, "warm_start.enabled": "no", "train.lr": 0.1, "run.display": "plain"}
+    assert train.main(arguments(tmp_path, name="told", **options)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split(" is ")[0] for line in lines if line.startswith("warning: ")]
+    cut = ["truncated_prompts", "responses_at_limit"]
+    assert told == [
+        "warning: train.lr",
+        *(f"warning: {stage}/{name}" for stage in ("eval", "rollout") for name in cut),
+    ]
+    assert lines[0].startswith("warning: train.lr is 0.1, 1")
+
+
+def test_prompts_without_room_for_a_game_are_refused(tmp_path, capsys):
+    options = {"agent.style": "reference", "agent.max_prompt_tokens": 300}
+    err = failure(capsys, arguments(tmp_path / "runs", **options))
+    assert "agent.max_prompt_tokens: 300 leave nothing" in err and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -20,6 +21,14 @@ SMALL, SHARPNESS = 0.1, 1.25  # of what is to start small; of queries and keys
 TURN, DECAY = 4, 0.84  # of the bias that looks one token back, by frequency
 TURNING = 10  # frequencies that rotation changes within a prompt
 NOTE, COPY = 0.06, 0.1  # of what the heads write
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 SPLIT = r"</?[a-z]+>|(?:click|search)\[| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
 
 
@@ -62,12 +71,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     """The model with random weights drawn from `seed`."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=64,
+        **SIZES,
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         attention_bias=True,
@@ -82,6 +86,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         model = Qwen3ForCausalLM(config)
         start_copying(model.model.layers)
     return model
+
+
+def is_saved_in(folder: str | Path) -> bool:
+    """Whether a folder holds a model of this shape."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):  # a hub id, or no JSON
+        return False
+    own = {"model_type": Qwen3Config.model_type, **SIZES}
+    return isinstance(config, dict) and own.items() <= config.items()
 
 
 @torch.no_grad()

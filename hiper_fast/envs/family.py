@@ -32,7 +32,10 @@ class Family:
     environment: Callable[..., Environment]  # what `envs.make(name, **options)` calls
     styles: Mapping[str, prompts.Style] = prompts.STYLES
     tokenizer: Path | None = None  # tokenizer.json of the tiny model; None: one is made
-    defaults: Path | None = None  # a YAML file that lies over the general defaults
+    defaults: Path | None = (
+        None  # a YAML file that lies over the general defaults, for the tiny model
+    )
+    recipe: str = "hiper-reference"  # the shipped recipe that does so for a pretrained model
 
     def __init__(self, options: EnvConfig):
         self.options = options

@@ -69,6 +69,7 @@ class Play:
         state.sent.add(action.strip())
         self.take(clean(observation).strip(), info)
         episode.responses.append(answer.ids)
+        episode.responses_at_limit += len(answer.ids) >= self.config.agent.max_response_tokens
         if episode.continued:
             state.context += answer.ids
         episode.logprobs.append(answer.logprobs)

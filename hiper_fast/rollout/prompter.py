@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hiper_fast.config import AgentConfig
 from hiper_fast.envs.prompts import State, Style
+from hiper_fast.options import ConfigError
 from hiper_fast.rollout import chat
 
 
@@ -29,6 +30,17 @@ class Prompter:
         self.tokenizer, self.config, self.style = tokenizer, config, style
         self.opening = find_opening(tokenizer)
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def check_room(self) -> None:
+        """ConfigError where prompts may not even be as long as one that shows nothing."""
+        empty = State("", "", [], plans=self.config.subgoals)
+        needed, limit = len(self.encode([empty])[0]), self.config.max_prompt_tokens
+        if needed >= limit:
+            raise ConfigError(
+                f"agent.max_prompt_tokens: {limit} leave nothing to read a game by: instructions and format alone are "
+                f"{needed} tokens of this model; give more (prompts that were cut are counted in "
+                "rollout/truncated_prompts)"
+            )
 
     def __call__(self, states: list[State]) -> list[tuple[list[int], bool]]:
         """Per state (ids, truncated). A prompt over the limit loses its history, then its observation's tail.

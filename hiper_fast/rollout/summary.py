@@ -15,7 +15,6 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
     episodes, turns = len(trajectories.episodes), trajectories.turns
     first_turns = trajectories.cu_turns[:-1].long()
     segments = trajectories.switch.index_fill(0, first_turns, True).sum().item()
-    truncated = (episode.truncated_prompts for episode in trajectories.episodes)
     near_misses = (episode.near_misses for episode in trajectories.episodes)
     return {
         "rollout/success": trajectories.won.float().mean().item(),
@@ -28,7 +27,7 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
         "rollout/near_miss_rate": sum(near_misses) / turns,
         "rollout/prompt_tokens": trajectories.prompt_ids.numel() / turns,
         "rollout/response_tokens": trajectories.response_ids.numel() / turns,
-        "rollout/truncated_prompts": sum(truncated),
+        **summarise_limits("rollout", trajectories.episodes),
         **summarise_groups(trajectories),
     }
 
@@ -51,6 +50,14 @@ def summarise_groups(trajectories: Trajectories) -> dict[str, float]:
     )  # [groups]
     alike = (highest - lowest <= ALIKE)[shared]
     return {"rollout/groups_alike": alike.float().mean().item()}
+
+
+def summarise_limits(stage: str, episodes: list[Episode]) -> dict[str, float]:
+    """How many prompts were cut, and how many responses were as long as they may be."""
+    return {
+        f"{stage}/truncated_prompts": sum(episode.truncated_prompts for episode in episodes),
+        f"{stage}/responses_at_limit": sum(episode.responses_at_limit for episode in episodes),
+    }
 
 
 def summarise_scores(stage: str, episodes: list[Episode]) -> dict[str, float]:

@@ -46,6 +46,7 @@ class Episode:
     group: int = 0  # equal: episodes of the same game
     truncated_prompts: int = 0
     near_misses: int = 0  # turns whose action was inadmissible for its quotes or the like alone
+    responses_at_limit: int = 0  # as long as they may be: most of them were cut
     score: float | None = None  # the environment's own score in [0, 1], where it gives one
     reachable: bool = True  # whether the best score can be had at all
 

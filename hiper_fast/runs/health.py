@@ -15,6 +15,7 @@ from typing import Any
 
 HELD = 3  # rows in a row for which a value must be out of bounds, or within them again
 FIRST = 3  # values whose mean "the first updates" had
+MANY = 0.2  # of the turns: worth a word at once
 POLICY_METRICS = (  # that are 0 while the critic trains alone
     "loss/policy", "loss/kl", "loss/entropy", "loss/clip_fraction", "optim/grad_norm",
 )  # fmt: skip
@@ -96,11 +97,13 @@ def read_share_of_episode(row: Row, key: str) -> float | None:
 
 
 def read_share_of_turns(row: Row, key: str) -> float | None:
-    """Of all turns of the update; `key` is a count."""
-    count, turns, episodes = (read_number(row, k) for k in (key, "rollout/turns", "episodes"))
+    """Of all turns of the update or evaluation; `key` is a count."""
+    stage = key.partition("/")[0]
+    kept = "eval/episodes" if stage == "eval" else "episodes"
+    count, turns, episodes = (read_number(row, k) for k in (key, f"{stage}/turns", kept))
     if count is None or not turns or not episodes:
         return None
-    return count / (turns * episodes / row["step"])
+    return count / (turns * (episodes if stage == "eval" else episodes / row["step"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class Rule:
     wrong: str
     cure: str
     held: int = HELD
+    at_once: Limit | None = None  # beyond which one row is enough
     read: Callable[[Row, str], float | None] = read_number
 
 
@@ -158,10 +162,16 @@ RULES = (
         "raise train.group or agent.temperature, play games of middling difficulty",
     ),
     Rule(
-        "rollout/truncated_prompts", above(0.01, " of the turns"),
+        "*/truncated_prompts", above(0.01, " of the turns"),
         "prompts are cut",
         "raise agent.max_prompt_tokens or lower agent.history",
-        read=read_share_of_turns,
+        read=read_share_of_turns, at_once=above(MANY, " of the turns"),
+    ),
+    Rule(
+        "*/responses_at_limit", above(0.05, " of the turns"),
+        "responses end where they may not go on, not where they would",
+        "raise agent.max_response_tokens, or give a warm start that teaches the format",
+        read=read_share_of_turns, at_once=above(MANY, " of the turns"),
     ),
     Rule(
         "value/explained_*", below(0),
@@ -249,10 +259,14 @@ class Watch:
             return ""
         self.since = self.since if self.contrary else step
         self.contrary += 1
-        if self.contrary < self.rule.held:
+        needed = 1 if crossed and self.is_drastic(value) else self.rule.held
+        if self.contrary < needed:
             return ""
         self.contrary = 0
         return self.warn(value) if crossed else self.mend(value)
+
+    def is_drastic(self, value: float) -> bool:
+        return self.rule.at_once is not None and self.rule.at_once.is_crossed(value, self.past)
 
     def warn(self, value: float) -> str:
         self.alert = Alert(self.rule, self.metric, value, self.since)

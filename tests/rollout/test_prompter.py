@@ -7,6 +7,7 @@ from hiper_fast.agent import tiny
 from hiper_fast.config import AgentConfig
 from hiper_fast.envs.alfworld.prompts import STYLES, render_compact
 from hiper_fast.envs.prompts import State, render_reference
+from hiper_fast.options import ConfigError
 from hiper_fast.rollout.prompter import Prompter
 
 COMMANDS = [
@@ -231,6 +232,18 @@ def test_many_states_at_once_and_none():
 
 
 # Prompts over the limit.
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
+@pytest.mark.parametrize("plans", [True, False])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_limit_below_what_the_format_takes_is_refused(style, plans, template):
+    nothing = state(task="", observation="", commands=[], history=[], subgoal=None, plans=plans)
+    _, size, _ = read(prompter(style, template, subgoals=plans), nothing)
+    prompter(style, template, subgoals=plans, max_prompt_tokens=size + 1).check_room()
+    message = f"agent.max_prompt_tokens: {size} leave nothing .* format alone are {size} tokens"
+    with pytest.raises(ConfigError, match=message):
+        prompter(style, template, subgoals=plans, max_prompt_tokens=size).check_room()
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -244,6 +244,14 @@ def test_truncated_prompts_are_counted(agent):
     assert episode.truncated_prompts == 0
 
 
+def test_responses_as_long_as_they_may_be_are_counted(agent):
+    config = settings(max_response_tokens=12)
+    play = begin(Lines(), {}, config)
+    for length in (12, 11, 12):
+        play.step(Answer([1] * length, [0.0] * length), b"wait")
+    assert play.episode.responses_at_limit == 2
+
+
 # Sampling.
 
 
@@ -365,7 +373,7 @@ def test_summary_of_a_batch_made_by_hand(agent):
         [bad, say(KEEP, "s", "lose")],  # one segment of 2, one invalid turn
     ]
     _, episodes = run(agent, scripts, max_turns=5)
-    episodes[1].truncated_prompts = 4
+    episodes[1].truncated_prompts, episodes[2].responses_at_limit = 4, 3
     t = pack(episodes, agent.find_roles)
     figures = summarise(t)
     assert figures["rollout/success"] == pytest.approx(1 / 3)
@@ -375,6 +383,7 @@ def test_summary_of_a_batch_made_by_hand(agent):
     assert figures["rollout/switch_rate"] == pytest.approx(3 / 9)
     assert figures["rollout/valid_rate"] == pytest.approx(8 / 9)
     assert figures["rollout/truncated_prompts"] == 4
+    assert figures["rollout/responses_at_limit"] == 3
     prompts = [len(p) for e in episodes for p in e.prompts[: len(e.responses)]]
     assert figures["rollout/prompt_tokens"] == pytest.approx(sum(prompts) / 9)
     assert figures["rollout/response_tokens"] == pytest.approx(

@@ -18,7 +18,7 @@ GOOD_RUNS = sorted((ROOT / "benchmarks" / "results").glob("*-seed*.jsonl"))
 HEALTHY = {
     "rollout/success": 0.5, "rollout/switch_rate": 0.4, "rollout/segment_length": 2.5, "rollout/turns": 12.0,
     "rollout/valid_rate": 0.99, "rollout/near_miss_rate": 0.01, "rollout/groups_alike": 0.3,
-    "rollout/truncated_prompts": 0,
+    "rollout/truncated_prompts": 0, "rollout/responses_at_limit": 3,
     "value/explained_low": 0.3, "value/explained_high": 0.2, "value/explained_switch": 0.4,
     "loss/policy": -0.01, "loss/kl": 0.02, "loss/clip_fraction": 0.01, "optim/grad_norm": 0.2,
     "policy/entropy_switch": 0.2, "policy/entropy_subgoal": 0.1, "policy/entropy_action": 0.3,
@@ -33,6 +33,7 @@ BAD = [  # metric, its bad value, what the message says of it
     ("rollout/success", 1.0, "1, above 0.99 since update"),
     ("rollout/groups_alike", 0.9, "0.9, above 0.8 since update"),
     ("rollout/truncated_prompts", 20, "0.0208, above 0.01 of the turns since update"),  # of 12 * 80
+    ("rollout/responses_at_limit", 60, "0.0625, above 0.05 of the turns since update"),
     ("value/explained_low", -0.1, "-0.1, below 0 since update"),
     ("value/explained_high", -0.1, "-0.1, below 0 since update"),
     ("value/explained_switch", -0.1, "-0.1, below 0 since update"),
@@ -95,6 +96,17 @@ def test_what_does_not_hold_is_not_said(key, value, expected):
         return
     rows = [make_row(step, **({key: value} if step % rule.held else {})) for step in range(10, 40)]
     assert tell([*(make_row(step) for step in range(1, 10)), *rows]) == []
+
+
+@pytest.mark.parametrize("name", ["truncated_prompts", "responses_at_limit"])
+def test_many_that_are_cut_are_told_of_at_once_and_only_once(name):
+    rows = [make_row(step, **{f"rollout__{name}": 500}) for step in range(1, 9)]
+    ((step, text),) = tell(rows)
+    assert step == 1 and text.startswith(f"warning: rollout/{name} is 0.521, above 0.0")
+    evaluation = {"step": 0, "stage": "eval", "eval/turns": 12.0, "eval/episodes": 50}
+    ((step, text),) = tell([{**evaluation, f"eval/{name}": 600}, *rows[:0]])
+    assert step == 0 and text.startswith(f"warning: eval/{name} is 1, above 0.0")
+    assert tell([{**evaluation, f"eval/{name}": 3}]) == []
 
 
 def test_most_responses_without_format_from_the_first_update_on():
@@ -236,8 +248,9 @@ def test_the_table_of_the_docs_is_that_of_the_code():
     told = [
         tuple(cell.strip().replace("`", "") for cell in line.split("|")[1:-1]) for line in lines
     ]
-    assert told == [
-        (rule.metric, f"{rule.limit.text}, {rule.held} in a row" if rule.held > 1 else rule.limit.text,
-         rule.wrong, rule.cure)
-        for rule in RULES
-    ]  # fmt: skip
+    assert told == [(rule.metric, describe_limits(rule), rule.wrong, rule.cure) for rule in RULES]
+
+
+def describe_limits(rule):
+    text = f"{rule.limit.text}, {rule.held} in a row" if rule.held > 1 else rule.limit.text
+    return f"{text}; at once if {rule.at_once.text}" if rule.at_once else text

@@ -53,6 +53,7 @@ class Family(RoomFamily):
     Options = Options
     environment = AlfWorldSplit
     defaults = HERE / "defaults.yaml"
+    recipe = "alfworld"
 
     def __init__(self, options: Options):
         super().__init__(options)

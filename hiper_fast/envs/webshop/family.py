@@ -41,6 +41,7 @@ class Family(family.Family):
     styles = prompts.STYLES
     tokenizer = HERE / "tokenizer.json"
     defaults = HERE / "defaults.yaml"
+    recipe = "webshop"
     is_listed = staticmethod(pages.is_listed)
 
     def make(self, split: str | None = None) -> WebShop:
