@@ -34,6 +34,7 @@ from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config, replace_text
+from hiper_fast.runs.health import Health
 from hiper_fast.runs.metrics import list_success, wilson
 from hiper_fast.runs.statistics import pool
 from hiper_fast.text import clean
@@ -121,9 +122,11 @@ def play_panel(path: Path, config: Config, seeds: Sequence[int]) -> tuple[list[P
     agent = load_agent(config.model, config.run.seed, speech=config.agent)
     prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
     prompter.check_room()
-    played = []
-    for seed in seeds:
+    played, health = [], Health()
+    for number, seed in enumerate(seeds):
         metrics, trajectories = evaluate(agent, games, prompter, config, seed=seed)
+        for text in health.read({"step": number, "stage": "eval", **metrics}):
+            print(text, file=sys.stderr)
         tasks, episodes = games.list_panel(), trajectories.episodes
         played.append(Played(str(path), seed, tasks, episodes, metrics))
     return played, games.family.describe_data()

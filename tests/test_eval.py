@@ -233,6 +233,12 @@ def test_command_plays_what_the_options_say(saved, capsys, monkeypatch):
     ]
 
 
+def test_command_says_what_is_wrong_with_what_it_measures(saved, capsys):
+    """An untrained model babbles until it is cut."""
+    assert main(["--checkpoint", str(saved), "--eval.episodes", "4"]) == 0
+    assert "eval/responses_at_limit" in capsys.readouterr().err
+
+
 def test_command_takes_a_config_of_its_own_and_any_model_folder(saved, tmp_path, capsys):
     shutil.copytree(saved, tmp_path / "model")
     file = tmp_path / "own.yaml"
