@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector, widen
+from hiper_fast.ops._numbers import check_above
 
 
 @torch.no_grad()
@@ -24,9 +25,10 @@ def _run_torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     return (centred / (std + eps)).to(widen(values.dtype))
 
 
-def _check(values, mask, *_):
+def _check(values, mask, eps):
     check_vector("values", values, None, FLOATS, None)
     check_vector("mask", mask, values.shape[0], (torch.bool,), values.device)
+    check_above("eps", eps, 0)
 
 
 _op = _library.define(
@@ -57,5 +59,5 @@ def normalize(
     """
     if group is None:
         return _op(values, mask, eps)
-    _check(values, mask)
+    _check(values, mask, eps)
     return _run_torch(values, mask, eps, group)

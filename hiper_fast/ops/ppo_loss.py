@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient
-from hiper_fast.ops._ppo import METRICS, name_metrics, ppo_terms
+from hiper_fast.ops._autograd import find_needs, make_differentiable
+from hiper_fast.ops._library import FLOATS, check_vector
+from hiper_fast.ops._ppo import METRICS, check_options, name_metrics, ppo_terms
 
 
-def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *_):
+def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
     check_vector("logprobs", logprobs, None, FLOATS, None)
     tokens, device, dtype = logprobs.shape[0], logprobs.device, (logprobs.dtype,)
     check_vector("old_logprobs", old_logprobs, tokens, dtype, device)
@@ -20,6 +21,7 @@ def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
         check_vector("ref_logprobs", ref_logprobs, tokens, dtype, device)
     if entropy is not None:
         check_vector("entropy", entropy, tokens, dtype, device)
+    check_options(*options[:5])
 
 
 def _fake(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
@@ -37,7 +39,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_PPOLoss = _library.make_differentiable(_op, 0, 5)
+_call = make_differentiable("ppo_loss", _op, places=(0, 5))
 
 
 def ppo_loss(
@@ -78,8 +80,8 @@ def ppo_loss(
         ValueError: naming the argument whose shape, dtype or device does not fit.
     """
     fixed, divisor = _library.split_denominator(denominator)
-    needed = needs_gradient(logprobs) or needs_gradient(entropy)
-    run = _PPOLoss.apply if needed else _op
+    needed = any(find_needs("ppo_loss", logprobs, entropy))
+    run = _call if needed else _op
     loss, metrics, *_ = run(
         logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, needed,
