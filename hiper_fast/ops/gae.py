@@ -66,6 +66,7 @@ def gae(
         terminated: bool [trajectories].
         cu_turns: int32 [trajectories + 1], exclusive prefix sum of the turns of each trajectory.
         bootstrap: [trajectories], the value of the state after the last turn; None means 0.
+        gamma, lambda_: in [0, 1].
 
     Returns:
         (advantages, returns), each [turns], float32 or (for float64) float64, detached from autograd.

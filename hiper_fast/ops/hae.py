@@ -101,6 +101,7 @@ def hae(
         cu_turns: int32 [trajectories + 1], exclusive prefix sum of the turns of each trajectory.
         values_switch: [turns], None means 0.
         bootstrap_low, bootstrap_high: [trajectories], values after the last turn; None means 0.
+        gamma, lambda_turn, lambda_segment: in [0, 1].
 
     Returns:
         HAE of float32 or (for float64) float64, detached from autograd.

@@ -174,7 +174,7 @@ def linear_logprobs(
         hidden: [n, h] float32, float64, bfloat16 or float16.
         weight: [v, h] of such a dtype.
         targets: int64 [n], in [0, v).
-        temperature: divides the logits, above 0.
+        temperature: divides the logits, above 0 and finite.
         bias: [v] or None.
         softcap: the logits' bound, above 0 and finite, or None.
         entropy: also return each row's entropy, in nats.
@@ -184,6 +184,7 @@ def linear_logprobs(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     needs = find_needs("linear_logprobs", hidden, weight, bias)
     run = _call if any(needs) else _op

@@ -164,6 +164,7 @@ def linear_ppo(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     fixed, divisor = _library.split_denominator(denominator)
     needs = find_needs("linear_ppo", hidden, weight, bias)

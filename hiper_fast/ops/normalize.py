@@ -48,14 +48,15 @@ def normalize(
     Args:
         values: [turns] float32, float64, bfloat16 or float16.
         mask: bool [turns], the turns that carry the role.
+        eps: above 0.
         group: a torch.distributed process group; the moments are then those of all its ranks together.
 
     Returns:
-        [turns], float32 or (for float64) float64; zeros where the mask holds fewer than two different
-        values.
+        [turns], float32 or (for float64) float64, detached from autograd; zeros where the mask holds fewer
+        than two different values.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
     """
     if group is None:
         return _op(values, mask, eps)

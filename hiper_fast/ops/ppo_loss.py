@@ -68,8 +68,10 @@ def ppo_loss(
             dtype.
         loss_mask: bool [tokens]; off it, values are ignored, NaN included.
         ref_logprobs, entropy: [tokens] or None, which leaves the term out.
+        clip_low: in [0, 1]; clip_high: at least 0; dual_clip: above 1; kl_coef, entropy_coef: finite.
         denominator: None divides by the number of masked tokens. Microbatches of one step share a
-            denominator, so that their losses (and metrics) add up.
+            denominator, so that their losses (and metrics) add up. A number above 0, or a tensor without
+            dimensions, which is read on the CPU alone; on a GPU the loss is NaN where it is not above 0.
 
     Returns:
         loss: 0-d, float32 or (for float64) float64, differentiable once in logprobs and entropy.
@@ -77,7 +79,8 @@ def ppo_loss(
             logprobs), clip_fraction, dual_clip_fraction, and kl, entropy where these terms exist.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     fixed, divisor = _library.split_denominator(denominator)
     needed = any(find_needs("ppo_loss", logprobs, entropy))

@@ -68,6 +68,7 @@ def value_loss(
     Args:
         values, old_values, returns: [turns] float32, float64, bfloat16 or float16, all of one dtype.
         mask: bool [turns]; off it, values are ignored, NaN included.
+        clip: at least 0 and finite.
         denominator: None divides by the number of masked turns; else as in `ppo_loss`.
 
     Returns:
@@ -75,7 +76,8 @@ def value_loss(
         metrics: detached 0-d tensors over the same denominator: value (the loss), clip_fraction.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     fixed, divisor = _library.split_denominator(denominator)
     (needed,) = find_needs("value_loss", values)
