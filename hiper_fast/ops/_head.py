@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector
+from hiper_fast.ops._numbers import check_above
 
 # What is held beside arguments, results and gradients: one chunk of logits, which its own gradient
 # replaces, and for a weight of half precision a tile of it in float32.
@@ -218,7 +219,6 @@ def check_linear(
     check_vector("targets", targets, hidden.shape[0], (torch.int64,), hidden.device)
     if bias is not None:
         check_vector("bias", bias, weight.shape[0], FLOATS, hidden.device)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be above 0 and finite, or None for no cap, got {softcap}")
+    check_above("temperature", temperature, 0)
+    if softcap is not None:
+        check_above("softcap", softcap, 0, ", or None for no cap")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hiper_fast.ops._numbers import check_above, check_divisor, is_readable
+
 try:
     from hiper_fast import _C as extension
 
@@ -107,55 +109,25 @@ def widen(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scale(gradient: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """The saved gradients times that of the loss."""
-    if not torch.compiler.is_compiling() and gradient.is_cpu and gradient.item() == 1:
-        return saved
-    return tuple(tensor * gradient.to(tensor.dtype) for tensor in saved)
-
-
-def make_differentiable(op: Callable, *places: int) -> type[torch.autograd.Function]:
-    """An `op` of (loss, what has no gradient, the loss's gradients by its arguments at `places`), once
-    differentiable.
-
-    The gradients are made with the loss; backward only scales them.
-    """
-
-    class Loss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *arguments):
-            loss, *others = op(*arguments)
-            others, gradients = others[: -len(places)], others[-len(places) :]
-            ctx.save_for_backward(*gradients)
-            ctx.mark_non_differentiable(*others)
-            return loss, *others
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient, *_):
-            scaled = dict(zip(places, scale(gradient, *ctx.saved_tensors), strict=True))
-            return tuple(
-                scaled.get(place) if need else None
-                for place, need in enumerate(ctx.needs_input_grad)
-            )
-
-    return Loss
-
-
-def needs_gradient(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
-
-
 def split_denominator(denominator: float | Tensor | None) -> tuple[float | None, Tensor | None]:
     """What the op divides by (None: the number of loss tokens), and what its result is divided by
     after it: a tensor may lie on a GPU, and to read it would wait for all that is queued there."""
+    if denominator is None:
+        return None, None
     if isinstance(denominator, Tensor):
+        check_divisor("denominator", denominator)
         return 1.0, denominator
-    return (None if denominator is None else float(denominator)), None
+    check_above("denominator", denominator, 0)
+    return float(denominator), None
 
 
 def divide(divisor: Tensor | None, *results: Tensor) -> tuple[Tensor, ...]:
-    return results if divisor is None else tuple(result / divisor for result in results)
+    """NaN where a divisor that could not be read is not above 0."""
+    if divisor is None:
+        return results
+    if not is_readable(divisor):
+        divisor = torch.where(divisor > 0, divisor.to(results[0].dtype), torch.nan)
+    return tuple(result / divisor for result in results)
 
 
 def _send_through_host(op: Callable) -> Callable:

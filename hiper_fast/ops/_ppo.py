@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops._library import make_plain
+from hiper_fast.ops._numbers import check_above, check_finite, check_fraction, check_not_negative
 
 MAX_EXPONENT = (
     20  # beyond it every branch is clipped; the bound keeps infinities out of the gradient
 )
 MAX_KL = 10
 METRICS = ("policy", "approx_kl", "clip_fraction", "dual_clip_fraction", "kl", "entropy")
+
+
+def check_options(clip_low, clip_high, dual_clip, kl_coef, entropy_coef) -> None:
+    check_fraction("clip_low", clip_low)
+    check_not_negative("clip_high", clip_high)
+    check_above("dual_clip", dual_clip, 1)
+    check_finite("kl_coef", kl_coef)
+    check_finite("entropy_coef", entropy_coef)
 
 
 def name_metrics(metrics: Tensor, *, kl: bool, entropy: bool) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hiper_fast.ops import _library, reference
 from hiper_fast.ops._library import check_cu, check_vector
+from hiper_fast.ops._numbers import check_count
 
 # What the kernel must know of a piece before it looks into its bytes.
 _HAS_ANGLE, _HAS_HIGH_BYTE, _EMPTY = 1, 2, 4
@@ -30,10 +31,12 @@ class TokenPieces:
             the ids that fill it up have no bytes.
 
     Raises:
-        ValueError: if a token's bytes cannot be known from the tokenizer.
+        ValueError: if a token's bytes cannot be known from the tokenizer, or naming size.
     """
 
     def __init__(self, tokenizer, size: int | None = None):
+        if size is not None:
+            check_count("size", size)
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "to_str"):
             raise ValueError(

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from hiper_fast.ops import _library, reference
 from hiper_fast.ops._library import FLOATS, check_cu, check_vector, make_plain, widen
+from hiper_fast.ops._numbers import check_fraction
 
 
-def _check(rewards, values, terminated, cu_turns, bootstrap, *_):
+def _check(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
     check_vector("rewards", rewards, None, FLOATS, None)
     turns, device, dtype = rewards.shape[0], rewards.device, (rewards.dtype,)
     check_vector("values", values, turns, dtype, device)
@@ -17,6 +18,8 @@ def _check(rewards, values, terminated, cu_turns, bootstrap, *_):
     check_vector("terminated", terminated, trajectories, (torch.bool,), device)
     if bootstrap is not None:
         check_vector("bootstrap", bootstrap, trajectories, dtype, device)
+    check_fraction("gamma", gamma)
+    check_fraction("lambda_", lambda_)
 
 
 def _run_reference(rewards, values, terminated, cu_turns, bootstrap, gamma, lambda_):
@@ -63,6 +66,7 @@ def gae(
         terminated: bool [trajectories].
         cu_turns: int32 [trajectories + 1], exclusive prefix sum of the turns of each trajectory.
         bootstrap: [trajectories], the value of the state after the last turn; None means 0.
+        gamma, lambda_: in [0, 1].
 
     Returns:
         (advantages, returns), each [turns], float32 or (for float64) float64, detached from autograd.

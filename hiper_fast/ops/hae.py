@@ -7,11 +7,13 @@ from torch import Tensor
 
 from hiper_fast.ops import _library, reference
 from hiper_fast.ops._library import FLOATS, check_cu, check_vector, make_plain, widen
+from hiper_fast.ops._numbers import check_fraction
 from hiper_fast.ops.reference import HAE
 
 
 def _check(
-    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high, *_
+    rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high,
+    gamma, lambda_turn, lambda_segment,
 ):  # fmt: skip
     check_vector("rewards", rewards, None, FLOATS, None)
     turns, device, dtype = rewards.shape[0], rewards.device, (rewards.dtype,)
@@ -26,6 +28,9 @@ def _check(
         check_vector("bootstrap_low", bootstrap_low, trajectories, dtype, device)
     if bootstrap_high is not None:
         check_vector("bootstrap_high", bootstrap_high, trajectories, dtype, device)
+    check_fraction("gamma", gamma)
+    check_fraction("lambda_turn", lambda_turn)
+    check_fraction("lambda_segment", lambda_segment)
 
 
 def _run_reference(
@@ -96,6 +101,7 @@ def hae(
         cu_turns: int32 [trajectories + 1], exclusive prefix sum of the turns of each trajectory.
         values_switch: [turns], None means 0.
         bootstrap_low, bootstrap_high: [trajectories], values after the last turn; None means 0.
+        gamma, lambda_turn, lambda_segment: in [0, 1].
 
     Returns:
         HAE of float32 or (for float64) float64, detached from autograd.

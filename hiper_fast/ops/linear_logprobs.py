@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _head, _library
+from hiper_fast.ops._autograd import (
+    binds_at_once,
+    find_needs,
+    refuse_forward_over_reverse,
+    refuse_twice,
+)
 from hiper_fast.ops._head import Head, take
-from hiper_fast.ops._library import needs_gradient
 
 
 def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, softcap, want_entropy):
@@ -121,32 +126,27 @@ class _LinearLogprobs(torch.autograd.Function):
     """Forward keeps no logits; backward makes them again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, want_entropy):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, ctx.softcap = temperature, softcap
-        return _op(hidden, weight, bias, targets, temperature, softcap, want_entropy)
+    @binds_at_once
+    def forward(*arguments):
+        return _op(*arguments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
-        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
-        grads = _op_backward(
-            grad_logprobs,
-            grad_entropy,
-            *ctx.saved_tensors,
-            ctx.temperature,
-            ctx.softcap,
-            need_hidden,
-            need_weight,
-            need_bias,
-        )
-        return (
-            *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)),
-            None,
-            None,
-            None,
-            None,
-        )
+    def setup_context(ctx, inputs, output):
+        *tensors, temperature, softcap, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.temperature, ctx.softcap = temperature, softcap
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        needs, saved = ctx.needs_input_grad[:3], ctx.saved_tensors
+        with torch.no_grad():
+            grads = _op_backward(*gradients, *saved, ctx.temperature, ctx.softcap, *needs)
+        grads = refuse_twice("linear_logprobs", grads, *gradients, *saved)
+        named = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *named, None, None, None, None
+
+
+_call = refuse_forward_over_reverse("linear_logprobs", _LinearLogprobs)
 
 
 def linear_logprobs(
@@ -174,7 +174,7 @@ def linear_logprobs(
         hidden: [n, h] float32, float64, bfloat16 or float16.
         weight: [v, h] of such a dtype.
         targets: int64 [n], in [0, v).
-        temperature: divides the logits, above 0.
+        temperature: divides the logits, above 0 and finite.
         bias: [v] or None.
         softcap: the logits' bound, above 0 and finite, or None.
         entropy: also return each row's entropy, in nats.
@@ -184,7 +184,9 @@ def linear_logprobs(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
-    run = _LinearLogprobs.apply if any(map(needs_gradient, (hidden, weight, bias))) else _op
-    logprobs, entropies = run(hidden, weight, bias, targets, float(temperature), softcap, entropy)
+    needs = find_needs("linear_logprobs", hidden, weight, bias)
+    run = _call if any(needs) else _op
+    logprobs, entropies = run(hidden, weight, bias, targets, temperature, softcap, entropy)
     return (logprobs, entropies) if entropy else logprobs

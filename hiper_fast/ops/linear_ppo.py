@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _head, _library
+from hiper_fast.ops._autograd import find_needs, make_differentiable
 from hiper_fast.ops._head import Head, take
-from hiper_fast.ops._library import check_vector, find_address, needs_gradient
-from hiper_fast.ops._ppo import METRICS, name_metrics, ppo_terms
+from hiper_fast.ops._library import check_vector, find_address
+from hiper_fast.ops._ppo import METRICS, check_options, name_metrics, ppo_terms
 
 
 def _run(
@@ -100,6 +101,7 @@ def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs
     check_vector("advantages", advantages, n, dtype, device)
     if ref_logprobs is not None:
         check_vector("ref_logprobs", ref_logprobs, n, dtype, device)
+    check_options(*options[2:7])
 
 
 def _fake(hidden, weight, *others):
@@ -120,7 +122,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_LinearPPO = _library.make_differentiable(_op, 0, 1, 2)
+_call = make_differentiable("linear_ppo", _op, places=(0, 1, 2))
 
 
 def linear_ppo(
@@ -162,12 +164,13 @@ def linear_ppo(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or values do not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     fixed, divisor = _library.split_denominator(denominator)
-    needs = needs_gradient(hidden), needs_gradient(weight), needs_gradient(bias)
-    run = _LinearPPO.apply if any(needs) else _op
+    needs = find_needs("linear_ppo", hidden, weight, bias)
+    run = _call if any(needs) else _op
     loss, metrics, logprobs, *_ = run(
-        hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, float(temperature),
+        hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
         softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, *needs,
     )  # fmt: skip
     loss, metrics = _library.divide(divisor, loss, metrics)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector, widen
+from hiper_fast.ops._numbers import check_above
 
 
 @torch.no_grad()
@@ -24,9 +25,10 @@ def _run_torch(values: Tensor, mask: Tensor, eps: float, group=None) -> Tensor:
     return (centred / (std + eps)).to(widen(values.dtype))
 
 
-def _check(values, mask, *_):
+def _check(values, mask, eps):
     check_vector("values", values, None, FLOATS, None)
     check_vector("mask", mask, values.shape[0], (torch.bool,), values.device)
+    check_above("eps", eps, 0)
 
 
 _op = _library.define(
@@ -46,16 +48,17 @@ def normalize(
     Args:
         values: [turns] float32, float64, bfloat16 or float16.
         mask: bool [turns], the turns that carry the role.
+        eps: above 0.
         group: a torch.distributed process group; the moments are then those of all its ranks together.
 
     Returns:
-        [turns], float32 or (for float64) float64; zeros where the mask holds fewer than two different
-        values.
+        [turns], float32 or (for float64) float64, detached from autograd; zeros where the mask holds fewer
+        than two different values.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
     """
     if group is None:
         return _op(values, mask, eps)
-    _check(values, mask)
+    _check(values, mask, eps)
     return _run_torch(values, mask, eps, group)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hiper_fast.ops import _library, reference
 from hiper_fast.ops._library import make_plain, widen
+from hiper_fast.ops._numbers import check_above
 from hiper_fast.ops.reference import HAE
 from hiper_fast.ops.scatter_advantages import check_turns_and_tokens
 
@@ -35,10 +36,15 @@ def _fake(advantages_low, advantages_high, advantages_switch, boundary, roles, c
     )
 
 
+def _check(*arguments):
+    check_turns_and_tokens(*arguments[:-1])
+    check_above("eps", arguments[-1], 0)
+
+
 _op = _library.define(
     "normalize_and_scatter(Tensor advantages_low, Tensor advantages_high, Tensor advantages_switch, "
     "Tensor boundary, Tensor roles, Tensor cu_tokens, float eps) -> (Tensor, Tensor, Tensor)",
-    check=check_turns_and_tokens,
+    check=_check,
     plain=_run_reference,
     fake=_fake,
     module="scatter_advantages",

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, check_vector, needs_gradient
-from hiper_fast.ops._ppo import METRICS, name_metrics, ppo_terms
+from hiper_fast.ops._autograd import find_needs, make_differentiable
+from hiper_fast.ops._library import FLOATS, check_vector
+from hiper_fast.ops._ppo import METRICS, check_options, name_metrics, ppo_terms
 
 
-def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *_):
+def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
     check_vector("logprobs", logprobs, None, FLOATS, None)
     tokens, device, dtype = logprobs.shape[0], logprobs.device, (logprobs.dtype,)
     check_vector("old_logprobs", old_logprobs, tokens, dtype, device)
@@ -20,6 +21,7 @@ def _check(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
         check_vector("ref_logprobs", ref_logprobs, tokens, dtype, device)
     if entropy is not None:
         check_vector("entropy", entropy, tokens, dtype, device)
+    check_options(*options[:5])
 
 
 def _fake(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, *options):
@@ -37,7 +39,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_PPOLoss = _library.make_differentiable(_op, 0, 5)
+_call = make_differentiable("ppo_loss", _op, places=(0, 5))
 
 
 def ppo_loss(
@@ -66,8 +68,10 @@ def ppo_loss(
             dtype.
         loss_mask: bool [tokens]; off it, values are ignored, NaN included.
         ref_logprobs, entropy: [tokens] or None, which leaves the term out.
+        clip_low: in [0, 1]; clip_high: at least 0; dual_clip: above 1; kl_coef, entropy_coef: finite.
         denominator: None divides by the number of masked tokens. Microbatches of one step share a
-            denominator, so that their losses (and metrics) add up.
+            denominator, so that their losses (and metrics) add up. A number above 0, or a tensor without
+            dimensions, which is read on the CPU alone; on a GPU the loss is NaN where it is not above 0.
 
     Returns:
         loss: 0-d, float32 or (for float64) float64, differentiable once in logprobs and entropy.
@@ -75,11 +79,12 @@ def ppo_loss(
             logprobs), clip_fraction, dual_clip_fraction, and kl, entropy where these terms exist.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     fixed, divisor = _library.split_denominator(denominator)
-    needed = needs_gradient(logprobs) or needs_gradient(entropy)
-    run = _PPOLoss.apply if needed else _op
+    needed = any(find_needs("ppo_loss", logprobs, entropy))
+    run = _call if needed else _op
     loss, metrics, *_ = run(
         logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy,
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, fixed, needed,

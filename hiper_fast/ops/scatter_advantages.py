@@ -11,7 +11,7 @@ from hiper_fast.ops.reference import HAE
 
 
 def check_turns_and_tokens(
-    advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens, *_
+    advantages_low, advantages_high, advantages_switch, boundary, roles, cu_tokens
 ):
     check_vector("roles", roles, None, (torch.uint8,), None)
     device = roles.device

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _library
-from hiper_fast.ops._library import FLOATS, check_vector, make_plain, needs_gradient
+from hiper_fast.ops._autograd import find_needs, make_differentiable
+from hiper_fast.ops._library import FLOATS, check_vector, make_plain
+from hiper_fast.ops._numbers import check_not_negative
 
 METRICS = ("value", "clip_fraction")
 
 
-def _check(values, old_values, returns, mask, *_):
+def _check(values, old_values, returns, mask, clip, *_):
     check_vector("values", values, None, FLOATS, None)
     turns, device, dtype = values.shape[0], values.device, (values.dtype,)
     check_vector("old_values", old_values, turns, dtype, device)
     check_vector("returns", returns, turns, dtype, device)
     check_vector("mask", mask, turns, (torch.bool,), device)
+    check_not_negative("clip", clip)
 
 
 def _run_torch(values, old_values, returns, mask, clip, denominator, want_gradient):
@@ -48,7 +51,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_ValueLoss = _library.make_differentiable(_op, 0)
+_call = make_differentiable("value_loss", _op, places=(0,))
 
 
 def value_loss(
@@ -65,6 +68,7 @@ def value_loss(
     Args:
         values, old_values, returns: [turns] float32, float64, bfloat16 or float16, all of one dtype.
         mask: bool [turns]; off it, values are ignored, NaN included.
+        clip: at least 0 and finite.
         denominator: None divides by the number of masked turns; else as in `ppo_loss`.
 
     Returns:
@@ -72,11 +76,12 @@ def value_loss(
         metrics: detached 0-d tensors over the same denominator: value (the loss), clip_fraction.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype, device or value does not fit.
+        NotImplementedError: in forward mode, and for a second derivative.
     """
     fixed, divisor = _library.split_denominator(denominator)
-    needed = needs_gradient(values)
-    run = _ValueLoss.apply if needed else _op
+    (needed,) = find_needs("value_loss", values)
+    run = _call if needed else _op
     loss, metrics, *_ = run(values, old_values, returns, mask, clip, fixed, needed)
     loss, metrics = _library.divide(divisor, loss, metrics)
     return loss, dict(zip(METRICS, metrics.unbind(0), strict=True))

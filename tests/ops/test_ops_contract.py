@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import io
 import pickle
 import sys
 from pathlib import Path
@@ -229,6 +230,31 @@ def test_parameters_inference_and_results_as_any_tensor(x):
     assert array.tolist() == copy.tolist()  # the memory lives as long as its last user
 
 
+@pytest.mark.parametrize("op", ops.implementations())
+def test_results_are_saved_and_loaded_as_weights_only(x, op):
+    result = bench.make_calls(x)[op](ops)
+    plain = result._asdict() if isinstance(result, ops.HAE) else result
+    torch.save(plain, saved := io.BytesIO())
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)
+    torch.testing.assert_close(loaded, plain, rtol=0, atol=0)
+    if isinstance(result, ops.HAE):
+        assert ops.HAE(**loaded)._fields == result._fields
+    copy = pickle.loads(pickle.dumps(result))
+    assert type(copy) is type(result)
+
+
+def test_token_pieces_are_pickled(x):
+    copy = pickle.loads(pickle.dumps(x.pieces))
+    assert list(copy) == list(x.pieces)
+    for mine, others in zip(
+        ops.find_roles(x.token_ids, x.cu_tokens, copy),
+        ops.find_roles(x.token_ids, x.cu_tokens, x.pieces),
+        strict=True,
+    ):
+        assert torch.equal(mine, others)
+
+
 def torch_names(source):
     """What a file imports from torch or reads of it, as dotted names."""
     for node in ast.walk(ast.parse(source)):
@@ -402,7 +428,7 @@ def test_gradients_are_scaled_and_can_be_taken_again(x):
 def test_double_backward_is_refused(x):
     for loss, leaves in losses(x):
         gradient = torch.autograd.grad(loss, leaves, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        with pytest.raises(RuntimeError, match=r"ops\.\w+ has no second derivative"):
             torch.autograd.grad(gradient.sum(), leaves)
 
 

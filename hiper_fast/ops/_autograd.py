@@ -1,0 +1,136 @@
+"""How the ops are differentiated: once, in reverse mode. Everything else is refused by the op's name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+
+def find_needs(op: str, *tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of the op's differentiable arguments need a gradient; an error where one has a tangent."""
+    enabled = torch.is_grad_enabled()
+    needs = []
+    for tensor in tensors:
+        known = isinstance(tensor, Tensor)
+        if known and unpack_dual(tensor).tangent is not None:
+            refuse_forward_mode(op)
+        needs.append(known and enabled and tensor.requires_grad)
+    return tuple(needs)
+
+
+def refuse_forward_mode(op: str) -> None:
+    raise NotImplementedError(
+        f"ops.{op} has no forward-mode derivative (jvp, jacfwd, dual tensors): it is differentiable once, "
+        "in reverse mode (backward, torch.func.grad, torch.func.vjp)"
+    )
+
+
+def make_differentiable(op: str, run: Callable, places: Sequence[int]) -> Callable:
+    """A call of `run`, of (loss, what has no gradient, the loss's gradients by its arguments at `places`),
+    once differentiable.
+
+    The gradients are made with the loss; backward only scales them.
+    """
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        @binds_at_once
+        def forward(*arguments):
+            return run(*arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            loss, *others = output
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(loss, *others[-len(places) :])
+            ctx.mark_non_differentiable(*others)
+
+        @staticmethod
+        def backward(ctx, gradient, *_):
+            if gradient is None:
+                return (None,) * len(ctx.needs_input_grad)
+            loss, *saved = ctx.saved_tensors
+            scaled = scale(gradient, refuse_twice(op, saved, loss))
+            found = dict(zip(places, scaled, strict=True))
+            return tuple(
+                found.get(place) if need else None
+                for place, need in enumerate(ctx.needs_input_grad)
+            )
+
+    return refuse_forward_over_reverse(op, Loss)
+
+
+def scale(gradient: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The saved gradients times that of the loss; with create_graph differentiable in the latter."""
+    if (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and gradient.is_cpu
+        and gradient.item() == 1
+    ):
+        return saved
+    return [tensor * gradient.to(tensor.dtype) for tensor in saved]
+
+
+def refuse_twice(op: str, gradients: Sequence[Tensor], *roots: Tensor | None) -> Sequence[Tensor]:
+    """The gradients of `op`, which depend on `roots`: with create_graph, where autograd would take them for
+    constants, their own derivative raises an error."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return _Refuse.apply(op, len(gradients), *gradients, *roots)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments):
+        _, count, *tensors = arguments
+        return tuple(gradient.detach() for gradient in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"ops.{ctx.op} has no second derivative: it is differentiable once, in reverse mode; "
+            "detach() its gradient to use it as a constant"
+        )
+
+
+def refuse_forward_over_reverse(op: str, function: type[torch.autograd.Function]) -> Callable:
+    """A call of `function`, in which a tangent may lie hidden, as in jvp(grad(f))."""
+
+    class Eager(function):  # torch.compile takes no Function that has a jvp
+        @staticmethod
+        def jvp(ctx, *_):
+            refuse_forward_mode(op)
+
+    def call(*arguments):
+        return (function if torch.compiler.is_compiling() else Eager).apply(*arguments)
+
+    return call
+
+
+def binds_at_once(forward: Callable) -> Callable:
+    """`forward(*arguments)` with a signature that costs nothing to bind: Function.apply does so at every
+    call, which else takes as long as the rest of it."""
+    forward.__signature__ = _Arguments()
+    return forward
+
+
+class _Arguments(inspect.Signature):
+    def bind(self, *arguments):
+        return _Bound(arguments, {})
+
+
+class _Bound(NamedTuple):
+    args: tuple
+    kwargs: dict
+
+    def apply_defaults(self) -> None: ...
