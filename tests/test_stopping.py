@@ -70,7 +70,23 @@ def run(finished, tmp_path):
 # Runs in processes of their own, that have what they need imported.
 
 
+def hear_all():
+    """Also where whoever began the tests ignores some, as `nohup` and a shell's `&` do."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture
+def heard():
+    former = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    hear_all()
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
 def work(argv, err, change, told):
+    hear_all()
     os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     if change:
         change(told)
@@ -189,7 +205,7 @@ def test_a_second_signal_stops_at_once(finished, tmp_path):
     assert rows(tmp_path / "hasty") == rows(finished[0])
 
 
-def test_handlers_are_put_back_ignored_signals_stay_ignored_and_twice_in_a_second_is_once():
+def test_handlers_are_put_back_ignored_signals_stay_ignored_and_twice_in_a_second_is_once(heard):
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -210,7 +226,7 @@ def test_handlers_are_put_back_ignored_signals_stay_ignored_and_twice_in_a_secon
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
-def test_a_forked_worker_ends_by_the_signal_as_if_nobody_listened():
+def test_a_forked_worker_ends_by_the_signal_as_if_nobody_listened(heard):
     with stopping.Stopping() as signals:
         reader, writer = os.pipe()
         child = os.fork()
@@ -229,6 +245,7 @@ def one_of_two(rank, port, argv, told):
     told_by = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in told_by.items()}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    hear_all()
     tell_at("hiper_fast.train", "update", 2, told, wait=0.5)
     os._exit(train.main(argv))
 
@@ -258,6 +275,7 @@ def test_many_processes_stop_after_the_same_update_whichever_was_asked(tmp_path)
 def start(*argv, **options):
     command = [sys.executable, "-m", "hiper_fast.train", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = hear_all
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes | options)
 
 
@@ -277,6 +295,7 @@ def test_a_terminal_that_hangs_up_stops_the_run_with_its_state_saved(tmp_path):
     argv = arguments(tmp_path, name="panel", run__display="panel", updates=500, train__episodes=8)
     child, terminal = pty.fork()
     if not child:
+        hear_all()
         os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
         os.execv(sys.executable, [sys.executable, "-m", "hiper_fast.train", *argv])
     run = tmp_path / "panel"
