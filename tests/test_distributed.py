@@ -460,12 +460,10 @@ def test_torchrun_starts_a_run_that_logs_once(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        "eval",
-        "train",
-        "eval",
-        "report:",
-    ]
+    lines = result.stdout.splitlines()
+    assert len(set(lines)) == len(lines)
+    told = [line.split()[0] for line in lines if not line.startswith("warning:")]
+    assert told == ["eval", "train", "eval", "report:"]
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 1]
     card = (tmp_path / "run" / "checkpoints" / "step-000001" / "README.md").read_text()
     alone = load_agent(ModelConfig(device="cpu"), 0, HOUSEHOLD.tokenizer).model.num_parameters()

@@ -74,9 +74,14 @@ def test_no_text_takes_long(text):
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize("error", [ConfigError, GameError, CheckpointError, webshop.DataError])
+@pytest.mark.parametrize("error", [GameError, CheckpointError, webshop.DataError])
 def test_errors_are_told_clean(error):
     assert str(error(f"{EVIL}: wrong")) == "red?é漢🎁: wrong"
+
+
+def test_options_are_repeated_escaped():
+    told = str(ConfigError(f"{EVIL}: wrong"))
+    assert told.isprintable() and told == clean(told) and told.endswith("é漢🎁: wrong")
 
 
 # A foreign environment that says anything.

@@ -252,7 +252,7 @@ def test_a_run_with_lora_resumes_and_evaluates_exactly(base, peft, tmp_path, cap
         options = SMALL | {
             "model": base, "model.lora_rank": 2, "model.dtype": "bfloat16", "model.critic": critic,
             "model.gradient_checkpointing": True, "train.final_lr": 1, "eval.every": 9, "agent.style": "compact",
-            "updates": updates, "name": name,
+            "agent.max_prompt_tokens": 500, "updates": updates, "name": name,
         }  # fmt: skip
         arguments = [
             f"--run.folder={tmp_path}",

@@ -373,7 +373,9 @@ def test_summary_of_a_batch_made_by_hand(agent):
         [bad, say(KEEP, "s", "lose")],  # one segment of 2, one invalid turn
     ]
     _, episodes = run(agent, scripts, max_turns=5)
-    episodes[1].truncated_prompts, episodes[2].responses_at_limit = 4, 3
+    episodes[1].truncated_prompts = 4
+    for episode, count in zip(episodes, (0, 2, 1), strict=True):
+        episode.responses_at_limit = count
     t = pack(episodes, agent.find_roles)
     figures = summarise(t)
     assert figures["rollout/success"] == pytest.approx(1 / 3)
