@@ -57,7 +57,7 @@ def find_architecture(
         return AutoConfig.from_pretrained(
             path, local_files_only=local_files_only or known, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers raises of a stranger's file
         if (Path(path) / "config.json").exists():
             raise ConfigError(f"model.path: cannot load {path}: {explain(error)}") from error
         if not known:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,8 +21,6 @@ from hiper_fast.agent.runtime import silence_transformers
 from hiper_fast.config import AgentConfig, ModelConfig
 from hiper_fast.distributed import ALONE, World
 from hiper_fast.options import ConfigError
-
-LOAD_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError
 
 Words = tuple[list[str], list[str]]  # words, command openings
 
@@ -123,7 +120,7 @@ def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTok
     try:
         with silence_transformers():
             model, tokenizer = read_pretrained(config)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # whatever transformers raises of a stranger's files
         where, mend = config.path, ""
         if not folder.exists():
             where += " (no such folder here, so taken as a hub id)"
@@ -135,7 +132,7 @@ def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def read_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As transformers reads them, without code of theirs and without pickles; one of `LOAD_ERRORS` if it cannot."""
+    """As transformers reads them, without code of theirs and without pickles."""
     options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
     if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
