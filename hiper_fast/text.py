@@ -52,7 +52,7 @@ def strip_all(content: Any) -> Any:
 
 
 class PlainError(Exception):
-    """An error whose message may quote what was read; it is told clean."""
+    """An error whose message may quote what was read; it is told clean, in one line."""
 
     def __str__(self) -> str:
-        return clean(super().__str__())
+        return " ".join(clean(super().__str__()).split())
