@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from hiper_fast.text import escape, shorten
+
 BOUNDS = {  # name of a bound -> (the words of its error, whether a value keeps it)
     "above": ("above", lambda value, bound: value > bound),
     "least": ("at least", lambda value, bound: value >= bound),
@@ -56,15 +58,6 @@ class Short(reprlib.Repr):
     def repr_int(self, number: int, level: int) -> str:
         huge = abs(number) >= 10**LONGEST  # Python refuses to write out what is huger still
         return f"a number of more than {LONGEST} digits" if huge else repr(number)
-
-
-def escape(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def shorten(text: str, most: int) -> str:
-    """What is in the middle of a long text left out."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
 
 
 def show(value: Any) -> str:

@@ -8,7 +8,8 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import Any
 
-from hiper_fast.options import ConfigError, shorten, show, show_name, suggest
+from hiper_fast.options import ConfigError, show, show_name, suggest
+from hiper_fast.text import shorten
 
 MOST_SAID = 120  # characters of why something cannot be loaded
 

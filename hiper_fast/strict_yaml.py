@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from hiper_fast.options import ConfigError, escape, shorten, show
+from hiper_fast.options import ConfigError, show
+from hiper_fast.text import escape, shorten
 
 MOST_BYTES = 500_000
 MOST_NODES = 100_000  # that a file stands for, with every alias written out

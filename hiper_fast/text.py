@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+LONGEST = 600  # characters of an error
+
 _ESCAPES = (
     r"\x1b[\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # a string: a title, a link
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, the cursor
@@ -31,6 +33,16 @@ def strip_controls(text: str) -> str:
     return _CONTROLS.sub(_replace, text) if _SUSPECT.search(text) else text
 
 
+def escape(text: str) -> str:
+    """What cannot be printed, as Python would write it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shorten(text: str, most: int) -> str:
+    """What is in the middle of a long text left out."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+
+
 def replace_surrogates(text: str) -> str:
     """`text` with a `?` for each lone surrogate: what can be encoded."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -52,7 +64,7 @@ def strip_all(content: Any) -> Any:
 
 
 class PlainError(Exception):
-    """An error whose message may quote what was read; it is told clean, in one line."""
+    """An error whose message may quote what was read; it is told clean, in one line of readable length."""
 
     def __str__(self) -> str:
-        return " ".join(clean(super().__str__()).split())
+        return shorten(" ".join(clean(super().__str__()).split()), LONGEST)

@@ -28,8 +28,24 @@ def check_folder(path: str) -> None:
             f"model.path: {path} has pickled weights only ({pickled[0]}), which can run code when they are "
             "opened; where you trust them, load them with transformers and save_pretrained them as safetensors"
         )
-    if (folder / ADAPTER).exists() and not (folder / "config.json").exists():
+    config = folder / "config.json"
+    if config.exists():
+        check_type(config)
+    elif (folder / ADAPTER).exists():
         check_base(path, folder / ADAPTER)
+
+
+def check_type(file: Path) -> None:
+    """ConfigError without a model_type: transformers would guess one from the folder's name, at its full size."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        model_type = found.get("model_type") if isinstance(found, dict) else None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.path: {file} cannot be read ({error})") from error
+    if not isinstance(model_type, str) or not model_type:
+        raise ConfigError(
+            f"model.path: {file} names no model_type; it is not a model's config.json"
+        )
 
 
 def check_base(path: str, file: Path) -> None:

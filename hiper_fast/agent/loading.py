@@ -16,6 +16,7 @@ from transformers import (
 from hiper_fast.agent import attention, layers, lora, rotary, tiny, tokens
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.folders import ADAPTER, check_folder, explain
+from hiper_fast.agent.head import refusing
 from hiper_fast.agent.probe import Probe
 from hiper_fast.agent.runtime import silence_transformers
 from hiper_fast.config import AgentConfig, ModelConfig
@@ -71,10 +72,11 @@ def prepare(
     world: World = ALONE,
 ) -> Agent:
     """An agent of a model that passes the probe; ConfigError if it does not."""
-    attention.check_mixing(model)
-    probe = Probe(model)
-    agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
-    probe.check(agent)
+    with refusing(model):
+        attention.check_mixing(model)
+        probe = Probe(model)
+        agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
+        probe.check(agent)
     return agent
 
 

@@ -162,3 +162,14 @@ def test_weights_that_would_be_random_are_an_error_now_that_nobody_warns(folder)
         ConfigError, match="its weights lack model.layers.* and 8 more, .* random; save"
     ):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"model_type": null}', '{"policy": {"state": {}}}']
+)
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_config_that_names_no_type_is_no_guess(folder, read, content):
+    """transformers would take a type from the folder's name, and build it at its full size."""
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"^model.path: .*config.json names no model_type"):
+        read(folder)
