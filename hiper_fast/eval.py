@@ -29,7 +29,7 @@ from hiper_fast.envs.family import Task
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import play_tasks
-from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.prompter import Prompter, make_prompter
 from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
 from hiper_fast.runs import checkpoint
@@ -120,8 +120,7 @@ def play_panel(path: Path, config: Config, seeds: Sequence[int]) -> tuple[list[P
     """The panel of one checkpoint's configuration, once a seed; and what the environment says of its data."""
     games = Games(config)
     agent = load_agent(config.model, config.run.seed, speech=config.agent)
-    prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
-    prompter.check_room()
+    prompter = make_prompter(agent.tokenizer, config.agent, games.family)
     played, health = [], Health()
     for number, seed in enumerate(seeds):
         metrics, trajectories = evaluate(agent, games, prompter, config, seed=seed)

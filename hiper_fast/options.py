@@ -280,8 +280,10 @@ def convert_list(option: Option, kind: Any, value: Any) -> list:
 
 def convert_mapping(option: Option, value: Any) -> dict:
     """Names and what JSON has; a text is read as YAML."""
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise wrong_type(option, f"at most {LONGEST_TEXT} characters", value)
     try:
-        given = yaml.load(value[:LONGEST_TEXT], PlainLoader) if isinstance(value, str) else value
+        given = yaml.load(value, PlainLoader) if isinstance(value, str) else value
         if isinstance(given, dict) and json.loads(json.dumps(given)) == given:
             return given
     except Exception:  # what yaml's constructors let through, of !!int "" or a 13th month

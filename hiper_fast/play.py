@@ -42,7 +42,7 @@ from hiper_fast.rollout import engines
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.trajectory import Episode, pack
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import find_config
@@ -69,9 +69,7 @@ class Mind:
         self.config, self.agent = config, load_agent(config.model, seed, speech=config.agent)
         if (path / "critic.safetensors").exists():
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
-        style = games.family.styles[config.agent.style]
-        self.prompter = Prompter(self.agent.tokenizer, config.agent, style)
-        self.prompter.check_room()
+        self.prompter = make_prompter(self.agent.tokenizer, config.agent, games.family)
         make_engine = engines.find(config.rollout.engine)
         self.engine = make_engine(self.agent, config, temperature=temperature, seed=seed)
 

@@ -42,14 +42,15 @@ def spell_resume(config: Config, *options: str) -> str:
 
 def find_start(config: Config, folder: Path) -> Path | None:
     """The checkpoint that the run goes on from, None if it has none yet. ConfigError if the chosen one is not there."""
-    steps = checkpoint.list_steps(folder / "checkpoints")
-    step = config.run.resume_from
+    place, step = folder / "checkpoints", config.run.resume_from
     if step is None:
-        return checkpoint.latest(folder / "checkpoints")
-    if step not in steps:
+        return checkpoint.latest(place)
+    found = checkpoint.find_step(place, step)
+    if found is None:
+        steps = checkpoint.list_steps(place)
         there = f"it has those of {', '.join(map(str, steps))}" if steps else "it has none"
         raise ConfigError(f"run.resume_from: {folder} has no checkpoint of update {step}; {there}")
-    return checkpoint.find_step(folder / "checkpoints", step)
+    return found
 
 
 def tell_finished(config: Config) -> str | None:
@@ -184,7 +185,7 @@ def load_reference(model: nn.Module, file: Path, state: dict[str, Any]) -> None:
     mend = "put a copy of it back, or go on without the KL term: --train.kl_coef 0"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing, the policy to which the KL term refers; {mend}")
-    if _measure(file) != state.get("reference", _measure(file)):
+    if "reference" in state and _measure(file) != state["reference"]:
         raise CheckpointError(f"{file} is not as the run wrote it; {mend}")
     try:
         load_model(model, file)

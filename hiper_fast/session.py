@@ -37,7 +37,7 @@ from hiper_fast.resuming import (
     spell_resume,
 )
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.prompter import Prompter, make_prompter
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs import checkpoint, model_card, report, trackers
 from hiper_fast.runs.checkpoint import CheckpointError
@@ -251,8 +251,7 @@ def prepare(config: Config, world: World, stopping: Stopping) -> Session:
         speech=config.agent,
         world=world,
     )
-    prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
-    prompter.check_room()
+    prompter = make_prompter(agent.tokenizer, config.agent, family)
     estimate = estimators.find(config.advantage.estimator)
     return Session(config, world, games, envs, agent, prompter, estimate, stopping)
 

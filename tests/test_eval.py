@@ -201,6 +201,12 @@ def test_table_holds_wilson_intervals():
 # The command.
 
 
+def write_options(run):
+    config = settings(episodes=4)
+    config.agent.style, config.run.threads = "compact", 1
+    write_config(config, run)
+
+
 @pytest.fixture(scope="module")
 def saved(agent, tmp_path_factory):
     """A checkpoint of a run, with the run's options beside it."""
@@ -208,9 +214,7 @@ def saved(agent, tmp_path_factory):
     folder = run / "checkpoints" / "step-000003"
     agent.model.save_pretrained(folder)
     agent.tokenizer.save_pretrained(folder)
-    config = settings(episodes=4)
-    config.agent.style, config.run.threads = "compact", 1
-    write_config(config, run)
+    write_options(run)
     return folder
 
 
@@ -320,9 +324,7 @@ def run_of_two(agent, tmp_path_factory):
             run / "checkpoints", step, policy=agent.model, tokenizer=agent.tokenizer, critic=None,
             optimizers={}, state={}, improved=improved,
         )  # fmt: skip
-    config = settings(episodes=4)
-    config.agent.style, config.run.threads = "compact", 1
-    write_config(config, run)
+    write_options(run)
     return run
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Callable
 
 import torch
@@ -13,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiper_fast import ops
 from hiper_fast.agent import attention
-from hiper_fast.agent.head import measure, read_hidden, refusing
+from hiper_fast.agent.head import measure, read_hidden
 from hiper_fast.agent.layers import compile_layers, find_layers
+from hiper_fast.agent.lora import list_zero_starts
 from hiper_fast.agent.tokens import list_pieces, vocabulary_size
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World, call_inside
@@ -85,10 +85,7 @@ class Agent:
         """Keeps the present policy as the KL term's reference. LoRA's base is not copied."""
         self.reference = self._copy_network(self.model, frozen=True)
         if self.lora:
-            named = self.reference.named_parameters()
-            starts_at_zero = re.compile("lora_B|lora_embedding_A").search
-            factors = [p for name, p in named if starts_at_zero(name)]
-            if not any(factor.any() for factor in factors):
+            if not any(factor.any() for factor in list_zero_starts(self.reference)):
                 self.reference.disable_adapters()  # not trained yet: the base model itself
 
     def shard(self) -> None:
@@ -175,8 +172,7 @@ def run_trunk(model: PreTrainedModel, batch: Microbatch) -> Tensor:
 @torch.no_grad()
 def measure_width(model: PreTrainedModel) -> int:
     """h of what `run_trunk` gives; not always the embedding's."""
-    with refusing(model):
-        return run_trunk(model, BLANK.to(model.device)).shape[-1]
+    return run_trunk(model, BLANK.to(model.device)).shape[-1]
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def generate(
     """
     unread = [len(prompt) for prompt in prompts]
     for row, past in enumerate(pasts or ()):
-        unread[row] -= 0 if past is None else len(past[0][0])
+        unread[row] -= 0 if past is None else count_read(past)
     order = sorted(range(len(prompts)), key=lambda row: unread[row], reverse=True)
     stop = torch.tensor(stop_ids, device=model.device)
     results: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
@@ -153,6 +153,12 @@ def join_pasts(pasts: list[tuple[Past | None, int]]) -> DynamicCache:
             states.append(padded.transpose(1, 2))  # [rows, heads, tokens, d]
         cache.update(*states, layer)
     return cache
+
+
+def count_read(past: Past) -> int:
+    """The tokens that it is of."""
+    keys, _ = next(iter(past.values()))
+    return len(keys)
 
 
 def take_past(cache: DynamicCache, row: int, length: int) -> Past:

@@ -7,7 +7,6 @@ layers a model puts before it, and what the model does with its result: nothing,
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -90,20 +89,6 @@ def read_hidden(model: PreTrainedModel, ids: Tensor, **options) -> Tensor:
     return read[-1]
 
 
-@contextlib.contextmanager
-def refusing(model: PreTrainedModel) -> Iterator[None]:
-    """Turns whatever a model raises while it reads into one ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise ConfigError(
-            f"model.path: {type(model).__name__} cannot read short sequences ({reason}); use another model"
-        ) from error
-
-
 @torch.no_grad()
 def measure(model: PreTrainedModel, vocabulary: int) -> Head:
     """The head of a model, by logits that are put in the product's place; ConfigError if it fits none."""
@@ -118,7 +103,7 @@ def measure(model: PreTrainedModel, vocabulary: int) -> Head:
     given[:2] = torch.tensor([SMALL, LARGE])
     given = given[:rows]
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with refusing(model), replaced(head, lambda hidden: given.expand(*hidden.shape[:-1], -1)):
+    with replaced(head, lambda hidden: given.expand(*hidden.shape[:-1], -1)):
         found = model(input_ids=ids, use_cache=False).logits[0, -1].float()
     given, scale, largest = given[: len(found)], float(found[0]) / SMALL, float(found[1])
     softcap = None if largest > scale * LARGE / 2 else largest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +18,6 @@ from transformers import (
 from hiper_fast.agent import attention, layers, lora, rotary, tiny, tokens
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.folders import ADAPTER, check_folder, explain
-from hiper_fast.agent.head import refusing
 from hiper_fast.agent.probe import Probe
 from hiper_fast.agent.runtime import silence_transformers
 from hiper_fast.config import AgentConfig, ModelConfig
@@ -78,6 +79,20 @@ def prepare(
         agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
         probe.check(agent)
     return agent
+
+
+@contextlib.contextmanager
+def refusing(model: PreTrainedModel) -> Iterator[None]:
+    """Turns whatever a model or its tokenizer raises into one ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise ConfigError(
+            f"model.path: {type(model).__name__} cannot read short sequences ({reason}); use another model"
+        ) from error
 
 
 def check_speech(agent: Agent, config: AgentConfig) -> None:

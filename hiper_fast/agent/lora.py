@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from types import ModuleType
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hiper_fast.config import ModelConfig
 from hiper_fast.options import ConfigError
+
+ZERO_STARTS = re.compile("lora_B|lora_embedding_A")
 
 
 def import_peft(option: str) -> ModuleType:
@@ -37,6 +41,11 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
         except ValueError as error:
             option = "model.lora_targets" if config.lora_targets else "model.lora_rank"
             raise ConfigError(f"{option}: {textwrap.shorten(str(error), 300)}") from error
+
+
+def list_zero_starts(model: nn.Module) -> list[Tensor]:
+    """The factors of the adapters that start at zero: until they are trained an adapter changes nothing."""
+    return [p for name, p in model.named_parameters() if ZERO_STARTS.search(name)]
 
 
 def load_adapters(model: PreTrainedModel) -> bool:

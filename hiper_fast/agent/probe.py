@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hiper_fast.agent.agent import Agent, run_trunk
 from hiper_fast.agent.generate import Batch, Past, take_past
-from hiper_fast.agent.head import refusing
+from hiper_fast.agent.lora import list_zero_starts
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 
@@ -45,7 +45,7 @@ class Probe:
             torch.randint(most, (length,), generator=generator).to(model.device)
             for length in LENGTHS
         ]
-        with refusing(model), stirred(model), narrowed(model), torch.no_grad():
+        with stirred(model), narrowed(model), torch.no_grad():
             alone = [
                 model(input_ids=ids[None], use_cache=False, logits_to_keep=LAST + 1)
                 for ids in self.sequences
@@ -59,7 +59,7 @@ class Probe:
         spread = float(expected.std(-1).median())
         targets = torch.stack([ids[-LAST:] for ids in self.sequences])
         targets = targets.clamp(max=agent.head.vocabulary - 1)
-        with refusing(model), stirred(model), narrowed(model), torch.no_grad():
+        with stirred(model), narrowed(model), torch.no_grad():
             ways = {
                 "packed into one sequence, as updates read them": self.read_packed(agent, targets),
                 "step by step with a cache, as rollouts sample": self.read_in_steps(agent),
@@ -141,7 +141,7 @@ def narrowed(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def stirred(model: PreTrainedModel) -> Iterator[None]:
     """Within, adapters that change nothing yet do: else a head that forgets them would pass."""
-    fresh = [p for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
+    fresh = [factor for factor in list_zero_starts(model) if not factor.any()]
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for p in fresh:

@@ -8,6 +8,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from hiper_fast.config import AgentConfig
+from hiper_fast.envs.family import Family
 from hiper_fast.envs.prompts import State, Style
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout import chat
@@ -103,6 +104,15 @@ class Prompter:
             [ids] = self.encode([replace(bare, observation=text)])
         opening = list(takewhile(self.special.__contains__, ids))[:limit]
         return opening + ids[max(len(opening), len(ids) - limit + len(opening)) :]
+
+
+def make_prompter(
+    tokenizer: PreTrainedTokenizerBase, config: AgentConfig, family: Family
+) -> Prompter:
+    """That of an environment in the configured style, whose prompts have room to show something."""
+    prompter = Prompter(tokenizer, config, family.styles[config.style])
+    prompter.check_room()
+    return prompter
 
 
 def find_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
