@@ -19,7 +19,7 @@ class EnvConfig:
         "household, alfworld, webshop, another that is installed, or package.module:Family; auto: alfworld if "
         "$ALFWORLD_DATA is set, else household. It brings options and defaults of its own",
     )
-    max_turns: int = option(20, "turns after which an episode is truncated", above=0)
+    max_turns: int = option(20, "turns after which an episode is truncated", above=0, per_env=True)
 
 
 @dataclass(slots=True)
@@ -96,6 +96,8 @@ class ModelConfig:
 
 @dataclass(slots=True)
 class RolloutConfig:
+    """What every engine has; one may add its own options (`Engine.Options`)."""
+
     engine: str = option(
         "batched",
         "what samples responses: batched (the model that trains, here), or package.module:Engine",

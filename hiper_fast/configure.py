@@ -24,6 +24,7 @@ from hiper_fast.learn import demonstrations
 from hiper_fast.options import (
     NONE,
     ConfigError,
+    Option,
     Setting,
     find_option,
     flatten,
@@ -39,8 +40,9 @@ from hiper_fast.runs.folder import CHECKPOINT_CONFIG, CONFIG, find_run_folder
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "command line"
-ENVIRONMENT, MODEL = "env.name", "model.path"
-COMMON = list_options(Config())  # which every environment has
+ENVIRONMENT, ENGINE, MODEL = "env.name", "rollout.engine", "model.path"
+CHOICES = {ENVIRONMENT: families.find, ENGINE: engines.find}  # they bring options to their section
+COMMON = list_options(Config())  # which every environment and engine has
 TINY = "tiny"
 LONGEST_NAME = 200  # bytes of a run's name: file systems take 255
 NOT_DEFAULTS = MODEL, "plan."  # what a recipe says of the paper's own runs
@@ -63,7 +65,7 @@ def parse(
     """The configuration that a command line asks for; `run`: a run's config.yaml, below all files.
 
     Errors end the program with one line that names the option (exit status 2); `--help` lists every
-    option of the chosen environment. That a run was of another environment is said in one line.
+    option of the chosen environment and engine. That a run was of another environment is said in one line.
     """
     parser = Parser(
         prog=f"python -m hiper_fast.{program}",
@@ -80,7 +82,7 @@ def parse(
     except (ConfigError, OSError) as error:  # of a run's folder that cannot be looked into
         told = error if isinstance(error, ConfigError) else show_name(error)
         parser.exit(2, f"{parser.prog}: {told}\n")
-    if own and (trained := name_environment(find_text(own, ENVIRONMENT))) != config.env.name:
+    if own and (trained := name_choice(ENVIRONMENT, own)) != config.env.name:
         print(f"This checkpoint was trained on {trained}; the settings of {config.env.name} apply.")
     return config
 
@@ -104,28 +106,28 @@ def read_command_line(
 def read_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, own: Sequence[Setting] = ()
 ) -> dict[str, Any]:
-    """What a command line gives of the parser's arguments, `config` and the options of its environment.
+    """What a command line gives of the parser's arguments, `config` and the options of its environment and engine.
 
-    own: settings below those of the command line, which may name the environment.
+    own: settings below those of the command line, which may name them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first.add_argument("--config", action="append")
     first.add_argument("--env", f"--{ENVIRONMENT}", dest=ENVIRONMENT)
+    first.add_argument(f"--{ENGINE}", dest=ENGINE)
     chosen = vars(first.parse_known_args(argv)[0])
     files = read_files(chosen.pop("config", []))
-    family = find_family([*own, *files, *name_source(chosen)])
-    add_options(parser, family)
+    settings = [*own, *files, *name_source(chosen)]
+    add_options(parser, settings)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        refuse(unknown[0], family)
+        refuse(unknown[0], list_options(make_config(settings)))
     return vars(arguments)
 
 
-def refuse(argument: str, family: type[Family]) -> None:
+def refuse(argument: str, known: dict[str, Option]) -> None:
     """ConfigError for an argument that is no option."""
     name = argument.partition("=")[0].lstrip("-")
-    known = list_options(Config(env=family.Options()))
     if argument.startswith("-"):
         find_option(known, name, COMMAND_LINE, SHORT)
     mend = (
@@ -136,8 +138,8 @@ def refuse(argument: str, family: type[Family]) -> None:
     raise ConfigError(f"{COMMAND_LINE}: unexpected argument {show(argument)}; {mend}")
 
 
-def add_options(parser: argparse.ArgumentParser, family: type[Family]) -> None:
-    """Gives the parser `--config`, `--help` and every option of a family's configuration."""
+def add_options(parser: argparse.ArgumentParser, settings: Sequence[Setting]) -> None:
+    """Gives the parser `--config`, `--help` and every option of the environment and engine that `settings` name."""
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     parser.add_argument(
         "--config",
@@ -147,8 +149,8 @@ def add_options(parser: argparse.ArgumentParser, family: type[Family]) -> None:
         "line over all",
     )
     short = {long: name for name, long in SHORT.items()}
-    tiny, pretrained = (list_defaults(family, tiny=is_tiny) for is_tiny in (True, False))
-    for option in list_options(Config(env=family.Options())).values():
+    tiny, pretrained = (list_defaults(settings, tiny=is_tiny) for is_tiny in (True, False))
+    for option in list_options(make_config(settings)).values():
         names = [f"--{name}" for name in (short.get(option.name), option.name) if name]
         defaults = describe_defaults(tiny[option.name], pretrained[option.name])
         parser.add_argument(
@@ -165,10 +167,10 @@ def describe_defaults(tiny: Any, pretrained: Any) -> str:
     return words[0] if tiny == pretrained else "tiny: {}; pretrained: {}".format(*words)
 
 
-def list_defaults(family: type[Family], *, tiny: bool) -> dict[str, Any]:
-    """Dotted option -> what counts where nothing else is said."""
-    config = Config(env=family.Options())
-    set_options(config, read_defaults(family, tiny=tiny), SHORT)
+def list_defaults(settings: Sequence[Setting], *, tiny: bool) -> dict[str, Any]:
+    """Dotted option -> what counts where nothing is said but which environment and engine."""
+    config = make_config(settings)
+    set_options(config, read_defaults(find_family(settings), tiny=tiny), SHORT)
     return flatten(config)
 
 
@@ -199,8 +201,9 @@ def settle(settings: Sequence[Setting]) -> Config:
     """Defaults, the environment's for this kind of model, then `settings`; checked, no `auto` left."""
     family = find_family(settings)
     defaults = read_defaults(family, tiny=is_tiny(find_text(settings, MODEL)))
-    config = Config(env=family.Options())
-    set_options(config, let_later_count([*defaults, *settings]), SHORT)
+    settings = [*defaults, *settings]
+    config = make_config(settings)
+    set_options(config, let_later_count(settings), SHORT)
     choose_automatic(config, family)
     check(config, family)
     return config
@@ -215,27 +218,53 @@ def let_later_count(settings: Sequence[Setting]) -> Iterator[Setting]:
 
 
 def select_own(own: Sequence[Setting], settings: Sequence[Setting]) -> list[Setting]:
-    """A run's own settings that count below `settings`: of another environment's none that suit only that one, and
-    never what this environment does not have, as an older run may."""
-    options = list_options(Config(env=find_family([*own, *settings]).Options()))
-    names = (name_environment(find_text(every, ENVIRONMENT)) for every in (own, [*own, *settings]))
-    elsewhere = len(set(names)) > 1
-    bound = {name for name, option in options.items() if option.per_env} if elsewhere else set()
-    return [
-        setting
-        for setting in own
-        if setting[1] not in bound
-        and (not setting[1].startswith("env.") or (setting[1] in options and not elsewhere))
+    """A run's own settings that count below `settings`: of another environment's or engine's none that suit only that
+    one, and never what this one does not have, as an older run may."""
+    whole = [*own, *settings]
+    changed = [
+        choice for choice in CHOICES if name_choice(choice, own) != name_choice(choice, whole)
     ]
+    options = list_options(make_config(whole))
+    alien = {option.name for option in COMMON.values() if option.per_env and ENVIRONMENT in changed}
+    for choice in CHOICES:
+        section, known = find_section(choice), COMMON if choice in changed else options
+        alien |= {name for _, name, _ in own if find_section(name) == section} - known.keys()
+    return [setting for setting in own if setting[1] not in alien]
+
+
+def make_config(settings: Sequence[Setting]) -> Config:
+    """General defaults, with the options of the environment and engine that `settings` name."""
+    config = Config()
+    for choice, find in CHOICES.items():
+        section, name = find_section(choice), name_choice(choice, settings)
+        common = type(getattr(config, section))
+        kind = getattr(find(name), "Options", common)
+        if not (isinstance(kind, type) and issubclass(kind, common)):
+            where = f"{common.__module__}.{common.__qualname__}"
+            raise ConfigError(
+                f"{choice}: {show_name(name)}: its Options are no class below {where}"
+            )
+        setattr(config, section, kind())
+    return config
+
+
+def find_section(option: str) -> str:
+    return option.partition(".")[0]
 
 
 def find_family(settings: Sequence[Setting]) -> type[Family]:
     """The environment's family, as the last of `settings` names it."""
-    return families.find(name_environment(find_text(settings, ENVIRONMENT)))
+    return families.find(name_choice(ENVIRONMENT, settings))
+
+
+def name_choice(option: str, settings: Sequence[Setting]) -> str:
+    """What the last of `settings` says of one of `CHOICES`, or its default."""
+    name = find_text(settings, option)
+    return name_environment(name) if option == ENVIRONMENT else name
 
 
 def find_text(settings: Sequence[Setting], name: str) -> str:
-    """What the last of `settings` says of an option that every environment has, or its default."""
+    """What the last of `settings` says of an option that every run has, or its default."""
     option = COMMON[name]
     for source, given, value in reversed(settings):
         if SHORT.get(given, given) == name:
@@ -294,7 +323,6 @@ def check(config: Config, family: type[Family]) -> None:
             f"train.clip_low: PPO clips the ratio at 1 - clip_low, which must be above 0; give less than 1 (0.2 is "
             f"usual), not {config.train.clip_low}"
         )
-    engines.find(config.rollout.engine)
     demonstrations.check_name(config.warm_start.demonstrations)
     if config.agent.style not in family.styles:
         raise ConfigError(

@@ -10,10 +10,11 @@ import yaml
 
 from hiper_fast import configure
 from hiper_fast.agent.tiny import build_model, load_tokenizer
-from hiper_fast.config import SHORT, Config
+from hiper_fast.config import SHORT, Config, RolloutConfig
 from hiper_fast.configure import RECIPES, resolve
 from hiper_fast.envs.family import families
-from hiper_fast.options import ConfigError, convert, flatten, list_options
+from hiper_fast.options import ConfigError, convert, flatten, list_options, option
+from hiper_fast.rollout import engines
 from hiper_fast.runs.folder import find_run_folder, format_config, write_config
 
 OPTIONS = {
@@ -385,6 +386,50 @@ def test_help_lists_the_options_of_the_chosen_environment(capsys):
 def test_an_option_of_another_environment_is_unknown(capsys):
     err = refused(capsys, "--env", "household", "--env.goals", "human")
     assert "unknown option 'env.goals'" in err and err.count("\n") == 1
+
+
+@dataclasses.dataclass(slots=True)
+class RemoteOptions(RolloutConfig):
+    host: str = option("here", "where it runs")
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """An engine with an option of its own."""
+    engine = type("Engine", (), {"Options": RemoteOptions})
+    monkeypatch.setitem(engines._plugins.registered, "remote", engine)
+    return engine
+
+
+def test_an_engine_brings_options_of_its_own(tmp_path, capsys, remote):
+    file = write(tmp_path / "a.yaml", "rollout: {host: there, engine: remote}")
+    assert parse("--config", file).rollout == RemoteOptions("remote", "there")
+    assert parse("--rollout.host=far", "--rollout.engine=remote").rollout.host == "far"
+    with pytest.raises(SystemExit):
+        parse("--rollout.engine", "remote", "--env=webshop", "--help")
+    out = capsys.readouterr().out
+    assert "--rollout.host" in out and "where it runs [here]" in out and "--env.goals" in out
+
+
+def test_an_option_of_another_engine_is_unknown(capsys, remote):
+    assert "unknown option 'rollout.host'" in refused(capsys, "--rollout.host", "far")
+    err = refused(capsys, "--rollout.engine=remote", "--rollout.hots=far")
+    assert "did you mean rollout.host?" in err
+
+
+def test_a_run_that_goes_on_with_another_engine_leaves_the_options_of_the_first(tmp_path, remote):
+    trained = resolve(given={"rollout.engine": "remote", "rollout.host": "there"})
+    own = list(configure.read_sections(dataclasses.asdict(trained), "a run"))
+    assert resolve(own=own).rollout.host == "there"
+    assert type(resolve(given={"rollout.engine": "batched"}, own=own).rollout) is RolloutConfig
+
+
+def test_options_of_an_engine_are_those_of_every_engine_and_more(remote):
+    remote.Options = dict
+    with pytest.raises(
+        ConfigError, match="rollout.engine: remote: its Options are no class below .*RolloutConfig"
+    ):
+        resolve(given={"rollout.engine": "remote"})
 
 
 # YAML files.
