@@ -15,10 +15,10 @@ from hiper_fast.agent import attention
 from hiper_fast.agent.head import measure, read_hidden
 from hiper_fast.agent.layers import compile_layers, find_layers
 from hiper_fast.agent.lora import list_zero_starts
+from hiper_fast.agent.speaker import Speaker
 from hiper_fast.agent.tokens import list_pieces, vocabulary_size
 from hiper_fast.config import ModelConfig
 from hiper_fast.distributed import ALONE, World, call_inside
-from hiper_fast.options import ConfigError
 from hiper_fast.packing import BLANK, Microbatch
 
 HEADS = 3  # low, high, switch
@@ -41,7 +41,7 @@ class Critic(nn.Module):
         return self.heads(rows).unflatten(0, hidden.shape[:-1])
 
 
-class Agent:
+class Agent(Speaker):
     """Policy, critic and frozen reference, with the passes that rollouts and updates need."""
 
     def __init__(
@@ -54,20 +54,14 @@ class Agent:
         world: World = ALONE,
     ):
         attention.use(model)
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.world, self.tiny = world, tiny
-        self.pieces = list_pieces(tokenizer, len(model.get_input_embeddings().weight))
+        pieces = list_pieces(tokenizer, len(model.get_input_embeddings().weight))
+        super().__init__(tokenizer, pieces, find_stop_ids(model, tokenizer), world)
+        self.model, self.config, self.tiny = model, config, tiny
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
         self.lora = hasattr(model, "peft_config")
         self.head = measure(model, vocabulary_size(tokenizer))
         self.width = measure_width(model.base_model if config.critic == "separate" else model)
-        self.stop_ids = find_stop_ids(model, tokenizer)
-        if not self.stop_ids:
-            raise ConfigError(
-                f"model.path: {config.path} names no end-of-sequence token; set one in its "
-                "tokenizer's configuration"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +101,6 @@ class Agent:
         if self.config.compile:
             return torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
-
-    def decode(self, ids: list[int]) -> bytes:
-        """The text of a response, special tokens left out; the same bytes `find_roles` reads."""
-        return b"".join(self.pieces[i] for i in ids)
-
-    def find_roles(self, response_ids: Tensor, cu_tokens: Tensor):
-        return ops.find_roles(response_ids, cu_tokens, self.pieces)
 
     def trunk(self, batch: Microbatch, *, reference: bool = False) -> Tensor:
         """Last hidden states [tokens, h] of packed sequences."""

@@ -20,6 +20,7 @@ from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.folders import ADAPTER, check_folder, explain
 from hiper_fast.agent.probe import Probe
 from hiper_fast.agent.runtime import silence_transformers
+from hiper_fast.agent.speaker import Speaker
 from hiper_fast.config import AgentConfig, ModelConfig
 from hiper_fast.distributed import ALONE, World
 from hiper_fast.options import ConfigError
@@ -62,6 +63,20 @@ def load_agent(
         layers.keep_attention_eager()
         layers.compile_layers(model.base_model)
     return agent
+
+
+def load_speaker(config: ModelConfig, speech: AgentConfig) -> Speaker:
+    """Of a model whose weights are elsewhere: its tokenizer, no more of it is read, whose end token ends responses."""
+    if config.path == "tiny":
+        raise ConfigError(
+            "model.path: tiny is built here; name the model that is served, a folder or hub id that has its tokenizer"
+        )
+    with naming_path(config), silence_transformers():
+        tokenizer = read_tokenizer(config)
+    pieces = tokens.list_pieces(tokenizer, tokens.vocabulary_size(tokenizer))
+    tokens.check_tags(tokenizer, pieces, speech)
+    end = tokenizer.eos_token_id
+    return Speaker(tokenizer, pieces, () if end is None else (end,))
 
 
 def prepare(
@@ -130,41 +145,54 @@ def build_tiny(
 
 def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A folder's or hub id's model and tokenizer; ConfigError with the reason and the mend."""
-    folder = Path(config.path)
     check_folder(config.path)
-    if (folder / ADAPTER).exists():
+    if (Path(config.path) / ADAPTER).exists():
         lora.import_peft("model.path")
-    try:
-        with silence_transformers():
-            model, tokenizer = read_pretrained(config)
-    except Exception as error:  # whatever transformers raises of a stranger's files
-        where, mend = config.path, ""
-        if not folder.exists():
-            where += " (no such folder here, so taken as a hub id)"
-            if config.local_files_only:
-                mend = "; to download it, add --model.local_files_only=false"
-        raise ConfigError(f"model.path: cannot load {where}: {explain(error)}{mend}") from error
+    with naming_path(config), silence_transformers():
+        tokenizer, model = read_tokenizer(config), read_model(config)
     model.config.output_router_logits = False  # no auxiliary loss is trained: docs/policy.md
     return model, tokenizer
 
 
-def read_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As transformers reads them, without code of theirs and without pickles."""
-    options = {"local_files_only": config.local_files_only, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
+@contextlib.contextmanager
+def naming_path(config: ModelConfig) -> Iterator[None]:
+    """Turns whatever transformers raises of a stranger's files into one ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        where, mend = config.path, ""
+        if not Path(config.path).exists():
+            where += " (no such folder here, so taken as a hub id)"
+            if config.local_files_only:
+                mend = "; to download it, add --model.local_files_only=false"
+        raise ConfigError(f"model.path: cannot load {where}: {explain(error)}{mend}") from error
+
+
+def choose_source(config: ModelConfig) -> dict[str, bool]:
+    """What transformers is told of every file that it reads: no code of a stranger's, the network only if allowed."""
+    return {"local_files_only": config.local_files_only, "trust_remote_code": False}
+
+
+def read_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(config.path, **choose_source(config))
     if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without one
         raise ValueError("it holds no tokenizer; save the model's own beside its weights")
+    return tokenizer
+
+
+def read_model(config: ModelConfig) -> PreTrainedModel:
+    """Never of pickles; ValueError where it lacks weights."""
     folder = Path(config.path)
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder.absolute()) if folder.exists() else config.path,  # adapters store it
         dtype=getattr(torch, config.dtype),
         use_safetensors=True,
         output_loading_info=True,
-        **options,
+        **choose_source(config),
     )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"its weights lack {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which would "
             "be random; save the whole causal LM"
         )
-    return model, tokenizer
+    return model
