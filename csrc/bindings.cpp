@@ -3,6 +3,8 @@
 // address of a contiguous CPU tensor.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "ops.h"
@@ -117,6 +119,44 @@ py::tuple run_value_loss(int, Vector<T> values, Vector<T> old_values, Vector<T> 
   return pack(loss, metrics, gradient);
 }
 
+template <class Isa, class Stored>
+py::object run_paged_attention(int threads, Array<float, 3> query, Array<Stored, 4> keys,
+                               Array<Stored, 4> values, Array<int32_t, 2> blocks, Vector<int32_t> cu_query,
+                               Vector<int32_t> lengths, std::optional<double> scale,
+                               std::optional<int64_t> window, std::optional<double> softcap,
+                               std::optional<Vector<float>> sinks) {
+  const int64_t sequences = count_segments(cu_query);
+  const auto [tokens, heads, d] = query.shape;
+  const auto [pool, block, kv_heads, _] = keys.shape;
+  const int64_t most = blocks.shape[1], all = most * block, d_v = values.shape[3];
+  if (d == 0 || kv_heads == 0 || heads % kv_heads != 0 || block == 0) {
+    throw std::invalid_argument("keys must have a block, a d and kv_heads that divide query's heads");
+  }
+  const Result<float> out({tokens, heads, d_v});
+  const PagedAttention<Stored> call{query.data,
+                                    keys.expect({pool, block, kv_heads, d}),
+                                    values.expect({pool, block, kv_heads, d_v}),
+                                    blocks.expect({sequences, most}),
+                                    cu_query.data,
+                                    lengths.expect(sequences),
+                                    expect(sinks, heads),
+                                    tokens,
+                                    heads,
+                                    d,
+                                    pool,
+                                    block,
+                                    kv_heads,
+                                    d_v,
+                                    sequences,
+                                    most,
+                                    std::min(window.value_or(all), all),
+                                    float(scale.value_or(1 / std::sqrt(double(d)))),
+                                    float(softcap.value_or(0)),
+                                    out};
+  run([&] { paged_attention<Isa>(call, threads); });
+  return out.tensor();
+}
+
 template <class T>
 py::tuple run_hae(int threads, Vector<T> rewards, Vector<T> values_low, Vector<T> values_high,
                   std::optional<Vector<T>> values_switch, Vector<bool> switches, Vector<bool> terminated,
@@ -165,6 +205,9 @@ template <class Isa>
 void def_all(py::module_& module) {
   def_ops<Isa, float>(module);
   def_ops<Isa, double>(module);
+  module.def("paged_attention", &run_paged_attention<Isa, float>);
+  module.def("paged_attention", &run_paged_attention<Isa, Bfloat16>);
+  module.def("paged_attention", &run_paged_attention<Isa, Half>);
   def(module, "linear_logprobs_float32", &linear_logprobs<Isa, float>);
   def(module, "linear_logprobs_float64", &linear_logprobs<Isa, double>);
   def(module, "linear_logprobs_backward_float32", &linear_logprobs_backward<Isa, float>);

@@ -90,6 +90,31 @@ template <class Isa, class T>
 void value_loss(const T* values, const T* old_values, const T* returns, const bool* mask, int64_t turns,
                 double clip, std::optional<double> denominator, T* loss, T* metrics, T* gradient);
 
+// Half precision, as it is stored.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// query: [tokens, heads, d]; keys: [pool, block, kv_heads, d]; values: [pool, block, kv_heads, d_v];
+// blocks: [sequences, most]; cu_query: [sequences + 1]; lengths: [sequences]; sinks: [heads] or null;
+// out: [tokens, heads, d_v]. softcap: 0 where there is none; window: at most what a sequence's blocks hold.
+template <class Stored>
+struct PagedAttention {
+  const float* query;
+  const Stored *keys, *values;
+  const int32_t *blocks, *cu_query, *lengths;
+  const float* sinks;
+  int64_t tokens, heads, d, pool, block, kv_heads, d_v, sequences, most, window;
+  float scale, softcap;
+  float* out;
+};
+
+template <class Isa, class Stored>
+void paged_attention(const PagedAttention<Stored>& call, int threads);
+
 // e^x as the float kernels have it.
 template <class Isa>
 void exp(const float* x, int64_t count, float* out);

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <new>
@@ -13,6 +14,8 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+
+#include "ops.h"
 
 namespace hiper_fast {
 namespace {
@@ -57,7 +60,9 @@ constexpr size_t kAlignment = 64;  // as torch's own allocations have it
 
 template <class T>
 constexpr DType dtype_of() {
-  constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBool = 6;
+  constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;
+  if constexpr (std::is_same_v<T, Bfloat16>) return {kBfloat, 16, 1};
+  if constexpr (std::is_same_v<T, Half>) return {kFloat, 16, 1};
   constexpr uint8_t integer = std::is_signed_v<T> ? kInt : kUInt;
   return {std::is_same_v<T, bool> ? kBool : std::is_floating_point_v<T> ? kFloat : integer, 8 * sizeof(T), 1};
 }
@@ -100,30 +105,54 @@ const T* expect(const std::optional<Vector<T>>& vector, int64_t wanted) {
   return vector ? vector->expect(wanted) : nullptr;
 }
 
+// The same of N dimensions.
+template <class T, size_t N>
+struct Array {
+  const T* data;
+  std::array<int64_t, N> shape;
+
+  const T* expect(const std::array<int64_t, N>& wanted) const {
+    if (shape != wanted) throw std::invalid_argument("the tensors' shapes must go with each other");
+    return data;
+  }
+};
+
 int64_t count_segments(const Vector<int32_t>& prefix_sum) {
   if (prefix_sum.length == 0) throw std::invalid_argument("a prefix sum must have its leading 0");
   return prefix_sum.length - 1;
 }
 
-// False where the object is no such vector. One whose memory says not all there is to it (a negated view, a
+// False where the object is no such tensor. One whose memory says not all there is to it (a negated view, a
 // wrapper) does not come this far: torch's dispatcher takes care of it.
-template <class T>
-bool borrow(PyObject* object, Vector<T>& vector) {
+template <class T, size_t N>
+bool borrow(PyObject* object, Array<T, N>& array) {
   Tensor tensor;
   if (!PyObject_TypeCheck(object, torch.tensor)) return false;
   if (torch.api->borrow(object, &tensor) != 0) {
     PyErr_Clear();  // it has no memory
     return false;
   }
-  if (tensor.device != kCPU || tensor.dimensions != 1 || !(tensor.dtype == dtype_of<T>())) return false;
-  const int64_t length = tensor.shape[0];
-  if (length > 1 && tensor.strides && tensor.strides[0] != 1) return false;
-  if (length > 0 && !tensor.data) return false;
-  vector = {reinterpret_cast<const T*>(static_cast<const char*>(tensor.data) + tensor.byte_offset), length};
+  if (tensor.device != kCPU || tensor.dimensions != N || !(tensor.dtype == dtype_of<T>())) return false;
+  std::copy_n(tensor.shape, N, array.shape.begin());
+  const bool empty = std::count(array.shape.begin(), array.shape.end(), 0) > 0;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0 && !empty; stride *= array.shape[i]) {
+    if (array.shape[i] > 1 && tensor.strides && tensor.strides[i] != stride) return false;
+  }
+  if (!empty && !tensor.data) return false;
+  array.data = reinterpret_cast<const T*>(static_cast<const char*>(tensor.data) + tensor.byte_offset);
   return true;
 }
 
-// A new tensor of at most two dimensions, for a kernel to fill; to it null where there is nothing to fill.
+template <class T>
+bool borrow(PyObject* object, Vector<T>& vector) {
+  Array<T, 1> array;
+  if (!borrow(object, array)) return false;
+  vector = {array.data, array.shape[0]};
+  return true;
+}
+
+// A new tensor of at most three dimensions, for a kernel to fill; to it null where there is nothing to fill.
 template <class T>
 class Result {
  public:
@@ -135,8 +164,8 @@ class Result {
 
     Owned* const owned = new (memory) Owned{};
     std::copy(shape.begin(), shape.end(), owned->shape);
-    owned->strides[0] = shape.size() == 2 ? owned->shape[1] : 1;
-    owned->strides[1] = 1;
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0; stride *= owned->shape[i]) owned->strides[i] = stride;
     Managed& managed = owned->managed;
     managed.major = 1;
     managed.context = memory;
@@ -157,7 +186,7 @@ class Result {
  private:
   struct Owned {
     Managed managed;
-    int64_t shape[2], strides[2];
+    int64_t shape[3], strides[3];
   };
   static constexpr size_t kHeader = (sizeof(Owned) + kAlignment - 1) / kAlignment * kAlignment;
 
@@ -175,16 +204,31 @@ py::tuple pack(const Result<T>&... results) {
 
 namespace pybind11::detail {
 
-// A parameter that is a Vector takes a tensor that can be borrowed as one; of anything else pybind11 makes a
-// TypeError, which tells what is taken.
+template <class T>
+constexpr auto name_dtype() {
+  constexpr auto kInteger = const_name<std::is_signed_v<T>>(const_name("int"), const_name("uint"));
+  constexpr auto kNumber = const_name<std::is_floating_point_v<T>>(const_name("float"), kInteger);
+  constexpr auto kWhole =
+      const_name<std::is_same_v<T, bool>>(const_name("bool"), kNumber + const_name<8 * sizeof(T)>());
+  constexpr auto kHalf =
+      const_name<std::is_same_v<T, hiper_fast::Half>>(const_name("float16"), const_name("bfloat16"));
+  return const_name<std::is_arithmetic_v<T>>(kWhole, kHalf);
+}
+
+// A parameter that is a Vector or an Array takes a tensor that can be borrowed as one; of anything else pybind11
+// makes a TypeError, which tells what is taken.
 template <class T>
 struct type_caster<hiper_fast::Vector<T>> {
-  static constexpr auto kInteger = const_name<std::is_signed_v<T>>(const_name("int"), const_name("uint"));
-  static constexpr auto kNumber = const_name<std::is_floating_point_v<T>>(const_name("float"), kInteger);
-  static constexpr auto kDType =
-      const_name<std::is_same_v<T, bool>>(const_name("bool"), kNumber + const_name<8 * sizeof(T)>());
+  PYBIND11_TYPE_CASTER(hiper_fast::Vector<T>, const_name("contiguous CPU vector of ") + name_dtype<T>());
 
-  PYBIND11_TYPE_CASTER(hiper_fast::Vector<T>, const_name("contiguous CPU vector of ") + kDType);
+  bool load(handle source, bool) { return hiper_fast::borrow(source.ptr(), value); }
+};
+
+template <class T, size_t N>
+struct type_caster<hiper_fast::Array<T, N>> {
+  using Array = hiper_fast::Array<T, N>;
+  PYBIND11_TYPE_CASTER(Array, const_name("contiguous CPU tensor of ") + name_dtype<T>() + const_name(", ") +
+                                  const_name<N>() + const_name(" dimensions"));
 
   bool load(handle source, bool) { return hiper_fast::borrow(source.ptr(), value); }
 };

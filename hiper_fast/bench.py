@@ -39,7 +39,9 @@ class Size(NamedTuple):
 SIZES = {"full": Size(128, 50, 290, 1024, 128, 4096), "tiny": Size(4, 5, 40, 16, 8, 50)}
 OF_TOKENS = "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss"
 OF_ROWS = "linear_logprobs", "linear_ppo"
+HEADS, HEAD_SIZE, BLOCK = 2, 64, 16  # of the attention, whose sequences are one to a trajectory
 COUNTED = dict.fromkeys(OF_TOKENS, "tokens") | dict.fromkeys(OF_ROWS, "rows")  # the others: turns
+COUNTED["paged_attention"] = "trajectories"
 FRAGMENTS = [b"<", b"switch", b">", b"KEEP", b"SW", b"ITCH", b"</", b"><", b"subgoal", b"action"]
 LETTERS = b"abcdefghijklmnopqrstuvwxyz "
 GAMMA, NEAR = 0.99, 0.2  # the discount; how far log-probs are from older ones
@@ -107,6 +109,14 @@ def make_inputs(size: Size, device: str = "cpu") -> SimpleNamespace:
     chosen = ops.linear_logprobs(x.hidden, x.weight, x.targets).detach()  # [rows]
     x.row_old, x.row_ref = (chosen + draw(rows, scale=NEAR) for _ in range(2))
     x.row_advantages = draw(rows)
+    per_sequence = math.ceil(size.tokens / BLOCK)
+    pool = size.trajectories * per_sequence
+    x.query = draw(size.trajectories, HEADS, HEAD_SIZE)
+    x.key_pool, x.value_pool = (draw(pool, BLOCK, HEADS, HEAD_SIZE) for _ in range(2))
+    order = torch.randperm(pool, generator=generator, dtype=torch.int32)
+    x.blocks = order.view(size.trajectories, per_sequence).to(device)
+    x.cu_query = torch.arange(size.trajectories + 1, dtype=torch.int32).to(device)
+    x.lengths = torch.full((size.trajectories,), size.tokens, dtype=torch.int32).to(device)
     return x
 
 
@@ -120,6 +130,7 @@ def run_hae(which: ModuleType, x: SimpleNamespace) -> ops.HAE:
 def make_calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
     """Op -> a call of it in `ops` or `ops.reference`, also backward where it has gradients."""
     turns = x.rewards, x.values_low, x.terminated, x.cu_turns
+    paged = x.query, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths
     responses, linear = (x.levels, x.roles, x.cu_tokens), (x.hidden, x.weight, x.targets)
 
     def run_linear_logprobs(which):
@@ -150,6 +161,7 @@ def make_calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
         "ppo_loss": run_ppo_loss,
         "value_loss": run_value_loss,
         "linear_ppo": run_linear_ppo,
+        "paged_attention": lambda which: which.paged_attention(*paged),
     }
 
 
@@ -218,6 +230,7 @@ def format_rate(count: float) -> str:
 def time_ops(size: Size, show: Callable[[str], None]) -> list[dict]:
     """Times every op on every device, showing the table's lines as they come; a dict per line."""
     counts = {"turns": size.trajectories * size.turns, "rows": size.rows}
+    counts["trajectories"] = size.trajectories
     counts["tokens"] = counts["turns"] * size.tokens
     show(f"{'op':<23}{'device':<8}{'runs as':<15}{'time':>9}   throughput")
     implementations = ops.implementations()

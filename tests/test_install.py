@@ -22,6 +22,7 @@ CONTRACT = {
     "linear_ppo": "hidden weight targets old_logprobs advantages * ref_logprobs=None temperature=1.0 "
     "bias=None softcap=None clip_low=0.2 clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 "
     "denominator=None",
+    "paged_attention": "query keys values blocks cu_query lengths * scale=None window=None softcap=None sinks=None",
     "implementations": "",
 }
 

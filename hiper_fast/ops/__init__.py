@@ -12,6 +12,7 @@ from hiper_fast.ops.linear_logprobs import linear_logprobs
 from hiper_fast.ops.linear_ppo import linear_ppo
 from hiper_fast.ops.normalize import normalize
 from hiper_fast.ops.normalize_and_scatter import normalize_and_scatter
+from hiper_fast.ops.paged_attention import paged_attention
 from hiper_fast.ops.ppo_loss import ppo_loss
 from hiper_fast.ops.scatter_advantages import scatter_advantages
 from hiper_fast.ops.value_loss import value_loss
@@ -28,6 +29,7 @@ __all__ = [
     "linear_ppo",
     "normalize",
     "normalize_and_scatter",
+    "paged_attention",
     "ppo_loss",
     "reference",
     "scatter_advantages",
@@ -55,6 +57,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 _OPS = (
     "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter",
     "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo",
+    "paged_attention",
 )  # fmt: skip
 
 

@@ -235,6 +235,50 @@ def linear_logprobs(
     return (chosen, -(log_p.exp() * log_p).sum(dim=-1)) if entropy else chosen
 
 
+def paged_attention(
+    query,
+    keys,
+    values,
+    blocks,
+    cu_query,
+    lengths,
+    *,
+    scale=None,
+    window=None,
+    softcap=None,
+    sinks=None,
+) -> Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    shared = query.shape[1] // keys.shape[2]  # heads that share a head of keys and values
+    out = query.new_empty((*query.shape[:2], values.shape[3]))
+    for sequence, (begin, end) in enumerate(_pair_bounds(cu_query)):
+        length = int(lengths[sequence])
+        key, value = (
+            _read_blocks(pool, blocks[sequence], length).to(dtype).repeat_interleave(shared, 1)
+            for pool in (keys, values)
+        )  # [length, heads, d], [length, heads, d_v]
+        for row in range(begin, end):
+            last = length - end + row  # its own position
+            first = 0 if window is None else max(0, last - window + 1)
+            seen = slice(first, last + 1)
+            scores = (key[seen] * query[row].to(dtype)).sum(-1) * scale  # [seen, heads]
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.to(dtype)[None]])
+            weights = torch.softmax(scores, 0)[: last + 1 - first]
+            out[row] = (weights[..., None] * value[seen]).sum(0).to(out.dtype)
+    return out
+
+
+def _read_blocks(pool, blocks, length) -> Tensor:
+    """The first `length` tokens of the sequence that lies in `blocks` of the pool: [length, heads, d]."""
+    size = pool.shape[1]
+    used = blocks[: -(-length // size)].long()
+    return pool[used].flatten(0, 1)[:length]
+
+
 def ppo_loss(
     logprobs,
     old_logprobs,

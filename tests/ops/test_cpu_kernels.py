@@ -72,6 +72,7 @@ def test_exp_at_the_edges(instructions):
         "ppo_loss",
         "value_loss",
         "linear_ppo",
+        "paged_attention",
     ],
 )
 def test_agrees_with_the_reference(instructions, op):

@@ -55,6 +55,9 @@ def raw_calls(x, softcap=None):
             hidden, weight, None, x.targets, x.row_old, x.row_advantages, x.row_ref, 1.0, softcap, *ppo, None,
             True, True, False,
         ),
+        "paged_attention": (
+            x.query, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths, None, 7, softcap, torch.zeros(2),
+        ),
     }  # fmt: skip
 
 
@@ -65,7 +68,7 @@ HEADS = ["linear_logprobs", "linear_logprobs_backward", "linear_ppo"]
     "op, softcap",
     [(op, None) for op in [
         "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss",
-        "value_loss", *HEADS,
+        "value_loss", "paged_attention", *HEADS,
     ]] + [(op, 2.0) for op in HEADS],
 )  # fmt: skip
 def test_opcheck(x, op, softcap):
