@@ -102,6 +102,25 @@ class RolloutConfig:
         "batched",
         "what samples responses: batched (the model that trains, here), or package.module:Engine",
     )
+    workers: int = option(
+        0,
+        "processes that each play one episode at a time, for environments that are slow or may crash or hang; 0: all "
+        "are played in this one",
+        least=0,
+        most=1024,
+    )
+    env_timeout: float = option(
+        60.0, "seconds that a reset or step may take in a worker", above=0, most=86400
+    )
+    env_memory_gb: float = option(
+        0.0, "GiB of data that a worker may have (Linux); 0: any", least=0
+    )
+    max_lost: float = option(
+        0.25,
+        "share of an update's or evaluation's episodes that environments may lose; beyond it the run saves and stops",
+        least=0,
+        most=1,
+    )
 
 
 @dataclass(slots=True)

@@ -9,11 +9,16 @@ from hiper_fast.text import PlainError
 
 Info = dict[str, Any]
 
+INFO = {"admissible_commands": list, "won": bool, "task": str, "task_type": str}  # what info holds
 WON_REWARD = 10.0  # on the winning step; every other step pays 0
 
 
 class GameError(PlainError, ValueError):
     """Game data that cannot be played; the message names the file and what is wrong with it."""
+
+
+class ProtocolError(PlainError, ValueError):
+    """An environment returned what `Environment` does not promise; the message says which call, and what."""
 
 
 @runtime_checkable
@@ -31,6 +36,39 @@ class Environment(Protocol):
 
     def step(self, command: str) -> tuple[str, float, bool, bool, Info]:
         """Act; returns (observation, reward, terminated, truncated, info)."""
+
+
+def check_reset(returned: Any) -> tuple[str, Info]:
+    """What `reset` returned, as it is; ProtocolError unless it is what `Environment` promises."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ProtocolError("reset must return (observation, info)")
+    _check_turn("reset", *returned)
+    if not returned[1]["admissible_commands"]:
+        raise ProtocolError("reset's info has no admissible_commands: nothing can be done")
+    return returned
+
+
+def check_step(returned: Any) -> tuple[str, float, bool, bool, Info]:
+    """What `step` returned, as it is; ProtocolError unless it is what `Environment` promises."""
+    if not isinstance(returned, tuple) or len(returned) != 5:
+        raise ProtocolError("step must return (observation, reward, terminated, truncated, info)")
+    observation, _, terminated, _, info = returned
+    _check_turn("step", observation, info)
+    if terminated not in (True, False):
+        raise ProtocolError(f"step's terminated must be a bool, got {type(terminated).__name__}")
+    return returned
+
+
+def _check_turn(call: str, observation: Any, info: Any) -> None:
+    if not isinstance(observation, str):
+        raise ProtocolError(f"{call}'s observation must be str, got {type(observation).__name__}")
+    for key, kind in INFO.items():
+        if not isinstance(info, dict) or not isinstance(info.get(key), kind):
+            raise ProtocolError(f"{call}'s info must have {key!r}, a {kind.__name__}")
+    if not all(isinstance(command, str) for command in info["admissible_commands"]):
+        raise ProtocolError(f"{call}'s admissible_commands must be a list of str")
+    if not isinstance(info.get("task_score"), int | float | None):
+        raise ProtocolError(f"{call}'s task_score must be a number")
 
 
 def check_command(command: Any) -> str:

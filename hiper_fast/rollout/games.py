@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from hiper_fast.config import Config
-from hiper_fast.envs.base import Environment
+from hiper_fast.envs.base import Environment, ProtocolError, check_reset, check_step
 from hiper_fast.envs.family import PANEL, Task, families
 from hiper_fast.options import ConfigError
 
@@ -41,37 +41,14 @@ class Games:
         return self.family.list_panel(self.config.eval.panel, self.config.eval.episodes)
 
 
-INFO = {"admissible_commands": list, "won": bool, "task": str, "task_type": str}
-
-
 def check_environment(name: str, env: Environment, task: Task) -> None:
     """ConfigError if the first two calls do not give what `envs.base.Environment` promises."""
     try:
         began = env.reset(**task)
     except TypeError as error:
         raise ConfigError(f"env.name: {name}: reset({', '.join(task)}=…) fails: {error}") from error
-    if not isinstance(began, tuple) or len(began) != 2:
-        raise ConfigError(f"env.name: {name}: reset must return (observation, info)")
-    check_turn(name, "reset", *began)
-    stepped = env.step(began[1]["admissible_commands"][0])
-    if not isinstance(stepped, tuple) or len(stepped) != 5:
-        raise ConfigError(
-            f"env.name: {name}: step must return (observation, reward, terminated, truncated, info)"
-        )
-    check_turn(name, "step", stepped[0], stepped[-1])
-
-
-def check_turn(name: str, call: str, observation: str, info: dict) -> None:
-    if not isinstance(observation, str):
-        raise ConfigError(
-            f"env.name: {name}: {call}'s observation must be str, got {type(observation).__name__}"
-        )
-    for key, kind in INFO.items():
-        if not isinstance(info, dict) or not isinstance(info.get(key), kind):
-            raise ConfigError(
-                f"env.name: {name}: {call}'s info must have {key!r}, a {kind.__name__}"
-            )
-    if call == "reset" and not info["admissible_commands"]:
-        raise ConfigError(
-            f"env.name: {name}: reset's info has no admissible_commands: nothing can be done"
-        )
+    try:
+        _, info = check_reset(began)
+        check_step(env.step(info["admissible_commands"][0]))
+    except ProtocolError as error:
+        raise ConfigError(f"env.name: {name}: {error}") from None
