@@ -32,9 +32,10 @@ from hiper_fast.learn.score import score
 from hiper_fast.learn.shaping import shape
 from hiper_fast.learn.update import Step, update
 from hiper_fast.learn.warm_start import warm_start
+from hiper_fast.rollout.engines.paged import Engine
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import play_tasks
-from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.play import Rollouts
+from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs.metrics import Muted
 
@@ -49,17 +50,13 @@ class Bench:
     config: Config
     games: Games
     agent: Agent
-    prompter: Prompter
+    rollouts: Rollouts
     critics: dict[str, Critic]
 
     def play(self, purpose: str, seed: int) -> Trajectories:
         """A batch of new games."""
         tasks = self.games.draw(purpose, self.config.train.episodes)
-        envs = self.games.make(len(tasks))
-        played = play_tasks(
-            self.agent, envs, tasks, self.games.family, self.prompter, self.config,
-            temperature=self.config.agent.temperature, seed=seed,
-        )  # fmt: skip
+        played = self.rollouts.play(tasks, temperature=self.config.agent.temperature, seed=seed)
         shape(played, self.config)
         return played
 
@@ -101,10 +98,11 @@ class Bench:
 def open_bench(config: Config) -> Bench:
     games = Games(config)
     agent = load_agent(config.model, config.run.seed, games.family.tokenizer)
-    prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
+    prompter = make_prompter(agent.tokenizer, config.agent, games.family)
     warm_start(agent, games, prompter, config, Muted())
+    rollouts = Rollouts(agent, Engine(agent, config), (), games.family, prompter, config)
     critic = agent.add_critic()
-    return Bench(config, games, agent, prompter, {name: copy.deepcopy(critic) for name in CRITICS})
+    return Bench(config, games, agent, rollouts, {name: copy.deepcopy(critic) for name in CRITICS})
 
 
 def teach_critics(bench: Bench, updates: int) -> dict[str, float]:

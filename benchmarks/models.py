@@ -2,8 +2,8 @@
 
 python benchmarks/models.py [TYPE …] [--page FILE]
 
-A type works if it loads, the log-probs that `generate` stores while it samples are those that an update reads from
-packed microbatches and those of the model as it came, and gradients arrive. Or it is refused, with a ConfigError. All
+A type works if it loads, the log-probs that the built-in engine stores are those that an update reads from packed
+microbatches and those of the model as it came, and gradients arrive. Or it is refused, with a ConfigError. All
 else is a fault, and the exit status 1. Without types, all are tried and docs/models.md is written.
 """
 
@@ -28,11 +28,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hiper_fast.agent import tiny
 from hiper_fast.agent.agent import Agent, run_trunk
-from hiper_fast.agent.generate import generate
 from hiper_fast.agent.loading import prepare
-from hiper_fast.config import ModelConfig
+from hiper_fast.config import Config, ModelConfig
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
+from hiper_fast.rollout.engines import Answer, Request
+from hiper_fast.rollout.engines.paged import Engine, Options
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -182,21 +183,23 @@ def scatter(model: PreTrainedModel) -> None:
             p.add_(0.3 * torch.randn(p.shape))
 
 
-def sample(
-    agent: Agent, prompts: list[list[int]], pasts: list | None = None
-) -> list[tuple[list[int], list[float]]]:
-    """Responses and their log-probs as a rollout makes them."""
-    return generate(
-        agent.model,
-        prompts,
-        max_new_tokens=RESPONSE,
-        temperature=TEMPERATURE,
-        stop_ids=agent.stop_ids,
-        generator=torch.Generator().manual_seed(SEED),
-        batch_tokens=BATCH_TOKENS,
-        pasts=pasts,
-        vocabulary=agent.head.vocabulary,
-    )
+def wake_engine(agent: Agent) -> Engine:
+    """The built-in one, as a rollout has it."""
+    config = Config(rollout=Options())
+    config.agent.batch_tokens, config.agent.max_response_tokens = BATCH_TOKENS, RESPONSE
+    engine = Engine(agent, config)
+    engine.wake()
+    return engine
+
+
+def sample(engine: Engine, prompts: list[list[int]]) -> list[Answer]:
+    """The answers, in order."""
+    for key, prompt in enumerate(prompts):
+        engine.submit(key, Request(prompt, SEED + key, TEMPERATURE, conversation=key))
+    answers = {}
+    while len(answers) < len(prompts):
+        answers |= dict(engine.collect())
+    return [answers[key] for key in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -226,22 +229,20 @@ def read_alone(model: PreTrainedModel, vocabulary: int, sequences: list[list[int
 def compare(model: PreTrainedModel, agent: Agent) -> float:
     """Nats at most between what rollouts store, what updates read and what `model` gives, as it came.
 
-    Rollouts are single turns, and conversations of two whose second goes on from the first's past.
+    Rollouts are conversations of two turns whose second goes on from the first's past.
     """
     generator = torch.Generator().manual_seed(SEED)
     prompts = [torch.randint(len(TOKENIZER), (n,), generator=generator).tolist() for n in LENGTHS]
-    single = sample(agent, prompts)
-    pasts: list = [None] * len(prompts)
-    first = sample(agent, prompts, pasts)
-    longer = [[*prompt, *ids, 7, 8] for prompt, (ids, _) in zip(prompts, first, strict=True)]
-    second = sample(agent, longer, pasts)
-    turns = list(zip(2 * prompts + longer, single + first + second, strict=True))
-    sequences = [prompt + ids for prompt, (ids, _) in turns]
+    engine = wake_engine(agent)
+    first = sample(engine, prompts)
+    longer = [[*prompt, *answer.ids, 7, 8] for prompt, answer in zip(prompts, first, strict=True)]
+    turns = list(zip(prompts + longer, first + sample(engine, longer), strict=True))
+    sequences = [prompt + answer.ids for prompt, answer in turns]
     ways = read_packed(agent, sequences), read_alone(model, agent.head.vocabulary, sequences)
     return max(
-        float((read[-len(logprobs) :] - torch.tensor(logprobs)).abs().max())
+        float((read[-len(answer.ids) :] - torch.tensor(answer.logprobs)).abs().max())
         for way in ways
-        for read, (_, (_, logprobs)) in zip(way, turns, strict=True)
+        for read, (_, answer) in zip(way, turns, strict=True)
     )
 
 

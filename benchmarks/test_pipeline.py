@@ -25,7 +25,7 @@ from hiper_fast.learn.score import score
 from hiper_fast.learn.update import update
 from hiper_fast.packing import microbatches
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import play_tasks
+from hiper_fast.rollout.play import open_rollouts
 from hiper_fast.rollout.prompter import Prompter
 
 sys.path.insert(0, str(Path(__file__).parent))  # for policy_update.py
@@ -67,8 +67,8 @@ def play(agent, config):
     games = Games(config)
     prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
     tasks = games.draw("benchmark", config.train.episodes)
-    played = agent, games.make(len(tasks)), tasks, games.family, prompter, config
-    return lambda: play_tasks(*played, temperature=config.agent.temperature, seed=0)
+    with open_rollouts(agent, games.family, prompter, config) as rollouts:
+        yield lambda: rollouts.play(tasks, temperature=config.agent.temperature, seed=0)
 
 
 @pytest.fixture(scope="module")

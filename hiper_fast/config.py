@@ -51,7 +51,7 @@ class AgentConfig:
     )
     max_response_tokens: int = option(28, "tokens sampled at most in a turn", above=0, per_env=True)
     batch_tokens: int = option(
-        8192, "prompt tokens of the episodes that generate together, or one longer prompt", above=0
+        8192, "prompt tokens that a rollout reads in one pass, or one longer prompt", above=0
     )
     shown_subgoal: Literal["kept", "written"] = option(
         "kept",
@@ -99,8 +99,12 @@ class RolloutConfig:
     """What every engine has; one may add its own options (`Engine.Options`)."""
 
     engine: str = option(
-        "batched",
-        "what samples responses: batched (the model that trains, here), or package.module:Engine",
+        "paged",
+        "what samples responses: paged (the model that trains, here), another that is installed, or "
+        "package.module:Engine",
+    )
+    slots: int = option(
+        256, "episodes played at once in a process; the others wait for a free place", above=0
     )
     workers: int = option(
         0,

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from hiper_fast import configure
-from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.loading import load_agent
 from hiper_fast.agent.runtime import configure_torch
 from hiper_fast.config import Config
@@ -28,8 +27,8 @@ from hiper_fast.envs.base import GameError
 from hiper_fast.envs.family import Task
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import play_tasks
-from hiper_fast.rollout.prompter import Prompter, make_prompter
+from hiper_fast.rollout.play import Rollouts, describe_lost, open_rollouts
+from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
 from hiper_fast.runs import checkpoint
@@ -43,28 +42,26 @@ Row = tuple[str, float, int, float, float]  # name, success, games, and the inte
 
 
 def evaluate(
-    agent: Agent, games: Games, prompter: Prompter, config: Config, *, seed: int = 0
+    rollouts: Rollouts, games: Games, config: Config, *, seed: int = 0
 ) -> tuple[dict, Trajectories]:
     """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's."""
     started = time.perf_counter()
     tasks = games.list_panel()
-    envs = games.make(len(agent.world.share(tasks)))
-    trajectories = play_tasks(
-        agent, envs, tasks, games.family, prompter, config,
-        temperature=config.eval.temperature, seed=seed,
-    )  # fmt: skip
+    trajectories = rollouts.play(tasks, temperature=config.eval.temperature, seed=seed)
+    episodes = len(trajectories.episodes)
     by_type = defaultdict(list)
     for episode in trajectories.episodes:
         by_type[episode.task_type].append(episode.won)
-    low, high = wilson(int(trajectories.won.sum()), len(tasks))
+    low, high = wilson(int(trajectories.won.sum()), episodes)
     metrics = {
         "eval/success": float(trajectories.won.float().mean()),
         "eval/low": low,
         "eval/high": high,
-        "eval/episodes": len(tasks),
+        "eval/episodes": episodes,
+        "eval/lost": len(trajectories.lost),
         **summarise_scores("eval", trajectories.episodes),
         **summarise_limits("eval", trajectories.episodes),
-        "eval/turns": trajectories.turns / len(tasks),
+        "eval/turns": trajectories.turns / episodes,
         "eval/valid_rate": float(trajectories.valid.float().mean()),
         "time/eval": time.perf_counter() - started,
     }
@@ -122,12 +119,16 @@ def play_panel(path: Path, config: Config, seeds: Sequence[int]) -> tuple[list[P
     agent = load_agent(config.model, config.run.seed, speech=config.agent)
     prompter = make_prompter(agent.tokenizer, config.agent, games.family)
     played, health = [], Health()
-    for number, seed in enumerate(seeds):
-        metrics, trajectories = evaluate(agent, games, prompter, config, seed=seed)
-        for text in health.read({"step": number, "stage": "eval", **metrics}):
-            print(text, file=sys.stderr)
-        tasks, episodes = games.list_panel(), trajectories.episodes
-        played.append(Played(str(path), seed, tasks, episodes, metrics))
+    with open_rollouts(agent, games.family, prompter, config) as rollouts:
+        for number, seed in enumerate(seeds):
+            metrics, trajectories = evaluate(rollouts, games, config, seed=seed)
+            if trajectories.lost:
+                print(f"episodes lost: {describe_lost(trajectories.lost)}", file=sys.stderr)
+            for text in health.read({"step": number, "stage": "eval", **metrics}):
+                print(text, file=sys.stderr)
+            gone = {one.number for one in trajectories.lost}
+            tasks = [task for i, task in enumerate(games.list_panel()) if i not in gone]
+            played.append(Played(str(path), seed, tasks, trajectories.episodes, metrics))
     return played, games.family.describe_data()
 
 

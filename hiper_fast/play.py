@@ -42,6 +42,7 @@ from hiper_fast.rollout import engines
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import Sampled
 from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.trajectory import Episode, pack
 from hiper_fast.runs import checkpoint
@@ -70,8 +71,10 @@ class Mind:
         if (path / "critic.safetensors").exists():
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
         self.prompter = make_prompter(self.agent.tokenizer, config.agent, games.family)
-        make_engine = engines.find(config.rollout.engine)
-        self.engine = make_engine(self.agent, config, temperature=temperature, seed=seed)
+        self.temperature, self.seed = temperature, seed
+        self.engine = engines.find(config.rollout.engine)(self.agent, config)
+        self.engine.wake()
+        self.engine.update()
 
     def think(self, play: Play) -> Thought | None:
         """None where the conversation has grown too long for another turn."""
@@ -79,7 +82,11 @@ class Mind:
         play.see(ids, truncated)
         if play.over:
             return None
-        [answer] = self.engine.answer([play.request()])
+        voice = Sampled(self.engine, self.temperature, self.seed)
+        voice.ask(play)
+        while not (answers := voice.hear()):
+            pass
+        [(_, answer)] = answers
         text = self.agent.decode(answer.ids)
         return Thought(answer, text, value_turn(self.agent, play.context, answer, self.config))
 
@@ -329,7 +336,7 @@ def open_game(arguments: argparse.Namespace, config: Config) -> tuple[Play, Task
         if arguments.game is None
         else games.family.find_task(arguments.game)
     )
-    return Play(games.make(1)[0], task, games.family, config), task, mind
+    return Play(games.make(1)[0], task, games.family, config).begin(), task, mind
 
 
 def record(file: Path, play: Play, task: Task, console: Console) -> None:

@@ -19,7 +19,6 @@ from hiper_fast.agent.loading import load_agent
 from hiper_fast.agent.runtime import configure_torch
 from hiper_fast.config import Config
 from hiper_fast.distributed import World
-from hiper_fast.envs.base import Environment
 from hiper_fast.estimators import Estimator
 from hiper_fast.learn import demonstrations
 from hiper_fast.learn.credit import Targets
@@ -37,6 +36,7 @@ from hiper_fast.resuming import (
     spell_resume,
 )
 from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import Rollouts, TooManyLost, describe_lost, open_rollouts
 from hiper_fast.rollout.prompter import Prompter, make_prompter
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs import checkpoint, model_card, report, trackers
@@ -71,9 +71,9 @@ class Session:
     config: Config
     world: World
     games: Games
-    envs: list[Environment]  # this process's, of training
     agent: Agent
     prompter: Prompter
+    rollouts: Rollouts
     estimate: Estimator
     stopping: Stopping
     folder: Path = Path()
@@ -127,7 +127,7 @@ class Session:
         try:
             with self.stopping.at_once(allowed and self.world.size == 1):
                 yield
-        except Stop:
+        except (Stop, TooManyLost):
             checkpoint.restore_rng(rng)
             if self.done != self.kept:
                 self.save(self.done, improved=False)
@@ -143,6 +143,11 @@ class Session:
 
     def stop(self) -> NoReturn:
         raise Stop(self.stopping.asked or signal.SIGTERM)
+
+    def tell_lost(self, trajectories: Trajectories) -> None:
+        """Of episodes that environments failed in: the others are whole, and are trained on."""
+        if lost := trajectories.lost:
+            self.logger.message(f"{len(lost)} episodes lost: {describe_lost(lost)}")
 
     def note_success(self, success: float) -> bool:
         """Whether it is the best so far."""
@@ -203,7 +208,7 @@ def open_session(config: Config, world: World, stopping: Stopping) -> Iterator[S
             stack.enter_context(hold_run(folder, world))
             saved, changes = world.first(lambda: check_run(config, folder))
         with stopping.at_once(), naming_others(saved):
-            session = prepare(config, world, stopping)
+            session = prepare(config, world, stopping, stack)
             session.saved = saved
             if saved:
                 restore(session, folder)
@@ -234,14 +239,15 @@ def check_run(config: Config, folder: Path) -> tuple[Path | None, list[str]]:
     return saved, changes
 
 
-def prepare(config: Config, world: World, stopping: Stopping) -> Session:
+def prepare(
+    config: Config, world: World, stopping: Stopping, stack: contextlib.ExitStack
+) -> Session:
     """What a run needs before it has a folder."""
     configure_torch(config.run)
     plan.check_here(config)
     demonstrations.check_file(config)
     trackers.check_installed(config.run.track)
     games = Games(config)
-    envs = games.make(len(world.share(range(config.train.episodes))))
     family = games.family
     agent = load_agent(
         config.model,
@@ -253,7 +259,8 @@ def prepare(config: Config, world: World, stopping: Stopping) -> Session:
     )
     prompter = make_prompter(agent.tokenizer, config.agent, family)
     estimate = estimators.find(config.advantage.estimator)
-    return Session(config, world, games, envs, agent, prompter, estimate, stopping)
+    rollouts = stack.enter_context(open_rollouts(agent, family, prompter, config))
+    return Session(config, world, games, agent, prompter, rollouts, estimate, stopping)
 
 
 def restore(session: Session, folder: Path) -> None:

@@ -35,13 +35,15 @@ from hiper_fast.learn.shaping import shape
 from hiper_fast.learn.update import update
 from hiper_fast.options import ConfigError
 from hiper_fast.resuming import tell_finished, tell_stop
-from hiper_fast.rollout.play import play_tasks
+from hiper_fast.rollout.play import TooManyLost
 from hiper_fast.rollout.summary import summarise
 from hiper_fast.runs.checkpoint import CheckpointError
 from hiper_fast.session import Batch, Session, open_session
 from hiper_fast.stopping import Stopping
 
-ERRORS = ConfigError, GameError, CheckpointError, FloatingPointError, OSError, SafetensorError
+ERRORS = (
+    ConfigError, GameError, CheckpointError, TooManyLost, FloatingPointError, OSError, SafetensorError,
+)  # fmt: skip
 
 
 def train(config: Config, world: World) -> None:
@@ -67,10 +69,10 @@ def learn(session: Session, step: int) -> Batch:
     seed = seed_step(config, step)
     with session.logger.stage("rollout"), session.leaving_at_once():
         tasks = games.draw(f"update {step}", config.train.episodes, config.train.group)
-        trajectories = play_tasks(
-            agent, session.envs, tasks, games.family, session.prompter, config,
-            temperature=config.agent.temperature, seed=seed, group=config.train.group,
-        )  # fmt: skip
+        trajectories = session.rollouts.play(
+            tasks, temperature=config.agent.temperature, seed=seed, group=config.train.group
+        )
+    session.tell_lost(trajectories)
     with session.logger.stage("advantages"):
         shape(trajectories, config)
         scores = score(agent, trajectories, config)
@@ -97,7 +99,8 @@ def keep_and_tell(session: Session, step: int, batch: Batch | None) -> None:
         raise FloatingPointError(session.tell_way_back())
     if step % config.eval.every == 0 or last:
         with session.leaving_at_once(step == 0 and config.warm_start.enabled == "no"):
-            metrics, panel = evaluate(session.agent, session.games, session.prompter, config)
+            metrics, panel = evaluate(session.rollouts, session.games, config)
+        session.tell_lost(panel)
         improved = session.note_success(metrics["eval/success"])
         session.logger.log(step, "eval", metrics)
         session.record(step, panel, batch)

@@ -1,5 +1,6 @@
 """What many tests begin with."""
 
+import inspect
 import json
 from html.parser import HTMLParser
 
@@ -11,6 +12,9 @@ from hiper_fast.configure import resolve
 from hiper_fast.envs.family import families
 from hiper_fast.estimators import Turns
 from hiper_fast.packing import prefix_sums
+from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import Seats, Stage, Written, open_rollouts
+from hiper_fast.rollout.prompter import Prompter
 
 HOUSEHOLD = families.find("household")
 
@@ -24,6 +28,38 @@ def configure(name="household", **options):
     """A resolved configuration; `train__lr=1` is train.lr."""
     given = {key.replace("__", "."): value for key, value in options.items()}
     return resolve(given={"env.name": name, "model.device": "cpu", **given})
+
+
+def play_tasks(agent, config, tasks, *, temperature=1.0, seed=0, group=1):
+    """The trajectories of `tasks`, played by the configured engine."""
+    family = Games(config).family
+    prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
+    with open_rollouts(agent, family, prompter, config) as rollouts:
+        return rollouts.play(tasks, temperature=temperature, seed=seed, group=group)
+
+
+def play_script(plays, prompter, respond, decode):
+    """The episodes of `plays`, answered by `respond(plays)`, a list."""
+    Stage(Seats(None), prompter, Written(respond), decode).run(plays, at_once=len(plays))
+    return [play.episode for play in plays]
+
+
+def answer_all(engine, requests):
+    """An engine's answers to its requests, in their order."""
+    engine.wake()
+    engine.update()
+    for key, request in enumerate(requests):
+        engine.submit(key, request)
+    answers = {}
+    while len(answers) < len(requests):
+        answers |= dict(engine.collect())
+    engine.sleep()
+    return [answers[key] for key in range(len(requests))]
+
+
+def name_cache(model):
+    """What `forward` calls its KV cache; transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def make_turns(rewards, switch=None, state=None, group=None, terminated=None, tokens=None):

@@ -15,6 +15,7 @@ from hiper_fast.configure import RECIPES, resolve
 from hiper_fast.envs.family import families
 from hiper_fast.options import ConfigError, convert, flatten, list_options, option
 from hiper_fast.rollout import engines
+from hiper_fast.rollout.engines.paged import Options
 from hiper_fast.runs.folder import find_run_folder, format_config, write_config
 
 OPTIONS = {
@@ -347,7 +348,7 @@ def test_whole_groups():
             "nothing like it",
             "known: dr_grpo, gae, gigpo, group_hae, grpo, hae",
         ),
-        ("rollout.engine", "batch", "did you mean batched"),
+        ("rollout.engine", "page", "did you mean paged"),
         ("rollout.engine", "no.such:Engine", "no.such:Engine cannot be loaded"),
         ("env.name", "webshp", "did you mean webshop"),
         ("env.name", "no.such:Family", "no.such:Family cannot be loaded"),
@@ -421,7 +422,7 @@ def test_a_run_that_goes_on_with_another_engine_leaves_the_options_of_the_first(
     trained = resolve(given={"rollout.engine": "remote", "rollout.host": "there"})
     own = list(configure.read_sections(dataclasses.asdict(trained), "a run"))
     assert resolve(own=own).rollout.host == "there"
-    assert type(resolve(given={"rollout.engine": "batched"}, own=own).rollout) is RolloutConfig
+    assert type(resolve(given={"rollout.engine": "paged"}, own=own).rollout) is Options
 
 
 def test_options_of_an_engine_are_those_of_every_engine_and_more(remote):

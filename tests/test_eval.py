@@ -17,6 +17,7 @@ from hiper_fast.learn.warm_start import write_response
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import Written, open_rollouts
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import write_config
@@ -43,7 +44,8 @@ def settings(episodes=7, max_turns=3, name="household", **env):
 
 def run(agent, config, **options):
     games = Games(config)
-    return evaluate(agent, games, write(agent, games, config), config, **options)
+    with open_rollouts(agent, games.family, write(agent, games, config), config) as rollouts:
+        return evaluate(rollouts, games, config, **options)
 
 
 def write(agent, games, config):
@@ -51,27 +53,27 @@ def write(agent, games, config):
 
 
 def solver(wins):
-    """An `ask` for evaluation that solves the first `wins` games and looks about in the others."""
+    """In place of `Sampled`: solves the first `wins` games and looks about in the others."""
 
-    def ask(engine):
-        agent, players, order = engine.agent, {}, []
+    def make(engine, temperature, seed):
+        agent, players = engine.agent, {}
 
         def respond(plays):
             answers = []
             for play in plays:
-                if id(play) not in players:
-                    players[id(play)] = Walkthrough(play.env.game.goal, play.env.game.walkthrough)
-                    order.append(id(play))
+                if play.number not in players:
+                    game = play.env.game
+                    players[play.number] = Walkthrough(game.goal, game.walkthrough)
                 text = "<action>look</action>"
-                if order.index(id(play)) < wins:
-                    text = write_response(players[id(play)].move([]), play.state.subgoal)
+                if play.number < wins:
+                    text = write_response(players[play.number].move([]), play.state.subgoal)
                 ids = agent.tokenizer(text, add_special_tokens=False)["input_ids"]
                 answers.append(Answer(ids, [0.0] * len(ids)))
             return answers
 
-        return respond
+        return Written(respond)
 
-    return ask
+    return make
 
 
 # The games.
@@ -134,10 +136,9 @@ def test_each_game_is_played_exactly_once(agent, monkeypatch):
         return reset(self, seed=seed, options=options)
 
     config = settings()
-    games = Games(config)
-    prompter = write(agent, games, config)
     monkeypatch.setattr(Household, "reset", recorded)
-    metrics, t = evaluate(agent, games, prompter, config)
+    metrics, t = run(agent, config)
+    seeds.remove(FIRST_SEEDS["test"])  # the one that `Games` tries
     assert sorted(seeds) == [FIRST_SEEDS["test"] + i for i in range(7)]
     assert metrics["eval/episodes"] == len(t.episodes) == 7
     assert metrics["eval/turns"] == t.turns / 7 <= 3
@@ -145,7 +146,7 @@ def test_each_game_is_played_exactly_once(agent, monkeypatch):
 
 @pytest.mark.parametrize("wins", [0, 5, 9])
 def test_success_is_counted_per_game_and_per_type(agent, monkeypatch, wins):
-    monkeypatch.setattr("hiper_fast.rollout.play.ask", solver(wins))
+    monkeypatch.setattr("hiper_fast.rollout.play.Sampled", solver(wins))
     metrics, t = run(agent, settings(episodes=9, max_turns=40))
     assert metrics["eval/success"] == pytest.approx(wins / 9)
     assert (metrics["eval/low"], metrics["eval/high"]) == wilson(wins, 9)
@@ -227,7 +228,7 @@ def test_command_prints_the_table(saved, capsys):
 
 
 def test_command_plays_what_the_options_say(saved, capsys, monkeypatch):
-    monkeypatch.setattr("hiper_fast.rollout.play.ask", solver(3))
+    monkeypatch.setattr("hiper_fast.rollout.play.Sampled", solver(3))
     argv = ["--checkpoint", str(saved), "--env.max_turns", "40", "--eval.episodes", "5"]
     assert main([*argv, "--env.task_types", "look_at_obj_in_light"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -375,7 +376,7 @@ def test_every_episode_is_kept(run_of_two, tmp_path, capsys):
 def test_several_checkpoints_get_a_row_each_and_are_pooled_over_games(
     run_of_two, capsys, monkeypatch
 ):
-    monkeypatch.setattr("hiper_fast.rollout.play.ask", solver(3))
+    monkeypatch.setattr("hiper_fast.rollout.play.Sampled", solver(3))
     paths = [str(run_of_two / "checkpoints" / f"step-{step:06d}") for step in (1, 2)]
     assert main(["--checkpoint", *paths, "--env.max_turns", "40"]) == 0
     header, first, second, blank, title, *types, total = capsys.readouterr().out.splitlines()

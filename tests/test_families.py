@@ -13,6 +13,7 @@ from hiper_fast.options import ConfigError
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
+from hiper_fast.rollout.play import open_rollouts
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.summary import summarise_scores
 from hiper_fast.rollout.trajectory import Episode
@@ -152,7 +153,8 @@ def test_demonstrations_of_webshop(agent):
 def test_evaluation_gives_scores_and_reachable_goals(agent):
     config = settings(eval__episodes="4", env__max_turns="2", agent__max_response_tokens="4")
     games = Games(config)
-    metrics, t = evaluate(agent, games, prompter(agent, games, config), config)
+    with open_rollouts(agent, games.family, prompter(agent, games, config), config) as rollouts:
+        metrics, t = evaluate(rollouts, games, config)
     assert metrics["eval/score"] == 0 and metrics["eval/reachable"] == 1
     assert "score 0.000; over the 100.0% of goals" in format_table(metrics)
     assert games.family.describe_data()["split"] == "test"
@@ -226,7 +228,7 @@ def test_an_episode_has_the_environments_score(agent):
     config = settings()
     games = Games(config)
     env = games.make(1)[0]
-    play = Play(env, games.list_panel()[0], games.family, config)
+    play = Play(env, games.list_panel()[0], games.family, config).begin()
     goal = env.goal
     for action in (
         "search[x]",

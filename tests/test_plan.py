@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import HOUSEHOLD
+from helpers import HOUSEHOLD, name_cache
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
 
 from hiper_fast import plan, session, train
 from hiper_fast.agent import attention, footprint, layers, lora
 from hiper_fast.agent.agent import Critic, run_trunk
-from hiper_fast.agent.generate import name_cache
 from hiper_fast.config import Config
 from hiper_fast.configure import list_recipes, resolve
 from hiper_fast.distributed import ALONE
@@ -210,7 +209,7 @@ def test_the_kv_cache_to_the_byte(folder):
     network(
         input_ids=torch.ones(2, 25, dtype=torch.long),
         use_cache=True,
-        **{name_cache(type(network)): cache},
+        **{name_cache(network): cache},
     )
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert plan.count_together(config) == 2 and sizes(config)[ROLLOUT, "KV cache"] == held

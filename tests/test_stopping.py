@@ -143,7 +143,11 @@ def at(module, name, call, wait=0.5):
 @pytest.mark.parametrize(
     "name, moment, saved",
     [
-        ("SIGTERM", at("train", "play_tasks", 3), 2),  # a rollout is given up
+        (
+            "SIGTERM",
+            at("rollout.play", "awake", 5),
+            2,
+        ),  # the third rollout, after two evaluations, is given up
         ("SIGHUP", at("train", "update", 3), 3),  # an update is finished
         ("SIGINT", at("train", "evaluate", 2), 2),  # and so is an evaluation
     ],

@@ -110,7 +110,7 @@ def test_what_an_environment_says_is_read_clean_and_what_it_wants_is_sent_as_it_
     config = configure("household")
     agent = make_tiny()
     family = RudeFamily(config.env)
-    played = Play(Rude(), {"seed": 0}, family, config)
+    played = Play(Rude(), {"seed": 0}, family, config).begin()
     prompter = Prompter(agent.tokenizer, config.agent, family.styles["reference"])
     told = [played.state.task, played.state.observation, *played.state.commands]
     told.append(played.episode.task_type)

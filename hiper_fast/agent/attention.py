@@ -2,16 +2,19 @@
 
 A call whose mask holds cu_seqlens is packed: flash-attn's varlen function if installed, else
 torch's, both for half precision on CUDA; elsewhere scaled_dot_product_attention over sequences of
-like length. Other calls, such as a decoding step with its cache and mask, are transformers' own
-sdpa. Soft-capped scores (but for flash-attn, which has them) and sinks are computed as written.
+like length. Soft-capped scores (but for flash-attn, which has them) and sinks are computed as written.
+Within `through` a packed call is one of sampling: what it attends to is the cache's to say. Other
+calls, of a mask or none, are transformers' own sdpa.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +33,30 @@ PADDING = (
 )
 HALF = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256  # of the varlen functions
+
+
+class Cache(Protocol):
+    """What sampling attends to."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+        """Stores the next layer's key and value [tokens, kv_heads, d]; query [tokens, heads, d] to them and their past.
+
+        options: scale, window, softcap, sinks.
+        """
+
+
+_cache: Cache | None = None  # that of the `through` around a call
+
+
+@contextlib.contextmanager
+def through(cache: Cache) -> Iterator[None]:
+    """Within, packed calls store their keys and values in `cache` and attend to it."""
+    global _cache
+    _cache = cache
+    try:
+        yield
+    finally:
+        _cache = None
 
 
 def use(model: PreTrainedModel) -> None:
@@ -91,10 +118,12 @@ def attend(
     extras = {name: extra for name, extra in extras.items() if extra is not None}
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         check_plain(module, dropout, options)
+        states = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
+        if _cache is not None:
+            return _cache.attend(*states, scale=scale, window=sliding_window, **extras)[None], None
         cu_seqlens = attention_mask.flatten()
         longest = int(cu_seqlens.diff().max()) if longest is None else longest
         window = sliding_window if sliding_window and sliding_window < longest else None
-        states = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
         out = attend_packed(*states, cu_seqlens, longest, groups, scale, window, **extras)
         return out[None], None
     if extras:

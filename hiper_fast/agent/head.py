@@ -42,6 +42,13 @@ class Head:
             )
         return hidden, {"weight": weight, "bias": bias}
 
+    def finish(self, product: Tensor) -> Tensor:
+        """The product [n, v] as logits, float32 [n, vocabulary]."""
+        logits = product[:, : self.vocabulary].float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def temper(self, temperature: float) -> dict:
         """The options temperature and softcap of the linear ops, for logits over `temperature`."""
         softcap = None if self.softcap is None else self.softcap / self.scale

@@ -1,7 +1,7 @@
 """At load: what is sampled is what is trained. The ways to a token's log-prob, on two short random sequences.
 
 A probe is made of the model as it came, which reads each sequence by itself; `check` then asks the agent: packed
-through the fused head, as an update does, and step by step with a padded batch and its cache, as a rollout does. A
+through the fused head, as an update does, and step by step through a paged cache, as a rollout does. A
 model whose architecture makes them differ would train on ratios that are wrong from the first update on.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hiper_fast.agent.agent import Agent, run_trunk
-from hiper_fast.agent.generate import Batch, Past, take_past
+from hiper_fast.agent.cache import PagedCache, Pass, measure_shapes
 from hiper_fast.agent.lora import list_zero_starts
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
@@ -29,6 +29,7 @@ WINDOW_NAMES = re.compile(
 WINDOW = 5  # how far sliding attention looks back meanwhile, so that the first is longer
 LAST = 5  # tokens of each that are compared, the last ones
 STEPS = 2  # of them sampled one by one
+BLOCK = 4  # tokens of the cache meanwhile
 # The largest difference, in units of how much the model's log-probs of a next token differ among themselves.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 ROUNDING = 1e-5  # nats, also where they hardly differ
@@ -88,27 +89,48 @@ class Probe:
         return agent.logprobs(rows, targets.flatten(), 1.0).view(2, LAST)
 
     def read_in_steps(self, agent: Agent, *, pasts: bool = False) -> Tensor:
-        """Log-probs [2, STEPS + 1, v] of all tokens, the last STEPS + 1 times."""
-        prompts = [ids[: -STEPS - 1].tolist() for ids in self.sequences]
-        known = (
-            [self.read_past(agent, prompt[: len(prompt) // 2]) for prompt in prompts]
-            if pasts
-            else None
-        )
-        width = max(len(p) - (0 if known is None else len(p) // 2) for p in prompts)
-        batch, found = Batch(agent.model, prompts, [0, 1], width, known), []
-        for step in range(STEPS + 1):
-            logits = batch.read()[:, : agent.head.vocabulary]
-            found.append(logits.float().log_softmax(-1))
-            if step < STEPS:
-                tokens = torch.stack([ids[step - STEPS - 1] for ids in self.sequences])
-                batch.go_on(tokens, torch.zeros_like(tokens, dtype=torch.bool))
-        return torch.stack(found, 1)
+        """Log-probs [2, STEPS + 1, v] of all tokens, the last STEPS + 1 times.
 
-    def read_past(self, agent: Agent, ids: list[int]) -> Past:
-        batch = Batch(agent.model, [ids], [0], len(ids), [None])
-        batch.read()
-        return take_past(batch.cache, 0, len(ids))
+        pasts: the first half of each is read in a pass before.
+        """
+        lengths = [len(ids) for ids in self.sequences]
+        begun = [length - STEPS - 1 for length in lengths]
+        parts = [[(0, end) for end in begun]]
+        if pasts:
+            parts = [[(0, end // 2) for end in begun], [(end // 2, end) for end in begun]]
+        parts += [[(end + i, end + i + 1) for end in begun] for i in range(STEPS)]
+        most = -(-max(lengths) // BLOCK)
+        cache = PagedCache(
+            measure_shapes(agent.model), len(lengths) * most, BLOCK, agent.model.device
+        )
+        blocks = torch.arange(len(lengths) * most, dtype=torch.int32).view(-1, most).flip(1)
+        found = [
+            cache.read(agent.model, agent.head, self.make_pass(part, blocks).to(agent.device))
+            for part in parts
+        ]
+        return torch.stack(found[-STEPS - 1 :], 1).log_softmax(-1)
+
+    def make_pass(self, part: list[tuple[int, int]], blocks: Tensor) -> Pass:
+        """One that reads the tokens from begin to end of each sequence."""
+        places = [torch.arange(begin, end) for begin, end in part]
+        slots = [
+            blocks[row, place // BLOCK].long() * BLOCK + place % BLOCK
+            for row, place in enumerate(places)
+        ]
+        return Pass(
+            ids=torch.cat(
+                [
+                    ids[begin:end].cpu()
+                    for ids, (begin, end) in zip(self.sequences, part, strict=True)
+                ]
+            ),
+            positions=torch.cat(places),
+            slots=torch.cat(slots),
+            blocks=blocks,
+            cu_query=prefix_sums([len(place) for place in places]),
+            lengths=torch.tensor([end for _, end in part], dtype=torch.int32),
+            longest=max(len(place) for place in places),
+        )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from hiper_fast.config import Config
 from hiper_fast.envs.base import Environment
 from hiper_fast.envs.family import Family, Task
 from hiper_fast.options import ConfigError, suggest
-from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.runs.folder import replace_text
 
@@ -211,9 +210,13 @@ class Replay(Play):
     """A demonstration being played again; it ends where the demonstration does."""
 
     def __init__(self, env: Environment, shown: Demonstration, family: Family, config: Config):
+        super().__init__(env, shown.game, family, config)
         self.shown = shown
+
+    def begin(self) -> Replay:
+        shown = self.shown
         try:
-            super().__init__(env, shown.game, family, config)
+            super().begin()
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise ConfigError(
                 f"{OPTION}: {shown.place}: game: it cannot be begun ({error})"
@@ -222,6 +225,7 @@ class Replay(Play):
             raise ConfigError(
                 f"{OPTION}: {shown.place}: task: that of the game is {self.state.task!r}, not {shown.task!r}"
             )
+        return self
 
     def speak(self) -> str:
         """The demonstrated response to what is seen now; ConfigError where something else was seen."""
@@ -235,8 +239,8 @@ class Replay(Play):
             )
         return step.response
 
-    def step(self, answer: Answer, text: bytes) -> None:
-        super().step(answer, text)
+    def take(self, *returned: Any) -> None:
+        super().take(*returned)
         done, steps = len(self.episode.responses), len(self.shown.steps)
         if self.episode.terminated and done < steps:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
+from hiper_fast.envs.base import GameError
 from hiper_fast.envs.family import Family
 from hiper_fast.envs.player import Move, Player
 from hiper_fast.envs.prompts import State
@@ -31,9 +32,9 @@ from hiper_fast.packing import find_ranges, microbatches
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import play_in_step
+from hiper_fast.rollout.play import Seats, Stage, Written
 from hiper_fast.rollout.prompter import Prompter
-from hiper_fast.rollout.trajectory import Sequences, Trajectories, pack
+from hiper_fast.rollout.trajectory import Episode, Sequences, Trajectories, pack
 from hiper_fast.runs.metrics import Logger
 
 AT_ONCE = 128  # shown episodes played in step: a large room with all it can do takes megabytes
@@ -110,9 +111,9 @@ def demonstrate(
     episodes, imitated = [], []
     for start in range(0, len(tasks), AT_ONCE):
         some = zip(envs, tasks[start : start + AT_ONCE], strict=False)
-        plays = [Play(env, task, games.family, config) for env, task in some]
+        plays = [Play(env, task, games.family, config).begin() for env, task in some]
         teacher = Teacher(agent, games.family, plays, config, rng)
-        episodes += play_in_step(plays, prompter, teacher.respond, agent.decode)
+        episodes += play_script(plays, prompter, teacher.respond, agent)
         imitated += teacher.marks()
     return pack(episodes, agent.find_roles), torch.tensor(imitated)
 
@@ -127,11 +128,24 @@ def replay(
     episodes, weights = [], []
     for start in range(0, len(shown), AT_ONCE):
         some = zip(envs, shown[start : start + AT_ONCE], strict=False)
-        plays = [Replay(env, one, games.family, config) for env, one in some]
-        episodes += play_in_step(plays, prompter, lambda some: answer(agent, some), agent.decode)
+        plays = [Replay(env, one, games.family, config).begin() for env, one in some]
+        episodes += play_script(plays, prompter, lambda some: answer(agent, some), agent)
         weights += [p.shown.weight for p in plays for _ in p.episode.responses]
     weights = torch.tensor(weights)  # [turns]
     return pack(episodes, agent.find_roles), weights / weights.mean()
+
+
+def play_script(
+    plays: list[Play],
+    prompter: Prompter,
+    respond: Callable[[list[Play]], list[Answer]],
+    agent: Agent,
+) -> list[Episode]:
+    """Episodes with answers that are at hand. GameError where an environment fails."""
+    stage = Stage(Seats(None), prompter, Written(respond), agent.decode)
+    if lost := stage.run(plays, at_once=len(plays)):
+        raise GameError(f"warm start: {lost[0].text}")
+    return [play.episode for play in plays]
 
 
 def answer(agent: Agent, plays: list[Replay]) -> list[Answer]:
@@ -150,7 +164,7 @@ def measure_teacher(games: Games, config: Config) -> float:
     [env], tasks, rng = games.make(1), games.list_panel(), random.Random("teacher")
     kind, won = config.warm_start.demonstrations, 0
     for task in tasks:
-        play = Play(env, task, games.family, config)
+        play = Play(env, task, games.family, config).begin()
         player = games.family.make_player(kind, env, random.Random(rng.random()))
         while not play.over:
             text = write_response(decide(player, play.state), play.state.subgoal)

@@ -2,32 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal
+
 from hiper_fast import response
 from hiper_fast.config import Config
 from hiper_fast.envs.base import Environment, Info
 from hiper_fast.envs.family import Family, Task
 from hiper_fast.envs.prompts import State
-from hiper_fast.rollout.engines import Answer, Request
+from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.trajectory import Episode, Turn, key_state
+from hiper_fast.rollout.workers import Worker
 from hiper_fast.text import clean
 
 
-class Play:
-    """An episode between two turns; `see` its prompt, then `step` with what is answered."""
+class Wanted:
+    """What an episode waits for. To await it is to let others go on until it is there."""
 
-    def __init__(self, env: Environment, task: Task, family: Family, config: Config):
-        self.env, self.family, self.config = env, family, config
-        observation, info = env.reset(**task)
-        sentence, plans = clean(info["task"]), config.agent.subgoals
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Wanted, Any, Any]:
+        return (yield self)
+
+
+class PromptWanted(Wanted):
+    """(ids, truncated): the prompt of the play's state."""
+
+
+class ResponseWanted(Wanted):
+    """(answer, text): the response to what the play has read."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallWanted(Wanted):
+    """What a method of the environment returns."""
+
+    name: Literal["reset", "step"]
+    arguments: dict[str, Any]
+
+
+class Play:
+    """An episode and how it goes on: by `run`, or turn by turn from `begin` on, `see` its prompt and `step`."""
+
+    def __init__(
+        self,
+        env: Environment | Worker | None,
+        task: Task,
+        family: Family,
+        config: Config,
+        number: int = 0,
+    ):
+        """env: None, if it comes later; number: the play's own among those that are played together."""
+        self.env, self.task, self.family, self.config = env, task, family, config
+        self.number = number
+        self.over = False
+        self.state: State | None = None  # None before the first observation
+        self.episode: Episode | None = None
+
+    async def run(self) -> None:
+        """To the end or the turn limit; one cut off there ends with the prompt of the state after its last turn."""
+        if self.state is None:
+            self.open(*await CallWanted("reset", self.task))
+        self.see(*await PromptWanted())
+        while not self.over:
+            action = self.read(*await ResponseWanted())
+            self.take(*await CallWanted("step", {"command": action}))
+            if not self.episode.terminated:
+                self.see(*await PromptWanted())
+
+    def begin(self) -> Play:
+        """The first observation; the play itself."""
+        self.open(*self.env.reset(**self.task))
+        return self
+
+    def open(self, observation: str, info: Info) -> None:
+        sentence, plans = clean(info["task"]), self.config.agent.subgoals
         self.state = State(sentence, "", [], plans=plans)
-        self.take(family.strip_opening(clean(observation)), info)
-        reachable = getattr(env, "reachable", True)
+        self.show(self.family.strip_opening(clean(observation)), info)
+        reachable = getattr(self.env, "reachable", True)
         kind = clean(info["task_type"])
         self.episode = Episode(sentence, kind, plans=plans, reachable=reachable)
-        self.episode.continued = config.agent.style == "transcript"
-        self.over = False
+        self.episode.continued = self.config.agent.style == "transcript"
 
-    def take(self, observation: str, info: Info) -> None:
+    def show(self, observation: str, info: Info) -> None:
         """What the agent reads from now on: clean, whatever stands in the environment's texts."""
         self.info = info
         self.wordings = {clean(command): command for command in info["admissible_commands"]}
@@ -42,19 +100,23 @@ class Play:
             self.state.context += ids
 
     @property
+    def turn(self) -> int:
+        return len(self.episode.responses)
+
+    @property
     def context(self) -> list[int]:
         """All token ids that the model reads at this turn."""
         return self.state.context or self.episode.prompts[-1]
 
-    def request(self) -> Request:
-        conversation = id(self) if self.episode.continued else None
-        return Request(list(self.context), conversation)
-
     def step(self, answer: Answer, text: bytes) -> None:
         """Sends the response's action to the environment and stores the turn."""
+        self.take(*self.env.step(self.read(answer, text)))
+
+    def read(self, answer: Answer, text: bytes) -> str:
+        """Stores a response; the command that it sends, as the environment has it."""
         parsed = response.parse(text)
         action = response.command(text, self.config.agent.fallback).lower()
-        state, episode, rewards = self.state, self.episode, self.config.reward
+        state, episode = self.state, self.episode
         sets = self.config.agent.shown_subgoal == "written" or not episode.responses
         if state.plans and parsed.subgoal and (parsed.switch or sets):
             state.subgoal = parsed.subgoal
@@ -63,18 +125,23 @@ class Play:
         episode.states.append(key_state(state.observation, state.commands))
         is_listed = self.family.is_listed(action.strip(), state.commands)
         episode.near_misses += self.family.is_near_miss(action.strip(), state.commands)
-        wording = self.wordings.get(action.strip(), action)  # as the environment has it
-        observation, _, terminated, _, info = self.env.step(wording)
-        state.history.append((state.observation, action))
-        state.sent.add(action.strip())
-        self.take(clean(observation).strip(), info)
+        episode.rewards.append(0.0 if is_listed else self.config.reward.inadmissible)
         episode.responses.append(answer.ids)
         episode.responses_at_limit += len(answer.ids) >= self.config.agent.max_response_tokens
+        episode.logprobs.append(answer.logprobs)
         if episode.continued:
             state.context += answer.ids
-        episode.logprobs.append(answer.logprobs)
-        reward = 0.0 if is_listed else rewards.inadmissible
-        episode.rewards.append(reward + (rewards.success if self.info["won"] else 0.0))
-        episode.won, episode.terminated = self.info["won"], terminated
-        episode.score = self.info.get("task_score")
-        self.over = terminated or len(episode.responses) == self.config.env.max_turns
+        state.history.append((state.observation, action))
+        state.sent.add(action.strip())
+        return self.wordings.get(action.strip(), action)
+
+    def take(
+        self, observation: str, _reward: float, terminated: bool, _truncated: bool, info: Info
+    ) -> None:
+        """Stores what the environment made of it."""
+        episode = self.episode
+        self.show(clean(observation).strip(), info)
+        episode.rewards[-1] += self.config.reward.success if info["won"] else 0.0
+        episode.won, episode.terminated = info["won"], terminated
+        episode.score = info.get("task_score")
+        self.over = terminated or self.turn == self.config.env.max_turns

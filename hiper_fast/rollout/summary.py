@@ -28,6 +28,7 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
         "rollout/prompt_tokens": trajectories.prompt_ids.numel() / turns,
         "rollout/response_tokens": trajectories.response_ids.numel() / turns,
         **summarise_limits("rollout", trajectories.episodes),
+        "rollout/lost": len(trajectories.lost),
         **summarise_groups(trajectories),
     }
 

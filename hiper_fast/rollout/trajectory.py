@@ -51,6 +51,15 @@ class Episode:
     reachable: bool = True  # whether the best score can be had at all
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An episode that its environment failed in."""
+
+    number: int  # its place among those that were asked for
+    cause: str  # crash, error, garbage, memory, timeout
+    text: str
+
+
 @dataclass(slots=True)
 class Sequences:
     """What the model reads, packed, and where responses and values stand in it.
@@ -92,6 +101,7 @@ class Trajectories:
     state: Tensor  # int64 [turns]; equal: the same observation and commands
     group: Tensor  # int64 [trajectories]; equal: episodes of the same game
     episodes: list[Episode]
+    lost: list[Lost] = field(default_factory=list)  # which are not among them
 
     @property
     def turns(self) -> int:

@@ -12,7 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hiper_fast.agent import attention
 from hiper_fast.agent.agent import run_trunk
-from hiper_fast.agent.generate import generate
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 
@@ -133,31 +132,6 @@ def test_groups_hold_little_padding_and_lead_back():
     places = sum(n * longest for n, longest in groups.shapes)
     assert len(groups.rows) == places <= (1 + attention.PADDING) * int(cu[-1])
     assert len(groups.shapes) < 40, "few calls"
-
-
-@pytest.mark.parametrize("name", ["qwen2", "mistral sliding", "llama"])
-def test_generation_goes_on_as_before_and_its_logprobs_are_the_packed_ones(name):
-    model, plain = build(name, torch.float32)
-    prompts = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
-    options = dict(max_new_tokens=6, temperature=1.0, stop_ids=(1,))
-    mine, theirs = (
-        generate(m, prompts, **options, generator=torch.Generator().manual_seed(0))
-        for m in (model, plain)
-    )
-    assert [ids for ids, _ in mine] == [ids for ids, _ in theirs]
-    rows = [p + ids for p, (ids, _) in zip(prompts, mine, strict=True)]
-    (batch,) = microbatches(torch.tensor(sum(rows, [])), prefix_sums([len(r) for r in rows]), 1000)
-    logits = model.get_output_embeddings()(run_trunk(model.base_model, batch))
-    for i, part in zip(
-        batch.index.tolist(), logits.split(batch.cu_seqlens.diff().tolist()), strict=True
-    ):
-        ids, sampled = mine[i]
-        logprobs = (
-            part[len(prompts[i]) - 1 : -1]
-            .log_softmax(-1)
-            .gather(1, torch.tensor(ids)[:, None])[:, 0]
-        )
-        torch.testing.assert_close(logprobs, torch.tensor(sampled), atol=2e-5, rtol=0)
 
 
 def test_unpacked_calls_are_transformers_own():

@@ -6,14 +6,13 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import HOUSEHOLD, make_tiny
+from helpers import HOUSEHOLD, make_tiny, name_cache
 from test_train import SMALL
 from transformers import AutoModelForCausalLM
 
 from hiper_fast import eval as evaluation
 from hiper_fast import train
 from hiper_fast.agent import tiny
-from hiper_fast.agent.generate import name_cache
 from hiper_fast.agent.loading import load_agent
 from hiper_fast.config import Config, ModelConfig
 from hiper_fast.learn import optim
@@ -316,7 +315,7 @@ def test_recomputed_layers_give_the_same_gradients(tmp_path, monkeypatch, kind, 
     mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         generated = recomputed.model(input_ids=IDS, use_cache=True)
-    cache = name_cache(type(recomputed.model))
+    cache = name_cache(recomputed.model)
     assert len(calls) == 1 and generated[cache].get_seq_length() == IDS.shape[1], (
         "caches stay usable"
     )

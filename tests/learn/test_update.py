@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import configure, make_tiny
+from helpers import configure, make_tiny, play_tasks
 
 from hiper_fast import estimators, ops, response
 from hiper_fast.config import AdvantageConfig, RewardConfig
@@ -720,18 +720,10 @@ def test_the_first_step_has_ratio_one(fresh, temperature):
 
 
 def test_sampled_logprobs_are_those_of_training(fresh):
-    """From real rollouts: the sampler's cache and left padding against training's packed pass."""
-    from hiper_fast.rollout.games import Games
-    from hiper_fast.rollout.play import play_tasks
-    from hiper_fast.rollout.prompter import Prompter
-
+    """From real rollouts: the sampler's cache against training's packed pass."""
     config = settings(kl_coef=0.0, entropy_coef=0.0)
     config.env.max_turns, config.agent.max_response_tokens = 3, 10
-    games, tasks = Games(config), [{"seed": i} for i in range(4)]
-    prompter = Prompter(fresh.tokenizer, config.agent, games.family.styles["compact"])
-    t = play_tasks(
-        fresh, games.make(4), tasks, games.family, prompter, config, temperature=1.0, seed=0
-    )
+    t = play_tasks(fresh, config, [{"seed": i} for i in range(4)])
     targets = give(t, score(fresh, t, config), config)
     losses, _, _ = trained(fresh, t, targets, config)
     assert losses["loss/policy"] == pytest.approx(

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HOUSEHOLD, configure, make_tiny
+from helpers import answer_all, configure, make_tiny, play_tasks
 
 from hiper_fast.learn.rows import Rows
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches
 from hiper_fast.rollout import engines
-from hiper_fast.rollout.engines import Request
-from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import play_tasks
-from hiper_fast.rollout.prompter import Prompter
+from hiper_fast.rollout.engines import Answer, Request
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"
 
@@ -44,20 +41,7 @@ def play(agent, engine, **options):
     config = configure(
         env__max_turns=3, agent__max_response_tokens=6, rollout__engine=engine, **options
     )
-    games = Games(config)
-    prompter = Prompter(agent.tokenizer, config.agent, HOUSEHOLD.styles[config.agent.style])
-    tasks = [{"seed": seed // 2} for seed in range(4)]
-    return play_tasks(
-        agent,
-        games.make(4),
-        tasks,
-        games.family,
-        prompter,
-        config,
-        temperature=1.0,
-        seed=0,
-        group=2,
-    )
+    return play_tasks(agent, config, [{"seed": seed // 2} for seed in range(4)], group=2)
 
 
 @pytest.mark.parametrize("style", ["compact", "transcript"])
@@ -74,18 +58,30 @@ def test_the_engine_of_the_documentation_samples_what_is_trained(agent, shown, s
             )
 
 
-def test_greedy_answers_do_not_depend_on_the_engine(agent, shown):
-    requests = [Request([5, 6, 7]), Request([9] * 40), Request([8])]
+def test_answers_do_not_depend_on_the_engine_or_on_what_is_answered_beside_them(agent, shown):
     config = configure(agent__max_response_tokens=7)
-    answers = [
-        engines.find(name)(agent, config, temperature=0.0, seed=0).answer(requests)
-        for name in ("batched", shown)
+    prompts = [[5, 6, 7], [9] * 40, [8], [5, 6, 7]]
+    requests = [Request(ids, 10 + i, float(i % 3)) for i, ids in enumerate(prompts)]
+    paged, other = (engines.find(name)(agent, config) for name in ("paged", shown))
+    answers = answer_all(paged, requests)
+    alone = [answer_all(paged, [request])[0] for request in requests]
+    for found in (alone, answer_all(other, requests)):
+        assert [answer.ids for answer in found] == [answer.ids for answer in answers]
+        for one, another in zip(found, answers, strict=True):
+            assert one.logprobs == pytest.approx(another.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("style", ["compact", "transcript"])
+def test_episodes_do_not_depend_on_the_engine(agent, shown, style):
+    episodes = [
+        play(agent, name, agent__style=style, agent__max_prompt_tokens=2000).response_ids.tolist()
+        for name in ("paged", shown)
     ]
-    assert [answer.ids for answer in answers[0]] == [answer.ids for answer in answers[1]]
+    assert episodes[0] == episodes[1]
 
 
 def test_episodes_of_a_game_know_their_group_and_the_states_they_share(agent):
-    trajectories = play(agent, "batched")
+    trajectories = play(agent, "paged")
     assert trajectories.group.tolist() == [0, 0, 1, 1]
     first = trajectories.state[trajectories.cu_turns[:-1].long()].tolist()
     assert first[0] == first[1] != first[2] == first[3]
@@ -94,19 +90,23 @@ def test_episodes_of_a_game_know_their_group_and_the_states_they_share(agent):
 
 def test_an_engine_that_is_not_there():
     with pytest.raises(
-        ConfigError, match="rollout.engine: there is no engine 'batch'; did you mean batched"
+        ConfigError, match="rollout.engine: there is no engine 'page'; did you mean paged"
     ):
-        engines.find("batch")
+        engines.find("page")
 
 
-def test_an_engine_that_loses_an_answer_is_named(agent, monkeypatch):
-    class Forgetful:
-        def __init__(self, agent, config, *, temperature, seed):
-            pass
+@pytest.mark.parametrize(
+    "answers, told",
+    [
+        ([(7, Answer([1], [0.0]))], "Odd answers request 7, which is not under way"),
+        ([(0, Answer([1, 2], [0.0]))], "Odd gives 1 log-probs for 2 tokens"),
+    ],
+)
+def test_an_engine_that_answers_what_it_should_not_is_named(agent, monkeypatch, answers, told):
+    class Odd(engines.find("paged")):
+        def collect(self):
+            return answers
 
-        def answer(self, requests):
-            return []
-
-    monkeypatch.setitem(engines._plugins.registered, "forgetful", Forgetful)
-    with pytest.raises(ConfigError, match="Forgetful gave 0 answers to 4 requests"):
-        play(agent, "forgetful")
+    monkeypatch.setitem(engines._plugins.registered, "odd", Odd)
+    with pytest.raises(ConfigError, match=told):
+        play(agent, "odd")

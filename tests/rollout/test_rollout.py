@@ -1,17 +1,15 @@
-"""Episodes in step, and the arrays they are packed into."""
+"""Episodes, and the arrays they are packed into."""
 
 import pytest
 import torch
-from helpers import HOUSEHOLD, configure, make_tiny
+from helpers import HOUSEHOLD, configure, make_tiny, play_script, play_tasks
 
 from hiper_fast import response
-from hiper_fast.agent.generate import generate
 from hiper_fast.envs.household import Household
 from hiper_fast.packing import interleave, prefix_sums
 from hiper_fast.rollout.engines import Answer
-from hiper_fast.rollout.engines.batched import Engine
+from hiper_fast.rollout.engines.paged import Engine
 from hiper_fast.rollout.episode import Play
-from hiper_fast.rollout.play import ask, play_in_step
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.summary import summarise
 from hiper_fast.rollout.trajectory import Episode, pack
@@ -59,7 +57,7 @@ def settings(max_turns=20, **agent):
 
 
 def begin(env, task, config):
-    return Play(env, task, HOUSEHOLD(config.env), config)
+    return Play(env, task, HOUSEHOLD(config.env), config).begin()
 
 
 def say(switch, subgoal, action):
@@ -80,7 +78,7 @@ def run(agent, scripts, max_turns=20, sizes=None, **options):
         return [Answer(row + [agent.stop_ids[0]], [-0.5] * (len(row) + 1)) for row in ids]
 
     prompter = Prompter(agent.tokenizer, config.agent, HOUSEHOLD.styles["compact"])
-    return plays, play_in_step(plays, prompter, respond, agent.decode)
+    return plays, play_script(plays, prompter, respond, agent.decode)
 
 
 def prompt_text(agent, episode, turn):
@@ -232,7 +230,7 @@ def test_a_command_that_is_not_listed_costs(agent):
 
 
 def test_no_plays():
-    assert play_in_step([], lambda states: [], None, None) == []
+    assert play_script([], lambda states: [], None, None) == []
 
 
 def test_truncated_prompts_are_counted(agent):
@@ -255,53 +253,40 @@ def test_responses_as_long_as_they_may_be_are_counted(agent):
 # Sampling.
 
 
-def sample(agent, config, seed):
-    return ask(Engine(agent, config, temperature=1.0, seed=seed))
-
-
 def test_stored_ids_are_the_sampled_ones(agent, monkeypatch):
     """A random model's tokens do not survive being decoded and tokenised again."""
-    drawn = []
+    drawn, collect = {}, Engine.collect
 
-    def recorded(*args, **kwargs):
-        drawn.append(generate(*args, **kwargs))
-        return drawn[-1]
+    def recorded(engine):
+        done = collect(engine)
+        for key, answer in done:
+            drawn.setdefault(key, []).append(answer)
+        return done
 
-    monkeypatch.setattr("hiper_fast.rollout.engines.batched.generate", recorded)
-    config = settings(max_turns=3)
-    plays = [begin(Household(), {"seed": seed}, config) for seed in range(4)]
-    prompter = Prompter(agent.tokenizer, config.agent, HOUSEHOLD.styles["compact"])
-    episodes = play_in_step(plays, prompter, sample(agent, config, 5), agent.decode)
-    flat = [answer for batch in drawn for answer in batch]
-    by_step = zip(*(e.responses for e in episodes), strict=True)
-    assert [ids for ids, _ in flat] == [ids for step in by_step for ids in step]
-    again = [
-        agent.tokenizer(agent.decode(ids).decode(errors="replace"))["input_ids"] for ids, _ in flat
+    monkeypatch.setattr(Engine, "collect", recorded)
+    t = play_tasks(agent, settings(max_turns=3), [{"seed": seed} for seed in range(4)], seed=5)
+    answers = [answer for number in sorted(drawn) for answer in drawn[number]]
+    assert [e.responses for e in t.episodes] == [
+        [answer.ids for answer in drawn[number]] for number in range(4)
     ]
-    assert any(ids != other for (ids, _), other in zip(flat, again, strict=True)), (
-        "or the test says nothing"
-    )
-
-    t = pack(episodes, agent.find_roles)
-    in_order = [ids for e in episodes for ids in e.responses]
-    assert t.response_ids.tolist() == [i for ids in in_order for i in ids]
-    assert t.old_logprobs.tolist() == pytest.approx(
-        [x for e in episodes for row in e.logprobs for x in row]
-    )
+    texts = [agent.decode(answer.ids).decode(errors="replace") for answer in answers]
+    again = agent.tokenizer(texts)["input_ids"]
+    assert again != [answer.ids for answer in answers], "or the test says nothing"
+    assert t.response_ids.tolist() == [i for answer in answers for i in answer.ids]
+    logprobs = [x for answer in answers for x in answer.logprobs]
+    assert t.old_logprobs.tolist() == pytest.approx(logprobs)
 
 
-def test_the_same_seed_plays_the_same_episodes(agent):
-    config = settings(max_turns=3)
-    prompter = Prompter(agent.tokenizer, config.agent, HOUSEHOLD.styles["compact"])
+def test_the_same_seed_plays_the_same_episodes_however_many_at_once(agent):
+    config, tasks = settings(max_turns=3), [{"seed": i} for i in range(5)]
 
-    def responses(seed):
-        plays = [begin(Household(), {"seed": i}, config) for i in range(3)]
-        return [
-            e.responses
-            for e in play_in_step(plays, prompter, sample(agent, config, seed), agent.decode)
-        ]
+    def responses(seed, **rollout):
+        for name, value in rollout.items():
+            setattr(config.rollout, name, value)
+        return [e.responses for e in play_tasks(agent, config, tasks, seed=seed).episodes]
 
-    assert responses(1) == responses(1) != responses(2)
+    assert responses(1) == responses(1) == responses(1, slots=2) == responses(1, slots=1)
+    assert responses(1) != responses(2)
 
 
 # Packing.

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from helpers import HOUSEHOLD, configure
+from helpers import HOUSEHOLD, configure, play_script
 from test_prompter import CHAT
-from test_rollout import Lines, begin, sample
+from test_rollout import Lines, begin
 from test_update import HIGH, LOW, SCRIPTS, SWITCH, bounds, build, give, make_agent, settings
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -22,8 +22,9 @@ from hiper_fast.learn.update import update
 from hiper_fast.learn.warm_start import demonstrate, imitate
 from hiper_fast.packing import microbatches
 from hiper_fast.rollout.engines import Answer
+from hiper_fast.rollout.engines.paged import Engine
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import play_in_step
+from hiper_fast.rollout.play import Sampled, Seats, Stage
 from hiper_fast.rollout.prompter import Prompter
 from hiper_fast.rollout.summary import summarise
 from hiper_fast.rollout.trajectory import pack
@@ -239,9 +240,19 @@ def transcripts(max_turns=5, **options):
 
 def play(agent, config, envs, respond=None):
     plays = [begin(env, {"seed": i}, config) for i, env in enumerate(envs)]
-    return play_in_step(
-        plays, write(agent, config), respond or sample(agent, config, 0), agent.decode
-    )
+    for number, one in enumerate(plays):
+        one.number = number
+    if respond:
+        return play_script(plays, write(agent, config), respond, agent.decode)
+    voice = sample(agent, config)
+    Stage(Seats(None), write(agent, config), voice, agent.decode).run(plays, at_once=len(plays))
+    return [one.episode for one in plays]
+
+
+def sample(agent, config):
+    engine = Engine(agent, config)
+    engine.wake()
+    return Sampled(engine, 1.0, 0)
 
 
 def write(agent, config):
@@ -266,15 +277,16 @@ def test_sampled_logprobs_are_those_of_the_packed_trunk(kind, template):
         torch.testing.assert_close(logprobs, t.old_logprobs[rows.tokens], atol=1e-5, rtol=1e-5)
 
 
-def test_what_each_turn_reads_is_the_whole_conversation():
+def test_what_each_turn_reads_is_the_whole_conversation(monkeypatch):
     agent, config, read = random_agent("llama", CHAT), transcripts(), []
-    respond = sample(agent, config, 0)
+    submit = Engine.submit
 
-    def watched(plays):
-        read.append(list(plays[0].context))
-        return respond(plays)
+    def watched(engine, key, request):
+        read.append(request.ids)
+        submit(engine, key, request)
 
-    [episode] = play(agent, config, [Household()], watched)
+    monkeypatch.setattr(Engine, "submit", watched)
+    [episode] = play(agent, config, [Household()])
     ids = []
     for context, prompt, response in zip(read, episode.prompts, episode.responses, strict=False):
         ids += prompt
@@ -290,10 +302,13 @@ def test_an_overruled_response_is_read_as_it_was_given():
     """What the cache holds of the model's own response is not taken for what a person put in its place."""
     agent, config = random_agent("llama"), transcripts(3)
     play_, prompter = begin(Household(), {"seed": 0}, config), write(agent, config)
-    respond = sample(agent, config, 0)
+    voice = sample(agent, config)
     for said in ([9, 10, 11], None):
         play_.see(*prompter([play_.state])[0])
-        [answer] = respond([play_])
+        voice.ask(play_)
+        while not (answers := voice.hear()):
+            pass
+        [(_, answer)] = answers
         context = list(play_.context)
         play_.step(Answer(said, [0.0] * 3) if said else answer, b"<action>look</action>")
     with torch.no_grad():

@@ -7,9 +7,13 @@ hiper_fast.engines, or package.module:Class.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hiper_fast.plugins import Plugins
+
+if TYPE_CHECKING:
+    from hiper_fast.agent.agent import Agent
+    from hiper_fast.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,8 @@ class Request:
     """One response that is wanted."""
 
     ids: list[int]  # token ids, all that the model reads, not empty
+    seed: int  # of its draws alone, in [0, 2**63); rollout/draws.py has the numbers that it stands for
+    temperature: float  # 0: greedy
     conversation: int | None = None  # equal: these ids go on from that request's ids and its answer
 
 
@@ -29,13 +35,33 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Samples responses from the policy as it is now."""
+    """Samples responses from the policy. One lives as long as its run; it works between `wake` and `sleep`."""
 
-    def __init__(self, agent, config, *, temperature: float, seed: int):
-        """For the episodes of one update, or of one evaluation; `seed` is that of all its draws."""
+    capacity: int  # requests under way at once; no more are submitted
 
-    def answer(self, requests: list[Request]) -> list[Answer]:
-        """The answers, in the order of the requests."""
+    def __init__(self, agent: Agent, config: Config):
+        """config.agent.max_response_tokens bounds a response, agent.stop_ids end it."""
+
+    def wake(self) -> None:
+        """A rollout or an evaluation begins: takes the memory that it needs."""
+
+    def update(self) -> None:
+        """The agent's weights may be others now; nothing is under way. From here on answers are theirs."""
+
+    def submit(self, key: int, request: Request) -> None:
+        """Takes a request; `key` is its own among those under way."""
+
+    def collect(self) -> list[tuple[int, Answer]]:
+        """Goes on with what is under way, for a moment or until a response is whole: those that are, in any order."""
+
+    def cancel(self, key: int) -> None:
+        """Drops a request, if it is under way."""
+
+    def sleep(self) -> None:
+        """The rollout is over: drops what is under way and gives memory back for the update."""
+
+    def close(self) -> None:
+        """The run is over."""
 
 
 _plugins = Plugins(
