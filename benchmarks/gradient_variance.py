@@ -34,7 +34,7 @@ from hiper_fast.learn.update import Step, update
 from hiper_fast.learn.warm_start import warm_start
 from hiper_fast.rollout.engines.paged import Engine
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import Rollouts
+from hiper_fast.rollout.play import Draw, Rollouts
 from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs.metrics import Muted
@@ -56,7 +56,7 @@ class Bench:
     def play(self, purpose: str, seed: int) -> Trajectories:
         """A batch of new games."""
         tasks = self.games.draw(purpose, self.config.train.episodes)
-        played = self.rollouts.play(tasks, temperature=self.config.agent.temperature, seed=seed)
+        played = self.rollouts.play(Draw(tasks, self.config.agent.temperature, seed))
         shape(played, self.config)
         return played
 

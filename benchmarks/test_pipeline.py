@@ -25,7 +25,7 @@ from hiper_fast.learn.score import score
 from hiper_fast.learn.update import update
 from hiper_fast.packing import microbatches
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import open_rollouts
+from hiper_fast.rollout.play import Draw, open_rollouts
 from hiper_fast.rollout.prompter import Prompter
 
 sys.path.insert(0, str(Path(__file__).parent))  # for policy_update.py
@@ -68,7 +68,7 @@ def play(agent, config):
     prompter = Prompter(agent.tokenizer, config.agent, games.family.styles[config.agent.style])
     tasks = games.draw("benchmark", config.train.episodes)
     with open_rollouts(agent, games.family, prompter, config) as rollouts:
-        yield lambda: rollouts.play(tasks, temperature=config.agent.temperature, seed=0)
+        yield lambda: rollouts.play(Draw(tasks, config.agent.temperature, seed=0))
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,13 @@ class RolloutConfig:
     slots: int = option(
         256, "episodes played at once in a process; the others wait for a free place", above=0
     )
+    ahead: int = option(
+        0,
+        "1: the next rollout plays while an update learns, with weights one update old; needs importance weights "
+        "(train.old_logprobs recomputed, train.importance_cap)",
+        least=0,
+        most=1,
+    )
     workers: int = option(
         0,
         "processes that each play one episode at a time, for environments that are slow or may crash or hang; 0: all "

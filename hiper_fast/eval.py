@@ -26,8 +26,9 @@ from hiper_fast.config import Config
 from hiper_fast.envs.base import GameError
 from hiper_fast.envs.family import Task
 from hiper_fast.options import ConfigError
+from hiper_fast.rollout.ahead import Ahead
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import Rollouts, describe_lost, open_rollouts
+from hiper_fast.rollout.play import Draw, Rollouts, describe_lost, open_rollouts
 from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
@@ -42,12 +43,12 @@ Row = tuple[str, float, int, float, float]  # name, success, games, and the inte
 
 
 def evaluate(
-    rollouts: Rollouts, games: Games, config: Config, *, seed: int = 0
+    rollouts: Rollouts | Ahead, games: Games, config: Config, *, seed: int = 0
 ) -> tuple[dict, Trajectories]:
     """Plays the panel once: the metrics under `eval/` and the episodes. `seed` is the sampling's."""
     started = time.perf_counter()
     tasks = games.list_panel()
-    trajectories = rollouts.play(tasks, temperature=config.eval.temperature, seed=seed)
+    trajectories = rollouts.play(Draw(tasks, config.eval.temperature, seed))
     episodes = len(trajectories.episodes)
     by_type = defaultdict(list)
     for episode in trajectories.episodes:

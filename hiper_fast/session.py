@@ -35,6 +35,7 @@ from hiper_fast.resuming import (
     set_aside,
     spell_resume,
 )
+from hiper_fast.rollout.ahead import Ahead, check_ahead
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import Rollouts, TooManyLost, describe_lost, open_rollouts
 from hiper_fast.rollout.prompter import Prompter, make_prompter
@@ -73,7 +74,7 @@ class Session:
     games: Games
     agent: Agent
     prompter: Prompter
-    rollouts: Rollouts
+    rollouts: Rollouts | Ahead
     estimate: Estimator
     stopping: Stopping
     folder: Path = Path()
@@ -243,6 +244,7 @@ def prepare(
     config: Config, world: World, stopping: Stopping, stack: contextlib.ExitStack
 ) -> Session:
     """What a run needs before it has a folder."""
+    check_ahead(config, world.size)
     configure_torch(config.run)
     plan.check_here(config)
     demonstrations.check_file(config)
@@ -259,7 +261,11 @@ def prepare(
     )
     prompter = make_prompter(agent.tokenizer, config.agent, family)
     estimate = estimators.find(config.advantage.estimator)
-    rollouts = stack.enter_context(open_rollouts(agent, family, prompter, config))
+    if config.rollout.ahead:
+        rollouts = contextlib.closing(Ahead(agent, family, prompter, config))
+    else:
+        rollouts = open_rollouts(agent, family, prompter, config)
+    rollouts = stack.enter_context(rollouts)
     return Session(config, world, games, agent, prompter, rollouts, estimate, stopping)
 
 

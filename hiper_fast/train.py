@@ -35,7 +35,7 @@ from hiper_fast.learn.shaping import shape
 from hiper_fast.learn.update import update
 from hiper_fast.options import ConfigError
 from hiper_fast.resuming import tell_finished, tell_stop
-from hiper_fast.rollout.play import TooManyLost
+from hiper_fast.rollout.play import Draw, TooManyLost
 from hiper_fast.rollout.summary import summarise
 from hiper_fast.runs.checkpoint import CheckpointError
 from hiper_fast.session import Batch, Session, open_session
@@ -64,14 +64,11 @@ def train(config: Config, world: World) -> None:
 
 def learn(session: Session, step: int) -> Batch:
     """One update: play, give credit, learn from it."""
-    config, agent, games = session.config, session.agent, session.games
+    config, agent = session.config, session.agent
     began = time.perf_counter()
-    seed = seed_step(config, step)
     with session.logger.stage("rollout"), session.leaving_at_once():
-        tasks = games.draw(f"update {step}", config.train.episodes, config.train.group)
-        trajectories = session.rollouts.play(
-            tasks, temperature=config.agent.temperature, seed=seed, group=config.train.group
-        )
+        following = draw(session, step + 1) if step < config.train.updates else None
+        trajectories = session.rollouts.play_on(draw(session, step), following)
     session.tell_lost(trajectories)
     with session.logger.stage("advantages"):
         shape(trajectories, config)
@@ -79,7 +76,7 @@ def learn(session: Session, step: int) -> Batch:
         targets = give_credit(trajectories, scores, session.estimate, config.advantage)
     with session.logger.stage("update"):
         train_policy = schedule(session.optimizers, step, config.train)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_step(config, step))
         losses = update(
             agent, session.optimizers, trajectories, targets, config, generator,
             train_policy=train_policy,
@@ -88,6 +85,13 @@ def learn(session: Session, step: int) -> Batch:
     session.logger.log(step, "train", summarise(trajectories) | losses | counts)
     session.count_skipped(step, losses)
     return Batch(trajectories, targets)
+
+
+def draw(session: Session, step: int) -> Draw:
+    """The episodes of an update."""
+    config = session.config
+    tasks = session.games.draw(f"update {step}", config.train.episodes, config.train.group)
+    return Draw(tasks, config.agent.temperature, seed_step(config, step), config.train.group)
 
 
 def keep_and_tell(session: Session, step: int, batch: Batch | None) -> None:

@@ -13,7 +13,7 @@ from hiper_fast.envs.family import families
 from hiper_fast.estimators import Turns
 from hiper_fast.packing import prefix_sums
 from hiper_fast.rollout.games import Games
-from hiper_fast.rollout.play import Seats, Stage, Written, open_rollouts
+from hiper_fast.rollout.play import Draw, Seats, Stage, Written, open_rollouts
 from hiper_fast.rollout.prompter import Prompter
 
 HOUSEHOLD = families.find("household")
@@ -35,7 +35,7 @@ def play_tasks(agent, config, tasks, *, temperature=1.0, seed=0, group=1):
     family = Games(config).family
     prompter = Prompter(agent.tokenizer, config.agent, family.styles[config.agent.style])
     with open_rollouts(agent, family, prompter, config) as rollouts:
-        return rollouts.play(tasks, temperature=temperature, seed=seed, group=group)
+        return rollouts.play(Draw(tasks, temperature, seed, group))
 
 
 def play_script(plays, prompter, respond, decode):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -45,18 +46,17 @@ class Cache(Protocol):
         """
 
 
-_cache: Cache | None = None  # that of the `through` around a call
+_present = threading.local()  # its `cache`: that of the `through` around a call
 
 
 @contextlib.contextmanager
 def through(cache: Cache) -> Iterator[None]:
     """Within, packed calls store their keys and values in `cache` and attend to it."""
-    global _cache
-    _cache = cache
+    _present.cache = cache
     try:
         yield
     finally:
-        _cache = None
+        del _present.cache
 
 
 def use(model: PreTrainedModel) -> None:
@@ -119,8 +119,8 @@ def attend(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         check_plain(module, dropout, options)
         states = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
-        if _cache is not None:
-            return _cache.attend(*states, scale=scale, window=sliding_window, **extras)[None], None
+        if (cache := getattr(_present, "cache", None)) is not None:
+            return cache.attend(*states, scale=scale, window=sliding_window, **extras)[None], None
         cu_seqlens = attention_mask.flatten()
         longest = int(cu_seqlens.diff().max()) if longest is None else longest
         window = sliding_window if sliding_window and sliding_window < longest else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -31,6 +33,20 @@ class TooManyLost(PlainError):
     """Environments failed in more episodes than `rollout.max_lost` allows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Which episodes are to be played, and how they are sampled."""
+
+    tasks: list[Task]
+    temperature: float
+    seed: int
+    group: int = 1  # so many tasks in a row are of one game
+
+
+class Dropped(Exception):
+    """The rollout is not wanted any more."""
+
+
 class Rollouts:
     """What plays a run's episodes: its engine and its environments. `open_rollouts` makes and ends one."""
 
@@ -46,25 +62,35 @@ class Rollouts:
         self.agent, self.engine, self.family = agent, engine, family
         self.prompter, self.config = prompter, config
         self.seats = Workers(workers) if workers else Seats(family.make)
+        self.dropped = threading.Event()
 
-    def play(
-        self, tasks: list[Task], *, temperature: float, seed: int, group: int = 1
-    ) -> Trajectories:
-        """An episode of each task with the agent's weights of now, packed; `group` in a row are of one game.
+    def drop(self) -> None:
+        """Ends what another thread plays, now and from now on, with Dropped."""
+        self.dropped.set()
+
+    def play_on(self, draw: Draw, following: Draw | None) -> Trajectories:
+        """As `play`; another player may begin with the `following` ones."""
+        return self.play(draw)
+
+    def play(self, draw: Draw) -> Trajectories:
+        """An episode of each task with the agent's weights of now, packed.
 
         Of many processes each plays its share, and gets to know them all. The same seed gives the same episodes,
         however many are played at once. TooManyLost where environments failed too often.
         """
-        world, numbered = self.agent.world, list(enumerate(tasks))
+        world, tasks, numbered = self.agent.world, draw.tasks, list(enumerate(draw.tasks))
         plays = [
             Play(None, task, self.family, self.config, number)
             for number, task in world.share(numbered)
         ]
         most = self.config.rollout.max_lost * len(tasks)
         with world.whole(self.agent.model), awake(self.engine):
-            voice = Sampled(self.engine, temperature, seed)
-            stage = Stage(self.seats, self.prompter, voice, self.agent.decode)
-            lost = stage.run(plays, most=most, at_once=self.engine.capacity)
+            voice = Sampled(self.engine, draw.temperature, draw.seed)
+            stage = Stage(
+                self.seats, self.prompter, voice, self.agent.decode, dropped=self.dropped.is_set
+            )
+            at_once = min(self.engine.capacity, self.config.rollout.slots)
+            lost = stage.run(plays, most=most, at_once=at_once)
         lost = world.gather(lost)
         whole = world.gather([(play.number, play.episode) for play in plays if play.over])
         if len(lost) > most or not whole:
@@ -73,7 +99,7 @@ class Rollouts:
                 f"({self.config.rollout.max_lost:g}) allows: {describe_lost(lost)}"
             )
         for number, episode in whole:
-            episode.group = number // group
+            episode.group = number // draw.group
         trajectories = pack([episode for _, episode in whole], self.agent.find_roles)
         trajectories.lost = lost
         return trajectories
@@ -208,9 +234,18 @@ class Workers:
 class Stage:
     """Episodes under way. Each runs until it waits; what they wait for is made for all of them at once."""
 
-    def __init__(self, seats: Seats | Workers, prompter: Prompter, voice: Voice, decode: Decode):
-        """decode: ids -> bytes."""
+    def __init__(
+        self,
+        seats: Seats | Workers,
+        prompter: Prompter,
+        voice: Voice,
+        decode: Decode,
+        *,
+        dropped: Callable[[], bool] = lambda: False,
+    ):
+        """decode: ids -> bytes. dropped: whether to end with Dropped."""
         self.seats, self.prompter, self.voice, self.decode = seats, prompter, voice, decode
+        self.dropped = dropped
         self.runs: dict[Play, Any] = {}  # their coroutines
         self.looking: list[Play] = []  # for a prompt
         self.asking = 0  # for a response
@@ -222,6 +257,8 @@ class Stage:
         queue = deque(plays)
         try:
             while queue or self.runs:
+                if self.dropped():
+                    raise Dropped
                 while queue and len(self.runs) < at_once and self.seat(queue[0]):
                     queue.popleft()
                 if not self.runs:

@@ -29,6 +29,7 @@ def summarise(trajectories: Trajectories) -> dict[str, float]:
         "rollout/response_tokens": trajectories.response_ids.numel() / turns,
         **summarise_limits("rollout", trajectories.episodes),
         "rollout/lost": len(trajectories.lost),
+        "rollout/updates_behind": trajectories.updates_behind,
         **summarise_groups(trajectories),
     }
 

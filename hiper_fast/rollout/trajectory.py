@@ -102,6 +102,7 @@ class Trajectories:
     group: Tensor  # int64 [trajectories]; equal: episodes of the same game
     episodes: list[Episode]
     lost: list[Lost] = field(default_factory=list)  # which are not among them
+    updates_behind: int = 0  # by how many the weights that played are older than those of now
 
     @property
     def turns(self) -> int:
