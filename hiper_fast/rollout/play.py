@@ -217,7 +217,7 @@ class Workers:
 
     def take(self) -> Worker | None:
         """One that need not rest, if there is one."""
-        for _ in self.free:
+        for _ in range(len(self.free)):
             worker = self.free.popleft()
             if worker.ready_at <= time.monotonic():
                 return worker
