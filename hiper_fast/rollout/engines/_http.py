@@ -15,17 +15,7 @@ from hiper_fast.text import PlainError, shorten
 
 DELAYS = 0.5, 1.0, 2.0, 4.0, 8.0  # seconds before each further try
 LONGEST_DELAY = 60.0  # that a server may ask for
-PASSING = {
-    None,
-    200,
-    408,
-    425,
-    429,
-    500,
-    502,
-    503,
-    504,
-}  # statuses of what may be otherwise the next time
+PASSING = {None, 200, 408, 425, 429, 500, 502, 503, 504}  # statuses that may pass
 MOST_BYTES = 2**24  # of an answer
 MOST_SAID = 160  # characters of why a server refuses
 
@@ -90,7 +80,7 @@ class Server:
             raise ServerError(said, reply.status, read_delay(reply))
         try:
             return read(json.loads(body))
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             said = f"{where} answers what is no answer: {show(body)}"
             raise ServerError(said, reply.status) from None
 

@@ -65,8 +65,12 @@ class Engine:
         )
         self.api = choose_api(self.server, agent, config)
         self.capacity = options.concurrency
-        self.wanted: queue.SimpleQueue = queue.SimpleQueue()  # (key, request), None: enough
-        self.done: queue.SimpleQueue = queue.SimpleQueue()  # (key, request, answer or error)
+        self.wanted: queue.SimpleQueue = (
+            queue.SimpleQueue()
+        )  # (key, request, content), None: enough
+        self.done: queue.SimpleQueue = (
+            queue.SimpleQueue()
+        )  # (key, request, what is said or an error)
         self.under_way: dict[int, Request] = {}
         self.threads: list[threading.Thread] = []
 
@@ -78,32 +82,33 @@ class Engine:
 
     def submit(self, key: int, request: Request) -> None:
         self.under_way[key] = request
-        self.wanted.put((key, request))
+        self.wanted.put((key, request, self.api.write(request)))
         if len(self.threads) < min(len(self.under_way), self.capacity):
             self.threads.append(threading.Thread(target=self.work, daemon=True))
             self.threads[-1].start()
 
     def work(self) -> None:
-        """Answers one request after the other, in a thread of its own."""
+        """Asks for one response after the other, in a thread of its own, which no tokenizer is fit for."""
         while job := self.wanted.get():
-            key, request = job
+            key, request, content = job
             if self.under_way.get(key) is not request:
                 continue
             try:
-                outcome = self.api.answer(request)
+                said = self.server.ask(self.api.path, content, self.api.read)
             except Exception as error:  # raised where answers are collected
-                outcome = error
-            self.done.put((key, request, outcome))
+                said = error
+            self.done.put((key, request, said))
 
     def collect(self) -> list[tuple[int, Answer]]:
         answers = []
-        for key, request, outcome in drain(self.done):
+        for key, request, said in drain(self.done):
             if self.under_way.get(key) is not request:
                 continue
             del self.under_way[key]
-            if isinstance(outcome, Exception):
-                raise outcome
-            answers.append((key, outcome))
+            if isinstance(said, Exception):
+                raise said
+            ids = self.api.tokenize(said)
+            answers.append((key, Answer(ids, [math.nan] * len(ids))))
         return answers
 
     def cancel(self, key: int) -> None:
@@ -158,8 +163,8 @@ class Tokens:
             )
         return True
 
-    def answer(self, request: Request) -> Answer:
-        content = describe(self.model, request, self.limit) | {
+    def write(self, request: Request) -> dict[str, Any]:
+        return describe(self.model, request, self.limit) | {
             "prompt": request.ids,
             "stop_token_ids": list(self.agent.stop_ids),
             "return_token_ids": True,
@@ -167,13 +172,16 @@ class Tokens:
             "min_p": 0,
             "repetition_penalty": 1,
         }
-        return self.server.ask(self.path, content, self.read)
 
-    def read(self, reply: Any) -> Answer:
+    def read(self, reply: Any) -> list[int]:
+        """What is said; whatever it raises, it is none."""
         ids = reply["choices"][0]["token_ids"]
         if not ids or not all(type(i) is int and 0 <= i < len(self.agent.pieces) for i in ids):
             raise ValueError("token_ids")
-        return make_answer(ids)
+        return ids
+
+    def tokenize(self, said: list[int]) -> list[int]:
+        return said
 
 
 class Chat:
@@ -192,25 +200,26 @@ class Chat:
         self.before, self.after = find_frame(agent.tokenizer, config.agent.chat_template)
 
     def probe(self) -> None:
-        self.ask(Request(self.agent.tokenizer("a")["input_ids"], 0, 0.0), limit=1)
+        """ServerError where the server does not answer."""
+        request = Request(self.agent.tokenizer("a")["input_ids"], seed=0, temperature=0.0)
+        self.server.ask(self.path, self.write(request) | {"max_tokens": 1}, self.read)
 
-    def answer(self, request: Request) -> Answer:
-        return self.ask(request, self.limit)
-
-    def ask(self, request: Request, limit: int) -> Answer:
+    def write(self, request: Request) -> dict[str, Any]:
         text = self.agent.tokenizer.decode(request.ids, clean_up_tokenization_spaces=False)
         text = text.removeprefix(self.before).removesuffix(self.after)
-        content = describe(self.model, request, limit)
-        content["messages"] = [{"role": "user", "content": text}]
-        return self.server.ask(self.path, content, self.read)
+        messages = [{"role": "user", "content": text}]
+        return describe(self.model, request, self.limit) | {"messages": messages}
 
-    def read(self, reply: Any) -> Answer:
+    def read(self, reply: Any) -> tuple[str, bool]:
+        """What is said, and whether to its end; whatever it raises, it is none."""
         choice = reply["choices"][0]
         text = choice["message"]["content"] or ""  # null beside a thought that was cut
-        ids = self.agent.tokenizer(replace_surrogates(text), add_special_tokens=False)["input_ids"]
-        if choice.get("finish_reason") != "length" or not ids:
-            ids.append(self.agent.stop_ids[0])
-        return make_answer(ids)
+        return replace_surrogates(text), choice.get("finish_reason") != "length"
+
+    def tokenize(self, said: tuple[str, bool]) -> list[int]:
+        text, ended = said
+        ids = self.agent.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.agent.stop_ids[0]] if ended or not ids else ids
 
 
 def take(content: Any, *path: str | int) -> Any:
@@ -240,10 +249,6 @@ def describe(model: str, request: Request, limit: int) -> dict[str, Any]:
         "top_p": 1,
         "seed": request.seed % SEEDS,
     }
-
-
-def make_answer(ids: list[int]) -> Answer:
-    return Answer(ids, [math.nan] * len(ids))
 
 
 def choose_api(server: Server, agent: Speaker, config: Config) -> Tokens | Chat:
