@@ -27,8 +27,8 @@ from hiper_fast.envs.family import Task
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import Rollouts, describe_lost, open_rollouts
-from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.policy import load_policy
+from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
 from hiper_fast.runs import checkpoint

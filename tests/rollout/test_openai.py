@@ -144,7 +144,7 @@ def test_many_are_under_way_at_once_and_each_gets_its_own_answer(folder, tokeniz
 
     with serve(Endpoint(tokenizer)) as endpoint:
         endpoint.reply = reply
-        engine = make_engine(folder, endpoint, concurrency=8)
+        engine = make_engine(folder, endpoint, slots=8)
         answers = answer(engine, *(ask(tokenizer, seed=seed) for seed in range(16)))
     assert engine.capacity == len(engine.threads) == 8
     texts = [engine.api.agent.decode(found.ids).decode() for found in answers]

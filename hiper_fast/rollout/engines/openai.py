@@ -45,7 +45,7 @@ class Options(RolloutConfig):
     api_key_variable: str = option(
         "", "environment variable that holds the API key, as OPENAI_API_KEY; none: no key is sent"
     )
-    concurrency: int = option(64, "requests under way at once", above=0, most=1024)
+    slots: int = option(64, "episodes played, and requests under way, at once", above=0, most=1024)
     timeout: float = option(60.0, "seconds that an answer may take", above=0)
 
 
@@ -64,7 +64,7 @@ class Engine:
             options.base_url, timeout=options.timeout, key=read_key(options.api_key_variable)
         )
         self.api = choose_api(self.server, agent, config)
-        self.capacity = options.concurrency
+        self.capacity = options.slots
         self.wanted: queue.SimpleQueue = (
             queue.SimpleQueue()
         )  # (key, request, content), None: enough
