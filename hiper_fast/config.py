@@ -100,8 +100,8 @@ class RolloutConfig:
 
     engine: str = option(
         "paged",
-        "what samples responses: paged (the model that trains, here), another that is installed, or "
-        "package.module:Engine",
+        "what samples responses: paged (the model that trains, here), openai (a served model, for eval and "
+        "play), another that is installed, or package.module:Engine. It may bring options of its own",
     )
     slots: int = option(
         256, "episodes played at once in a process; the others wait for a free place", above=0

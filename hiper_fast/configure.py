@@ -91,7 +91,7 @@ def read_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, run: Path | None
 ) -> tuple[Config, list[Setting]]:
     """The configuration, and the settings of the run that it goes on with or looks at, if any."""
-    own = list(read_file(run, local=False)) if run else []
+    own = list(read_file(run)) if run else []
     given = read_arguments(parser, argv, own)
     files = given.pop("config", [])
     if given.get("run.resume_from", NONE[0]) not in NONE:
@@ -218,14 +218,16 @@ def let_later_count(settings: Sequence[Setting]) -> Iterator[Setting]:
 
 
 def select_own(own: Sequence[Setting], settings: Sequence[Setting]) -> list[Setting]:
-    """A run's own settings that count below `settings`: of another environment's or engine's none that suit only that
-    one, and never what this one does not have, as an older run may."""
+    """A run's own settings that count below `settings`: none of its machine, of another environment or engine none that
+    suit only that one, and never what this one does not have, as an older run may."""
     whole = [*own, *settings]
     changed = [
         choice for choice in CHOICES if name_choice(choice, own) != name_choice(choice, whole)
     ]
     options = list_options(make_config(whole))
-    alien = {option.name for option in COMMON.values() if option.per_env and ENVIRONMENT in changed}
+    alien = {option.name for option in options.values() if option.local}
+    if ENVIRONMENT in changed:
+        alien |= {option.name for option in COMMON.values() if option.per_env}
     for choice in CHOICES:
         section, known = find_section(choice), COMMON if choice in changed else options
         alien |= {name for _, name, _ in own if find_section(name) == section} - known.keys()
@@ -350,26 +352,20 @@ def read_files(files: Sequence[str | Path]) -> list[Setting]:
     return [setting for file in files for setting in read_file(file)]
 
 
-def read_file(path: str | Path, *, local: bool = True) -> Iterator[Setting]:
+def read_file(path: str | Path) -> Iterator[Setting]:
     """The settings of a YAML file of sections (`env: {size: medium}`), or of the recipe of that name; over those of
-    the recipe that it calls its `base`, if any.
-
-    local: with those options that belong to the machine.
-    """
+    the recipe that it calls its `base`, if any."""
     source = f"--config {show_name(path)}"
     content = load_yaml(path, source)
     if isinstance(content, dict) and (base := content.pop("base", None)) is not None:
-        yield from read_file(find_base(base, source), local=local)
-    skipped = set() if local else {o.name for o in COMMON.values() if o.local}
-    for setting in read_sections(content, source):
-        if setting[1] not in skipped:
-            yield setting
+        yield from read_file(find_base(base, source))
+    yield from read_sections(content, source)
 
 
 def read_run(folder: Path) -> list[Setting]:
-    """The settings of a run's own options, without those that belong to the machine."""
+    """The settings of a run's own options."""
     try:
-        return list(read_file(folder / CONFIG, local=False))
+        return list(read_file(folder / CONFIG))
     except ConfigError as error:
         raise ConfigError(
             f"{error}; each of the run's checkpoints has a copy of it, {CHECKPOINT_CONFIG}"

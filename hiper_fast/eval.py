@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from hiper_fast import configure
-from hiper_fast.agent.loading import load_agent
 from hiper_fast.agent.runtime import configure_torch
 from hiper_fast.config import Config
 from hiper_fast.envs.base import GameError
@@ -29,6 +28,7 @@ from hiper_fast.options import ConfigError
 from hiper_fast.rollout.ahead import Ahead
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import Draw, Rollouts, describe_lost, open_rollouts
+from hiper_fast.rollout.policy import load_policy
 from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.summary import summarise_limits, summarise_scores
 from hiper_fast.rollout.trajectory import Episode, Trajectories
@@ -117,7 +117,7 @@ class Played:
 def play_panel(path: Path, config: Config, seeds: Sequence[int]) -> tuple[list[Played], dict]:
     """The panel of one checkpoint's configuration, once a seed; and what the environment says of its data."""
     games = Games(config)
-    agent = load_agent(config.model, config.run.seed, speech=config.agent)
+    agent = load_policy(config, config.run.seed)
     prompter = make_prompter(agent.tokenizer, config.agent, games.family)
     played, health = [], Health()
     with open_rollouts(agent, games.family, prompter, config) as rollouts:
@@ -213,7 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         help="a run's folder, for its best checkpoint; a folder under runs/<name>/checkpoints; or any causal LM "
-        "folder. Of several each gets a row, and all are pooled over games",
+        "folder (its tokenizer is enough where another serves it: --rollout.engine openai). Of several each gets a "
+        "row, and all are pooled over games",
     )
     parser.add_argument(
         "--config", action="append", help="the run's config.yaml [found beside the checkpoint]"

@@ -22,7 +22,6 @@ from rich.text import Text
 
 from hiper_fast import configure, response
 from hiper_fast.agent.agent import Agent
-from hiper_fast.agent.loading import load_agent
 from hiper_fast.agent.runtime import configure_torch
 from hiper_fast.config import Config
 from hiper_fast.envs.base import GameError
@@ -43,6 +42,7 @@ from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import Sampled
+from hiper_fast.rollout.policy import load_policy
 from hiper_fast.rollout.prompter import make_prompter
 from hiper_fast.rollout.trajectory import Episode, pack
 from hiper_fast.runs import checkpoint
@@ -67,8 +67,8 @@ class Mind:
 
     def __init__(self, path: Path, config: Config, games: Games, temperature: float, seed: int):
         config.train.kl_coef = 0.0  # no reference model: nothing is learned here
-        self.config, self.agent = config, load_agent(config.model, seed, speech=config.agent)
-        if (path / "critic.safetensors").exists():
+        self.config, self.agent = config, load_policy(config, seed)
+        if self.agent.model is not None and (path / "critic.safetensors").exists():
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
         self.prompter = make_prompter(self.agent.tokenizer, config.agent, games.family)
         self.temperature, self.seed = temperature, seed

@@ -126,7 +126,7 @@ def list_changes(config: Config, folder: Path, saved: Path | None) -> list[str]:
 
 def _read_options(file: Path) -> list[Setting]:
     try:
-        return list(configure.read_file(file, local=False))
+        return list(configure.read_file(file))
     except ConfigError as error:
         raise CheckpointError(f"{error}; use another checkpoint") from None
 

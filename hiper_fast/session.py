@@ -38,6 +38,7 @@ from hiper_fast.resuming import (
 from hiper_fast.rollout.ahead import Ahead, check_ahead
 from hiper_fast.rollout.games import Games
 from hiper_fast.rollout.play import Rollouts, TooManyLost, describe_lost, open_rollouts
+from hiper_fast.rollout.policy import refuse_own_weights
 from hiper_fast.rollout.prompter import Prompter, make_prompter
 from hiper_fast.rollout.trajectory import Trajectories
 from hiper_fast.runs import checkpoint, model_card, report, trackers
@@ -203,6 +204,7 @@ class Session:
 @contextlib.contextmanager
 def open_session(config: Config, world: World, stopping: Stopping) -> Iterator[Session]:
     """The run as it stands before its first, or next, update."""
+    refuse_own_weights(config)
     folder, saved, changes = world.first(lambda: find_run_folder(config)), None, []
     with contextlib.ExitStack() as stack:
         if config.run.resume:

@@ -11,7 +11,7 @@ import yaml
 from hiper_fast import configure
 from hiper_fast.agent.tiny import build_model, load_tokenizer
 from hiper_fast.config import SHORT, Config, RolloutConfig
-from hiper_fast.configure import RECIPES, resolve
+from hiper_fast.configure import RECIPES, make_config, resolve
 from hiper_fast.envs.family import families
 from hiper_fast.options import ConfigError, convert, flatten, list_options, option
 from hiper_fast.rollout import engines
@@ -21,7 +21,7 @@ from hiper_fast.runs.folder import find_run_folder, format_config, write_config
 OPTIONS = {
     name: option
     for family in ("household", "alfworld", "webshop")
-    for name, option in list_options(Config(env=families.find(family).Options())).items()
+    for name, option in list_options(make_config([("", "env.name", family)])).items()
 }
 FAMILY = {
     "env.size": "household",
@@ -392,6 +392,7 @@ def test_an_option_of_another_environment_is_unknown(capsys):
 @dataclasses.dataclass(slots=True)
 class RemoteOptions(RolloutConfig):
     host: str = option("here", "where it runs")
+    cores: int = option(1, "of this machine", above=0, local=True)
 
 
 @pytest.fixture
@@ -404,7 +405,7 @@ def remote(monkeypatch):
 
 def test_an_engine_brings_options_of_its_own(tmp_path, capsys, remote):
     file = write(tmp_path / "a.yaml", "rollout: {host: there, engine: remote}")
-    assert parse("--config", file).rollout == RemoteOptions("remote", "there")
+    assert parse("--config", file).rollout == RemoteOptions(engine="remote", host="there")
     assert parse("--rollout.host=far", "--rollout.engine=remote").rollout.host == "far"
     with pytest.raises(SystemExit):
         parse("--rollout.engine", "remote", "--env=webshop", "--help")
@@ -423,6 +424,13 @@ def test_a_run_that_goes_on_with_another_engine_leaves_the_options_of_the_first(
     own = list(configure.read_sections(dataclasses.asdict(trained), "a run"))
     assert resolve(own=own).rollout.host == "there"
     assert type(resolve(given={"rollout.engine": "paged"}, own=own).rollout) is Options
+
+
+def test_what_an_engine_has_of_a_machine_stays_there(remote):
+    trained = resolve(given={"rollout.engine": "remote", "rollout.cores": 8})
+    own = list(configure.read_sections(dataclasses.asdict(trained), "a run"))
+    assert trained.rollout.cores == 8 and resolve(own=own).rollout.cores == 1
+    assert resolve(given={"rollout.cores": 4}, own=own).rollout.cores == 4
 
 
 def test_options_of_an_engine_are_those_of_every_engine_and_more(remote):
@@ -714,14 +722,14 @@ def test_a_runs_own_environment_counts_where_it_is_played_again(tmp_path):
     """And what a run knew that this environment does not have is left out."""
     write_config(resolve(given={"env.name": "webshop", "env.max_turns": 4}), tmp_path)
     file = tmp_path / "config.yaml"
-    own = list(configure.read_file(file, local=False))
+    own = list(configure.read_file(file))
     assert resolve(own=own).env == resolve([file]).env and resolve(own=own).env.max_turns == 4
     other = resolve(given={"env.name": "household"}, own=own)
     assert other.env == resolve(given={"env.name": "household"}).env
     limits = {"max_prompt_tokens": 384, "max_response_tokens": 28, "fallback": 30}
     assert other.agent == dataclasses.replace(resolve([file]).agent, **limits)
     file.write_text(file.read_text().replace("env:", "env:\n  size: large"))
-    assert resolve(own=list(configure.read_file(file, local=False))).env.max_turns == 4
+    assert resolve(own=list(configure.read_file(file))).env.max_turns == 4
     with pytest.raises(ConfigError, match="unknown option 'env.size'"):
         resolve([file])
 

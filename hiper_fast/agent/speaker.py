@@ -17,7 +17,7 @@ class Speaker:
     ConfigError where none does.
     """
 
-    model = None  # the weights, where they are here
+    model = critic = None  # networks, where they are here
 
     def __init__(
         self,
