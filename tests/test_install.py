@@ -22,6 +22,9 @@ CONTRACT = {
     "linear_ppo": "hidden weight targets old_logprobs advantages * ref_logprobs=None temperature=1.0 "
     "bias=None softcap=None clip_low=0.2 clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 "
     "denominator=None",
+    "rms_norm": "x weight eps=1e-06",
+    "swiglu": "gate up",
+    "rope": "query key cos sin",
     "implementations": "",
 }
 

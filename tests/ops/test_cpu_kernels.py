@@ -72,6 +72,9 @@ def test_exp_at_the_edges(instructions):
         "ppo_loss",
         "value_loss",
         "linear_ppo",
+        "rms_norm",
+        "swiglu",
+        "rope",
     ],
 )
 def test_agrees_with_the_reference(instructions, op):
