@@ -114,6 +114,28 @@ struct PagedAttention {
 
 template <class Isa, class Stored>
 void paged_attention(const PagedAttention<Stored>& call, int threads);
+// x, out: [rows, width].
+template <class Isa, class T>
+void rms_norm(const T* x, const T* weight, int64_t rows, int64_t width, double eps, T* out, int threads);
+
+// grad_x: [rows, width]; grad_weight: [width]. Either may be null.
+template <class Isa, class T>
+void rms_norm_backward(const T* grad, const T* x, const T* weight, int64_t rows, int64_t width, double eps,
+                       T* grad_x, T* grad_weight, int threads);
+
+template <class Isa, class T>
+void swiglu(const T* gate, const T* up, int64_t count, T* out, int threads);
+
+template <class Isa, class T>
+void swiglu_backward(const T* grad, const T* gate, const T* up, int64_t count, T* grad_gate, T* grad_up,
+                     int threads);
+
+// x: [batch, heads, tokens, width] with the strides given, width even; cos, sin: [batch, tokens, width], or if
+// shared [tokens, width]; out: [batch, tokens, heads, width]. back: the transpose, which the gradient takes.
+template <class Isa, class T>
+void rope(const T* x, const T* cos, const T* sin, int64_t batch, int64_t heads, int64_t tokens, int64_t width,
+          int64_t batch_stride, int64_t head_stride, int64_t token_stride, bool shared, bool back, T* out,
+          int threads);
 
 // e^x as the float kernels have it.
 template <class Isa>

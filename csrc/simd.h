@@ -116,5 +116,14 @@ void store(T* to, int64_t left, Vec<T> x) {
   copy<T>(to, &x, left);
 }
 
+// Calls body(i, left) for each vector of `count` elements: `left` tells load and store how many remain, and is a
+// constant but for the last, so that they are single moves.
+template <class T, class Body>
+void each_vector(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, kLanes<T>);
+  if (i < count) body(i, count - i);
+}
+
 }  // namespace
 }  // namespace hiper_fast

@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class Size(NamedTuple):
 
 SIZES = {"full": Size(128, 50, 290, 1024, 128, 4096), "tiny": Size(4, 5, 40, 16, 8, 50)}
 OF_TOKENS = "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss"
-OF_ROWS = "linear_logprobs", "linear_ppo"
+OF_ROWS = "linear_logprobs", "linear_ppo", "rms_norm", "swiglu", "rope"
 HEADS, HEAD_SIZE, BLOCK = 2, 64, 16  # of the attention, whose sequences are one to a trajectory
 COUNTED = dict.fromkeys(OF_TOKENS, "tokens") | dict.fromkeys(OF_ROWS, "rows")  # the others: turns
 COUNTED["paged_attention"] = "trajectories"
@@ -111,12 +111,17 @@ def make_inputs(size: Size, device: str = "cpu") -> SimpleNamespace:
     x.row_advantages = draw(rows)
     per_sequence = math.ceil(size.tokens / BLOCK)
     pool = size.trajectories * per_sequence
-    x.query = draw(size.trajectories, HEADS, HEAD_SIZE)
+    x.asked = draw(size.trajectories, HEADS, HEAD_SIZE)
     x.key_pool, x.value_pool = (draw(pool, BLOCK, HEADS, HEAD_SIZE) for _ in range(2))
     order = torch.randperm(pool, generator=generator, dtype=torch.int32)
     x.blocks = order.view(size.trajectories, per_sequence).to(device)
     x.cu_query = torch.arange(size.trajectories + 1, dtype=torch.int32).to(device)
     x.lengths = torch.full((size.trajectories,), size.tokens, dtype=torch.int32).to(device)
+    x.scale = draw(size.width, grad=True)  # of the norm
+    x.gate, x.up = (draw(rows, 2 * size.width, grad=True) for _ in range(2))
+    shape = rows, 2 * (size.width // 2)
+    x.query, x.key = (draw(1, heads, *shape, grad=True) for heads in (2, 1))
+    x.cos, x.sin = draw(1, *shape), draw(1, *shape)
     return x
 
 
@@ -130,7 +135,7 @@ def run_hae(which: ModuleType, x: SimpleNamespace) -> ops.HAE:
 def make_calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
     """Op -> a call of it in `ops` or `ops.reference`, also backward where it has gradients."""
     turns = x.rewards, x.values_low, x.terminated, x.cu_turns
-    paged = x.query, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths
+    paged = x.asked, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths
     responses, linear = (x.levels, x.roles, x.cu_tokens), (x.hidden, x.weight, x.targets)
 
     def run_linear_logprobs(which):
@@ -150,6 +155,15 @@ def make_calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
         result = which.linear_ppo(*linear, x.row_old, x.row_advantages, ref_logprobs=x.row_ref)
         return add_gradients(result, x.hidden, x.weight)
 
+    def run_rms_norm(which):
+        return pull_back([which.rms_norm(x.hidden, x.scale)], x.hidden, x.scale)
+
+    def run_rope(which):
+        return pull_back(which.rope(x.query, x.key, x.cos, x.sin), x.query, x.key)
+
+    def run_swiglu(which):
+        return pull_back([which.swiglu(x.gate, x.up)], x.gate, x.up)
+
     return {
         "hae": lambda which: run_hae(which, x),
         "gae": lambda which: which.gae(*turns, gamma=GAMMA, lambda_=0.9),
@@ -162,6 +176,9 @@ def make_calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
         "value_loss": run_value_loss,
         "linear_ppo": run_linear_ppo,
         "paged_attention": lambda which: which.paged_attention(*paged),
+        "rms_norm": run_rms_norm,
+        "rope": run_rope,
+        "swiglu": run_swiglu,
     }
 
 
@@ -169,6 +186,12 @@ def add_gradients(result, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(loss, its gradients); an op gives its loss with metrics, the reference gives it alone."""
     loss = result[0] if isinstance(result, tuple) else result
     return loss, *torch.autograd.grad(loss, inputs)
+
+
+def pull_back(results: Sequence[torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The results, and the inputs' gradients where the results' are the results themselves."""
+    values = [result.detach() for result in results]
+    return *results, *torch.autograd.grad(results, inputs, values)
 
 
 def measure(call: Callable[[], object], device: str, budget: float = BUDGET) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiper_fast import ops
-from hiper_fast.agent import attention
+from hiper_fast.agent import attention, fused
 from hiper_fast.agent.head import measure, read_hidden
 from hiper_fast.agent.layers import compile_layers, find_layers
 from hiper_fast.agent.lora import list_zero_starts
@@ -54,6 +54,8 @@ class Agent(Speaker):
         world: World = ALONE,
     ):
         attention.use(model)
+        if not config.compile:  # the compiler fuses these itself
+            fused.use(model)
         pieces = list_pieces(tokenizer, len(model.get_input_embeddings().weight))
         super().__init__(tokenizer, pieces, find_stop_ids(model, tokenizer), world)
         self.model, self.config, self.tiny = model, config, tiny

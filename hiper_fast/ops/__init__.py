@@ -14,7 +14,10 @@ from hiper_fast.ops.normalize import normalize
 from hiper_fast.ops.normalize_and_scatter import normalize_and_scatter
 from hiper_fast.ops.paged_attention import paged_attention
 from hiper_fast.ops.ppo_loss import ppo_loss
+from hiper_fast.ops.rms_norm import rms_norm
+from hiper_fast.ops.rope import rope
 from hiper_fast.ops.scatter_advantages import scatter_advantages
+from hiper_fast.ops.swiglu import swiglu
 from hiper_fast.ops.value_loss import value_loss
 
 __all__ = [
@@ -32,7 +35,10 @@ __all__ = [
     "paged_attention",
     "ppo_loss",
     "reference",
+    "rms_norm",
+    "rope",
     "scatter_advantages",
+    "swiglu",
     "value_loss",
 ]
 
@@ -58,6 +64,7 @@ _OPS = (
     "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter",
     "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo",
     "paged_attention",
+    "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 
 

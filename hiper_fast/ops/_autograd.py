@@ -65,6 +65,44 @@ def make_differentiable(op: str, run: Callable, places: Sequence[int]) -> Callab
     return refuse_forward_over_reverse(op, Loss)
 
 
+def make_recomputing(
+    op: str,
+    run: Callable,
+    run_backward: Callable,
+    *,
+    tensors: int,
+    wanted: int,
+    kept: slice = slice(None),
+) -> Callable:
+    """A call of `run`, of `tensors` tensors and then options, once differentiable in its first `wanted` arguments.
+
+    Kept for backward are the tensors at `kept`, and nothing of what is made of them: `run_backward` takes the results'
+    gradients, those tensors, the options, and which of the `wanted` gradients are needed; it gives all of those.
+    """
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        @binds_at_once
+        def forward(*arguments):
+            return run(*arguments)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs[:tensors][kept])
+            ctx.options = inputs[tensors:]
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            needs, saved = ctx.needs_input_grad[:wanted], ctx.saved_tensors
+            with torch.no_grad():
+                grads = run_backward(*gradients, *saved, *ctx.options, *needs)
+            grads = refuse_twice(op, grads, *gradients, *saved)
+            named = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+            return *named, *(None,) * (tensors - wanted + len(ctx.options))
+
+    return refuse_forward_over_reverse(op, Recomputed)
+
+
 def scale(gradient: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
     """The saved gradients times that of the loss; with create_graph differentiable in the latter."""
     if (

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.ops import _head, _library
-from hiper_fast.ops._autograd import (
-    binds_at_once,
-    find_needs,
-    refuse_forward_over_reverse,
-    refuse_twice,
-)
+from hiper_fast.ops._autograd import find_needs, make_recomputing
 from hiper_fast.ops._head import Head, take
 
 
@@ -122,31 +117,12 @@ _op_backward = _library.define(
 )
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    """Forward keeps no logits; backward makes them again."""
-
-    @staticmethod
-    @binds_at_once
-    def forward(*arguments):
-        return _op(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, temperature, softcap, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.temperature, ctx.softcap = temperature, softcap
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        needs, saved = ctx.needs_input_grad[:3], ctx.saved_tensors
-        with torch.no_grad():
-            grads = _op_backward(*gradients, *saved, ctx.temperature, ctx.softcap, *needs)
-        grads = refuse_twice("linear_logprobs", grads, *gradients, *saved)
-        named = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return *named, None, None, None, None
+def _differentiate(grad_logprobs, grad_entropy, *saved_and_options):
+    *saved, _, need_hidden, need_weight, need_bias = saved_and_options  # without want_entropy
+    return _op_backward(grad_logprobs, grad_entropy, *saved, need_hidden, need_weight, need_bias)
 
 
-_call = refuse_forward_over_reverse("linear_logprobs", _LinearLogprobs)
+_call = make_recomputing("linear_logprobs", _op, _differentiate, tensors=4, wanted=3)
 
 
 def linear_logprobs(

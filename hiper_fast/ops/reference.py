@@ -346,6 +346,25 @@ def linear_ppo(
     )
 
 
+def rms_norm(x, weight, eps=1e-6) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = (wide * wide).sum(dim=-1, keepdim=True) / x.shape[-1]
+    return (wide / torch.sqrt(mean + eps)).to(x.dtype) * weight
+
+
+def swiglu(gate, up) -> Tensor:
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def rope(query, key, cos, sin) -> tuple[Tensor, Tensor]:
+    def turn(x):
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+        return x * cos[:, None] + turned * sin[:, None]  # one angle for all heads
+
+    return turn(query), turn(key)
+
+
 def _pair_bounds(cu) -> list[tuple[int, int]]:
     bounds = cu.tolist()
     return list(zip(bounds, bounds[1:], strict=False))

@@ -24,6 +24,9 @@ def losses(x):
         "linear_ppo": (lambda v: ops.linear_ppo(v, x.weight, *rows)[0], x.hidden),
         "ppo_loss": (lambda v: ops.ppo_loss(v, *tokens)[0], x.logprobs),
         "value_loss": (lambda v: ops.value_loss(v, x.values_low, x.rewards, x.switch)[0], x.values),
+        "rms_norm": (lambda v: ops.rms_norm(v, x.scale).square().sum(), x.hidden),
+        "swiglu": (lambda v: ops.swiglu(v, x.up).square().sum(), x.gate),
+        "rope": (lambda v: ops.rope(v, x.key, x.cos, x.sin)[0].square().sum(), x.query),
     }
 
 
@@ -51,7 +54,8 @@ def constants(x):
     }
 
 
-LOSSES = ("linear_logprobs", "linear_ppo", "ppo_loss", "value_loss")
+LAYERS = ("rms_norm", "swiglu", "rope")
+LOSSES = ("linear_logprobs", "linear_ppo", "ppo_loss", "value_loss", *LAYERS)
 CONSTANTS = ("hae", "gae", "normalize", "scatter_advantages", "normalize_and_scatter")
 for_every_loss = pytest.mark.parametrize("op", LOSSES)
 for_every_constant = pytest.mark.parametrize("op", CONSTANTS)

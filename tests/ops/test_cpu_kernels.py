@@ -73,6 +73,9 @@ def test_exp_at_the_edges(instructions):
         "value_loss",
         "linear_ppo",
         "paged_attention",
+        "rms_norm",
+        "swiglu",
+        "rope",
     ],
 )
 def test_agrees_with_the_reference(instructions, op):

@@ -19,7 +19,8 @@ from hiper_fast import bench, ops
 from hiper_fast.ops import _head, _library
 
 SIZE = bench.Size(3, 7, 40, 9, 14, 30)
-LOSSES = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo")
+LAYERS = ("rms_norm", "swiglu", "rope")
+LOSSES = ("linear_logprobs", "ppo_loss", "value_loss", "linear_ppo", *LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,13 @@ def raw_calls(x, softcap=None):
             True, True, False,
         ),
         "paged_attention": (
-            x.query, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths, None, 7, softcap, torch.zeros(2),
+            x.asked, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths, None, 7, softcap, torch.zeros(2),
         ),
+        "rms_norm": (hidden, detached["scale"], 1e-6),
+        "rms_norm_backward": (torch.randn_like(hidden), hidden, detached["scale"], 1e-6, True, True),
+        "swiglu": (detached["gate"], detached["up"]),
+        "swiglu_backward": (detached["up"], detached["gate"], detached["up"], True, True),
+        "rope": (detached["query"], detached["key"], x.cos, x.sin, False),
     }  # fmt: skip
 
 
@@ -68,7 +74,7 @@ HEADS = ["linear_logprobs", "linear_logprobs_backward", "linear_ppo"]
     "op, softcap",
     [(op, None) for op in [
         "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss",
-        "value_loss", "paged_attention", *HEADS,
+        "value_loss", "paged_attention", *HEADS, *LAYERS, "rms_norm_backward", "swiglu_backward",
     ]] + [(op, 2.0) for op in HEADS],
 )  # fmt: skip
 def test_opcheck(x, op, softcap):
@@ -99,12 +105,19 @@ def test_compiles_in_one_graph(x, op):
                     )[0]
                     for cap in (None, 2.0)
                 ),
+                "rms_norm": lambda: ops.rms_norm(x.hidden, x.scale).square(),
+                "swiglu": lambda: ops.swiglu(x.gate, x.up).square(),
+                "rope": lambda: torch.cat(ops.rope(x.query, x.key, x.cos, x.sin), 1).square(),
             }
             return 2 * given[op]().sum()
 
-        leaves = {"ppo_loss": (x.logprobs,), "value_loss": (x.values,)}.get(
-            op, (x.hidden, x.weight)
-        )
+        leaves = {
+            "ppo_loss": (x.logprobs,),
+            "value_loss": (x.values,),
+            "rms_norm": (x.hidden, x.scale),
+            "swiglu": (x.gate, x.up),
+            "rope": (x.query, x.key),
+        }.get(op, (x.hidden, x.weight))
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         result, expected = (torch.autograd.grad(f(), leaves) for f in (compiled, loss))
     else:
@@ -167,6 +180,9 @@ def test_losses_of_fake_tensors(x):
             (x.hidden, x.weight, x.targets, x.row_old, x.row_advantages),
             lambda *a: ops.linear_ppo(*a)[0],
         ),
+        ((x.hidden, x.scale), ops.rms_norm),
+        ((x.gate, x.up), ops.swiglu),
+        ((x.query, x.key, x.cos, x.sin), ops.rope),
     ):
         with FakeTensorMode() as mode:
             result = run(*map(mode.from_tensor, arguments))

@@ -59,7 +59,9 @@ def test_what_is_whole_is_trained_on(tmp_path, faults, options):
     assert all(row["loss/policy"] == row["loss/policy"] for row in rows), "updates were made"
     assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == 2
     # The panel's seeds leave 0, 1, 2, 3: one of four is lost.
-    assert [(row["eval/lost"], row["eval/episodes"]) for row in read(tmp_path, "eval")] == [(1, 3)] * 2
+    assert [(row["eval/lost"], row["eval/episodes"]) for row in read(tmp_path, "eval")] == [
+        (1, 3)
+    ] * 2
 
 
 def test_too_many_lost_stop_the_run_with_its_state_saved(tmp_path, capsys):
