@@ -2,11 +2,11 @@
 // Gimelshein, arXiv 1805.02867). A unit of work is some queries of one sequence; its rows are those queries
 // in each of the heads that share a head of keys, so that whatever is read of the pool serves all of them:
 //
-//     scores = rows @ keys.T                 8 sums at a time: 1 row by 8 keys, or 2 rows by 4
-//     weights = exp(scores - top)            row by row; where there is a new top, sum and out move to it
-//     out += weights @ values                8 vectors at a time: 1 row by 8, or 2 rows by 4
+//     scores = rows @ keys.T            1 row by 8 keys at a time, or 3 rows by 4
+//     weights = exp(scores - top)       row by row; where there is a new top, sum and out move to it
+//     out += weights @ values           1 row by 8 vectors at a time, or 3 rows by 4
 //
-// Both products leave out what a row does not see, but for the keys that fill up the 8 sums.
+// Both products leave out what a row does not see, but for what fills up such a group.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -25,13 +25,18 @@
 namespace hiper_fast {
 namespace {
 
-constexpr int kSums = 8;           // in registers at once: enough to hide how long a multiply-add takes
-constexpr int64_t kTile = 64;      // keys
-constexpr int64_t kMostRows = 32;  // of a unit with more than one query
+constexpr int kGroup = 3;          // rows at a time, where there is more than one
+constexpr int kMostAcross = 8;     // keys, or vectors of values, at a time
+constexpr int64_t kTile = 64;      // keys, a multiple of that
+constexpr int64_t kMostRows = 96;  // of a unit with more than one query
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 using Vector = Vec<float>;
 constexpr int64_t kWidth = kLanes<float>;
+
+// The sums of kRows rows fit the registers, and are enough to hide how long a multiply-add takes.
+template <int kRows>
+constexpr int kAcross = kRows == 1 ? kMostAcross : 4;
 
 int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
@@ -58,39 +63,48 @@ float widen(Half x) {
   return wide;
 }
 
-// totals[i] = the sum of sums[i]'s lanes.
-void add_lanes(const Vector (&sums)[kSums], float* totals) {
+// Keeps a vector that is used more than once in its register: else it is loaded for every use.
+inline void hold([[maybe_unused]] Vector& x) {
 #if defined(__AVX2__)
-  const auto add_four = [&](int i) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(sums[i], sums[i + 1]), _mm256_hadd_ps(sums[i + 2], sums[i + 3]));
-  };
-  const __m256 a = add_four(0), b = add_four(4);
-  const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
-  _mm256_storeu_ps(totals, _mm256_add_ps(low, high));
-#else
-  for (int i = 0; i < kSums; ++i) totals[i] = float(total(sums[i]));
+  asm("" : "+x"(x));
 #endif
 }
 
-// scores [kRows, kTile] of rows [kRows, size] and kSums / kRows keys.
-template <int kRows>
-void multiply(const float* rows, const float* const* keys, int64_t size, float* scores) {
-  constexpr int kKeys = kSums / kRows;
-  Vector sums[kSums] = {};
-  for (int64_t i = 0; i < size; i += kWidth) {
-    Vector row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = load(rows + r * size + i, kWidth);
-    for (int k = 0; k < kKeys; ++k) {
-      const Vector key = load(keys[k] + i, kWidth);
-      for (int r = 0; r < kRows; ++r) sums[r * kKeys + k] += row[r] * key;
-    }
-  }
-  float totals[kSums];
-  add_lanes(sums, totals);
-  for (int r = 0; r < kRows; ++r) std::copy_n(totals + r * kKeys, kKeys, scores + r * kTile);
+// totals[i] = the sum of the i-th vector's lanes.
+inline void add_lanes(Vector a, Vector b, Vector c, Vector d, float* totals) {
+#if defined(__AVX2__)
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  for (const Vector& x : {a, b, c, d}) *totals++ = float(total(x));
+#endif
 }
 
-// Adds to kVectors vectors of out [kRows, size], from `column` on, values [begin, end) by weights [kRows, kTile].
+// scores [kRows, kTile] of rows [kRows, size] and kAcross keys.
+template <int kRows>
+void multiply(const float* rows, const float* const* keys, int64_t size, float* scores) {
+  constexpr int kKeys = kAcross<kRows>;
+  Vector sums[kRows][kKeys];
+  for (auto& of_row : sums) std::fill_n(of_row, kKeys, Vector{});
+  for (int64_t i = 0; i < size; i += kWidth) {
+    Vector row[kRows];
+    for (int r = 0; r < kRows; ++r) hold(row[r] = load(rows + r * size + i, kWidth));
+    for (int k = 0; k < kKeys; ++k) {
+      Vector key = load(keys[k] + i, kWidth);
+      if (kRows > 1) hold(key);
+      for (int r = 0; r < kRows; ++r) sums[r][k] += row[r] * key;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < kKeys; k += 4) {
+      const Vector* const four = sums[r] + k;
+      add_lanes(four[0], four[1], four[2], four[3], scores + r * kTile + k);
+    }
+  }
+}
+
+// Adds to kVectors vectors of out [kRows, size], from `column` on, the values [begin, end) by their weights
+// [kRows, kTile].
 template <int kRows, int kVectors>
 void add_values(const float* weights, const float* const* values, int64_t begin, int64_t end, int64_t column,
                 float* out, int64_t size) {
@@ -102,7 +116,8 @@ void add_values(const float* weights, const float* const* values, int64_t begin,
   for (int64_t k = begin; k < end; ++k) {
     const float* const value = values[k] + column;
     for (int v = 0; v < kVectors; ++v) {
-      const Vector x = load(value + v * kWidth, kWidth);
+      Vector x = load(value + v * kWidth, kWidth);
+      if (kRows > 1) hold(x);
       for (int r = 0; r < kRows; ++r) sums[r][v] += weights[r * kTile + k] * x;
     }
   }
@@ -130,6 +145,53 @@ struct Seen {
   int64_t begin, end;  // keys of the tile
 };
 
+// Zeros at first, aligned to whole cache lines.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0) : lines_(size_t(round_up(size, kLine) / kLine)) {}
+  float* data() { return lines_.data()->x; }
+  bool empty() const { return lines_.empty(); }
+
+  static constexpr int64_t kLine = 16;
+
+ private:
+  struct alignas(4 * kLine) Line {
+    float x[kLine];
+  };
+  std::vector<Line> lines_;
+};
+
+// The keys of a tile, or its values, as float32 in whole vectors: where they lie, or copied.
+template <class Stored>
+class Tile {
+ public:
+  Tile(const Stored* pool, int64_t size)
+      : pool_(pool), size_(size), pitch_(round_up(size, kWidth) + Buffer::kLine) {}
+
+  // Those that `heads` heads have in `slots`, of one head.
+  void read(const int64_t* slots, int64_t count, int64_t heads, int64_t head, bool copies) {
+    copies = copies || !std::is_same_v<Stored, float> || size_ % kWidth != 0;
+    if (copies && copy_.empty()) copy_ = Buffer(kTile * pitch_);
+    for (int64_t k = 0; k < count; ++k) {
+      const Stored* const from = pool_ + (slots[k] * heads + head) * size_;
+      if constexpr (std::is_same_v<Stored, float>) vectors_[k] = from;
+      if (!copies) continue;
+      float* const to = copy_.data() + k * pitch_;
+      for (int64_t i = 0; i < size_; ++i) to[i] = widen(from[i]);
+      vectors_[k] = to;
+    }
+  }
+
+  const float* const* vectors() const { return vectors_; }
+
+ private:
+  const Stored* pool_;
+  // Copies lie a cache line further apart than they need to, lest those of a power of two share a few sets.
+  int64_t size_, pitch_;
+  Buffer copy_;
+  const float* vectors_[kTile];
+};
+
 // What a thread needs to work on units, one after another.
 template <class Stored>
 class Worker {
@@ -142,14 +204,20 @@ class Worker {
         queries_(most_rows * d_),
         out_(most_rows * d_v_),
         scores_(most_rows * kTile),
-        wide_keys_(copies(call.d) ? kTile * d_ : 0),
-        wide_values_(copies(call.d_v) ? kTile * d_v_ : 0),
+        sums_(most_rows * kWidth),
+        keys_(call.keys, call.d),
+        values_(call.values, call.d_v),
         top_(size_t(most_rows)),
-        sum_(size_t(most_rows)) {}
+        positions_(size_t(most_rows)) {}
 
   void attend(const Unit& unit) {
     unit_ = &unit;
     rows_ = count_rows(unit.queries * shared_);
+    // Rows that only fill up a group stand where the last query does.
+    std::fill_n(positions_.begin(), rows_, unit.position + unit.queries - 1);
+    for (int64_t query = 0; query < unit.queries; ++query) {
+      std::fill_n(positions_.begin() + query * shared_, shared_, unit.position + query);
+    }
     for (int64_t head = 0; head < unit.heads; ++head) begin(head);
     const int64_t end = unit.position + unit.queries;
     for (tile_ = first_seen(unit.position); tile_ < end; tile_ += kTile) {
@@ -160,29 +228,23 @@ class Worker {
     for (int64_t head = 0; head < unit.heads; ++head) finish(head);
   }
 
-  static int64_t count_rows(int64_t rows) { return rows == 1 ? 1 : round_up(rows, 2); }
+  static int64_t count_rows(int64_t rows) { return rows == 1 ? 1 : round_up(rows, kGroup); }
 
  private:
-  static bool copies(int64_t size) { return !std::is_same_v<Stored, float> || size % kWidth != 0; }
-
   int64_t first_seen(int64_t position) const { return std::max<int64_t>(0, position - call_.window + 1); }
 
-  // A row that fills up a pair is one more of the last query.
-  int64_t position_of(int64_t row) const {
-    return unit_->position + std::min(row / shared_, unit_->queries - 1);
-  }
-
   Seen seen_by(int64_t row) const {
-    const int64_t position = position_of(row);
+    const int64_t position = positions_[size_t(row)];
     return {std::max<int64_t>(0, first_seen(position) - tile_), std::min(keys_seen_, position + 1 - tile_)};
   }
 
   // Calls use(row, its place in query and out by heads) for the rows of a head.
   template <class Use>
   void each_row(int64_t head, Use use) const {
-    for (int64_t row = 0; row < unit_->queries * shared_; ++row) {
-      const int64_t its_head = (unit_->head + head) * shared_ + row % shared_;
-      use(head * rows_ + row, its_head, (unit_->row + row / shared_) * call_.heads + its_head);
+    int64_t row = head * rows_;
+    for (int64_t query = 0; query < unit_->queries; ++query) {
+      const int64_t first = (unit_->head + head) * shared_, place = (unit_->row + query) * call_.heads;
+      for (int64_t h = first; h < first + shared_; ++h) use(row++, h, place + h);
     }
   }
 
@@ -191,25 +253,27 @@ class Worker {
     std::fill_n(queries_.data() + first * d_, rows_ * d_, 0.0f);
     std::fill_n(out_.data() + first * d_v_, rows_ * d_v_, 0.0f);
     std::fill_n(top_.data() + first, rows_, kLowest);
-    std::fill_n(sum_.data() + first, rows_, 0.0);
+    std::fill_n(sums_.data() + first * kWidth, rows_ * kWidth, 0.0f);
     each_row(head, [this](int64_t row, int64_t its_head, int64_t place) {
       const float* const from = call_.query + place * call_.d;
-      std::transform(from, from + call_.d, queries_.data() + row * d_, [this](float x) { return x * call_.scale; });
+      const float scale = call_.scale;
+      std::transform(from, from + call_.d, queries_.data() + row * d_, [=](float x) { return x * scale; });
       if (!call_.sinks) return;
       top_[size_t(row)] = call_.sinks[its_head];
-      sum_[size_t(row)] = 1;
+      sums_.data()[row * kWidth] = 1;
     });
   }
 
   void finish(int64_t head) {
     each_row(head, [this](int64_t row, int64_t, int64_t place) {
       const float* const from = out_.data() + row * d_v_;
-      const float share = float(1 / sum_[size_t(row)]);
-      std::transform(from, from + call_.d_v, call_.out + place * call_.d_v, [=](float x) { return x * share; });
+      const float share = float(1 / total(load(sums_.data() + row * kWidth, kWidth)));
+      float* const to = call_.out + place * call_.d_v;
+      std::transform(from, from + call_.d_v, to, [=](float x) { return x * share; });
     });
   }
 
-  // Where in the pool the tile's keys lie; the last one stands also for those that fill up the sums.
+  // Where in the pool the tile's keys lie; the last one stands also for those that fill up a group.
   void find_slots() {
     const int32_t* const blocks = call_.blocks + unit_->sequence * call_.most;
     for (int64_t k = 0, at = tile_; k < keys_seen_;) {
@@ -223,28 +287,14 @@ class Worker {
       k += count;
       at += count;
     }
-    std::fill(slots_ + keys_seen_, slots_ + round_up(keys_seen_, kSums), slots_[keys_seen_ - 1]);
-  }
-
-  // The vectors of a head in the slots, where they lie or as a copy in float32 and whole vectors.
-  void find_vectors(const Stored* pool, int64_t head, int64_t size, int64_t padded, float* copy,
-                    const float** vectors) const {
-    const int64_t count = round_up(keys_seen_, kSums);
-    for (int64_t k = 0; k < count; ++k) {
-      const Stored* const from = pool + (slots_[k] * call_.kv_heads + head) * size;
-      if constexpr (std::is_same_v<Stored, float>) vectors[k] = from;
-      if (!copies(size)) continue;
-      float* const to = copy + k * padded;
-      for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
-      vectors[k] = to;
-    }
+    std::fill(slots_ + keys_seen_, slots_ + round_up(keys_seen_, kMostAcross), slots_[keys_seen_ - 1]);
   }
 
   void add_tile(int64_t head) {
-    find_vectors(call_.keys, unit_->head + head, call_.d, d_, wide_keys_.data(), keys_);
-    find_vectors(call_.values, unit_->head + head, call_.d_v, d_v_, wide_values_.data(), values_);
-    const int64_t first = head * rows_;
-    rows_ == 1 ? add_tile<1>(first) : add_tile<2>(first);
+    const int64_t count = round_up(keys_seen_, kMostAcross), first = head * rows_;
+    keys_.read(slots_, count, call_.kv_heads, unit_->head + head, false);
+    values_.read(slots_, count, call_.kv_heads, unit_->head + head, rows_ > kGroup);
+    rows_ == 1 ? add_tile<1>(first) : add_tile<kGroup>(first);
   }
 
   template <int kRows>
@@ -260,41 +310,36 @@ class Worker {
   // From the first row that sees the keys at hand to the last one.
   template <int kRows>
   void make_scores(const float* queries, float* scores) const {
-    constexpr int64_t kKeys = kSums / kRows;
+    constexpr int64_t kKeys = kAcross<kRows>;
     for (int64_t k = 0; k < keys_seen_; k += kKeys) {
       const int64_t after = tile_ + k - unit_->position;
       const int64_t first = std::max<int64_t>(0, after) * shared_ / kRows * kRows;
       const int64_t end = std::min(rows_, (after + kKeys + call_.window - 1) * shared_);
       for (int64_t row = first; row < end; row += kRows) {
-        multiply<kRows>(queries + row * d_, keys_ + k, d_, scores + row * kTile + k);
+        multiply<kRows>(queries + row * d_, keys_.vectors() + k, d_, scores + row * kTile + k);
       }
     }
   }
 
   // A row's scores to weights; what it does not see weighs nothing.
   void soften(int64_t row, Seen seen) {
-    float* const scores = scores_.data() + row * kTile;
-    const int64_t count = round_up(keys_seen_, kWidth);
-    if (seen.begin >= seen.end) {
-      std::fill_n(scores, count, 0.0f);
-      return;
-    }
-    if (call_.softcap > 0) cap(scores, count);
-    std::fill(scores, scores + seen.begin, kLowest);
-    std::fill(scores + seen.end, scores + count, kLowest);
-    Vector most = load(scores, kWidth);
-    for (int64_t k = kWidth; k < count; k += kWidth) {
-      const Vector next = load(scores + k, kWidth);
-      most = select(next > most, next, most);
-    }
-    move_to(row, largest(most));
-    Vector sum{};
-    for (int64_t k = 0; k < count; k += kWidth) {
+    float *const scores = scores_.data() + row * kTile, *const sums = sums_.data() + row * kWidth;
+    const int64_t begin = std::min(seen.begin, kTile) / kWidth * kWidth;
+    const int64_t end = std::max(begin, round_up(seen.end, kWidth));
+    std::fill(scores, scores + begin, 0.0f);
+    std::fill(scores + end, scores + kTile, 0.0f);
+    if (seen.begin >= seen.end) return;
+    if (call_.softcap > 0) cap(scores + begin, end - begin);
+    std::fill(scores + begin, scores + seen.begin, kLowest);
+    std::fill(scores + seen.end, scores + end, kLowest);
+    move_to(row, largest(scores + begin, end - begin));
+    Vector sum = load(sums, kWidth);
+    for (int64_t k = begin; k < end; k += kWidth) {
       const Vector weight = exponential(load(scores + k, kWidth) - top_[size_t(row)]);
       store(scores + k, kWidth, weight);
       sum += weight;
     }
-    sum_[size_t(row)] += total(sum);
+    store(sums, kWidth, sum);
   }
 
   void cap(float* scores, int64_t count) const {
@@ -304,56 +349,46 @@ class Worker {
     }
   }
 
-  static float largest(Vector x) {
+  static float largest(const float* x, int64_t count) {
+    Vector most = load(x, kWidth);
+    for (int64_t i = kWidth; i < count; i += kWidth) {
+      const Vector next = load(x + i, kWidth);
+      most = select(next > most, next, most);
+    }
     float lanes[kWidth];
-    store(lanes, kWidth, x);
+    store(lanes, kWidth, most);
     return *std::max_element(lanes, lanes + kWidth);
   }
 
+  // Sum and out of a row to a new top, if it is one.
   void move_to(int64_t row, float top) {
     if (!(top > top_[size_t(row)])) return;
     const float factor = exponential(top_[size_t(row)] - top);
     top_[size_t(row)] = top;
-    sum_[size_t(row)] *= factor;
-    float* const out = out_.data() + row * d_v_;
-    for (int64_t i = 0; i < d_v_; ++i) out[i] *= factor;
+    for (int64_t i = 0; i < kWidth; ++i) sums_.data()[row * kWidth + i] *= factor;
+    for (int64_t i = 0; i < d_v_; ++i) out_.data()[row * d_v_ + i] *= factor;
   }
 
   template <int kRows>
   void add_all_values(Seen seen, const float* weights, float* out) const {
-    constexpr int kVectors = kSums / kRows;
+    constexpr int kVectors = kAcross<kRows>;
     int64_t column = 0;
     for (; column + kVectors * kWidth <= d_v_; column += kVectors * kWidth) {
-      add_values<kRows, kVectors>(weights, values_, seen.begin, seen.end, column, out, d_v_);
+      add_values<kRows, kVectors>(weights, values_.vectors(), seen.begin, seen.end, column, out, d_v_);
     }
     for (; column < d_v_; column += kWidth) {
-      add_values<kRows, 1>(weights, values_, seen.begin, seen.end, column, out, d_v_);
+      add_values<kRows, 1>(weights, values_.vectors(), seen.begin, seen.end, column, out, d_v_);
     }
   }
 
-  // Zeros at first, aligned to whole cache lines.
-  class Buffer {
-   public:
-    explicit Buffer(int64_t size) : lines_(size_t(round_up(size, kLine) / kLine)) {}
-    float* data() { return lines_.data()->x; }
-
-   private:
-    static constexpr int64_t kLine = 16;
-    struct alignas(4 * kLine) Line {
-      float x[kLine];
-    };
-    std::vector<Line> lines_;
-  };
-
   const PagedAttention<Stored>& call_;
   const int64_t shared_, d_, d_v_;  // heads that share one of keys; sizes in whole vectors
-  // By the rows of each head of the unit; `rows_` of a head, among them one that fills up a pair.
-  Buffer queries_, out_, scores_;  // [rows, d_], [rows, d_v_], [rows, kTile]
-  Buffer wide_keys_, wide_values_;
+  // By the rows of each head of the unit; `rows_` of a head, among them those that fill up a group.
+  Buffer queries_, out_, scores_, sums_;  // [rows, d_], [rows, d_v_], [rows, kTile], [rows, kWidth]
+  Tile<Stored> keys_, values_;
   std::vector<float> top_;
-  std::vector<double> sum_;
+  std::vector<int64_t> positions_;  // of the rows of one head
   int64_t slots_[kTile];
-  const float *keys_[kTile], *values_[kTile];
   const Unit* unit_ = nullptr;
   int64_t rows_ = 0, tile_ = 0, keys_seen_ = 0;
 };

@@ -215,8 +215,8 @@ constexpr auto name_dtype() {
   return const_name<std::is_arithmetic_v<T>>(kWhole, kHalf);
 }
 
-// A parameter that is a Vector or an Array takes a tensor that can be borrowed as one; of anything else pybind11
-// makes a TypeError, which tells what is taken.
+// A parameter that is a Vector or an Array takes a tensor that can be borrowed as one; of anything else
+// pybind11 makes a TypeError, which tells what is taken.
 template <class T>
 struct type_caster<hiper_fast::Vector<T>> {
   PYBIND11_TYPE_CASTER(hiper_fast::Vector<T>, const_name("contiguous CPU vector of ") + name_dtype<T>());
