@@ -102,6 +102,7 @@ class Trajectories:
     group: Tensor  # int64 [trajectories]; equal: episodes of the same game
     episodes: list[Episode]
     lost: list[Lost] = field(default_factory=list)  # which are not among them
+    sampled_logprobs: Tensor | None = None  # float32 [tokens], where old_logprobs are recomputed
 
     @property
     def turns(self) -> int:
