@@ -56,6 +56,7 @@ class Loss(NamedTuple):
     value: Tensor  # 0-d, differentiable
     metrics: dict[str, Tensor]  # 0-d, shares of means over the minibatch's loss tokens
     clipped: Tensor  # bool [n], whether the clip decides the token's loss
+    log_ratio: Tensor  # float32 [n], logprobs - old_logprobs of each token, never pooled
 
 
 def policy_loss(
@@ -104,9 +105,9 @@ def fused_loss(
     )
     names = [name for name in ("kl", "entropy", "clip_fraction") if name in parts]
     metrics = {name: parts[name] * (denominator / counts.tokens) for name in names}
-    ratio = take_ratio(parts["logprobs"] - tokens.old_logprobs)
-    plain, clipped = clip_terms(ratio, tokens.advantages, options)
-    return Loss(loss, metrics, clipped > plain)
+    log_ratio = parts["logprobs"] - tokens.old_logprobs
+    plain, clipped = clip_terms(take_ratio(log_ratio), tokens.advantages, options)
+    return Loss(loss, metrics, clipped > plain, log_ratio)
 
 
 def plain_loss(
@@ -117,7 +118,7 @@ def plain_loss(
     options: TrainConfig,
 ) -> Loss:
     """Of log-probs and entropies, each [n]."""
-    log_ratio = logprobs - tokens.old_logprobs  # [n]
+    log_ratio = own = logprobs - tokens.old_logprobs  # [n]
     if options.ratio != "token":
         log_ratio = pool(log_ratio, tokens.turn if options.ratio == "turn" else tokens.sequence)
     ratio = take_ratio(log_ratio)
@@ -135,7 +136,7 @@ def plain_loss(
         terms = terms / count[place]
     loss = terms.sum() / counts.choose_denominator(options.aggregation)
     metrics = {name: x.detach().sum() / counts.tokens for name, x in metrics.items()}
-    return Loss(loss, metrics, clipped)
+    return Loss(loss, metrics, clipped, own.detach())
 
 
 def pool(log_ratio: Tensor, owner: Tensor) -> Tensor:

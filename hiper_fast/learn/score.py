@@ -95,6 +95,7 @@ class ScoringPass:
         trajectories, world, importance = self.trajectories, self.agent.world, None
         if self.recomputes:
             sampled, old = trajectories.old_logprobs, world.sum(self.old_logprobs)
+            trajectories.sampled_logprobs = sampled
             trajectories.old_logprobs = torch.where(trajectories.roles > 0, old, sampled)
             if self.importance_cap:
                 drift = trajectories.old_logprobs - sampled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config, TrainConfig
 from hiper_fast.estimators import HIGH, LOW, SWITCH
 from hiper_fast.learn.credit import Targets
+from hiper_fast.learn.fidelity import measure_fidelity
 from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
 from hiper_fast.learn.roles import measure_roles
 from hiper_fast.learn.rows import Rows
@@ -36,20 +38,19 @@ def update(
     """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
     sequences = trajectories.sequences(token_values=targets.per_token)
     order = torch.randperm(len(sequences), generator=generator)
-    clipped = torch.full_like(trajectories.old_logprobs, math.nan)  # [tokens], 1 where it was
-    steps = []
+    seen, steps, fidelity = Seen.nothing(trajectories), [], {}
     for index in split_minibatches(order, config.train):
         if index.numel():
-            step = Step(
-                agent, trajectories, sequences, targets, index, config, train_policy, clipped
-            )
+            step = Step(agent, trajectories, sequences, targets, index, config, train_policy, seen)
             steps.append(step.take(optimizers))
+            if len(steps) == 1:  # whose log-probs are of the weights that sampled
+                fidelity = measure_fidelity(trajectories, seen.log_ratio, config, agent.world)
     for optimizer in optimizers.values():
         optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
     taken = [metrics for metrics in steps if metrics is not None]
     names = taken[0] if taken else {}
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
-    means |= measure_roles(trajectories, targets, clipped, agent.world)
+    means |= fidelity | measure_roles(trajectories, targets, seen.clipped, agent.world)
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
 
 
@@ -74,6 +75,19 @@ def measure_critic(targets: Targets) -> dict[str, float]:
     return metrics
 
 
+@dataclass(slots=True)
+class Seen:
+    """What the steps of an update find of each loss token; NaN until they meet it."""
+
+    clipped: Tensor  # float32 [tokens], 1 where the loss clipped its ratio, else 0
+    log_ratio: Tensor  # float32 [tokens], logprobs - old_logprobs
+
+    @classmethod
+    def nothing(cls, trajectories: Trajectories) -> Seen:
+        unknown = torch.full_like(trajectories.old_logprobs, math.nan)
+        return cls(unknown, unknown.clone())
+
+
 class Step:
     """One minibatch: its gradients, gathered over microbatches, and the optimiser step.
 
@@ -90,11 +104,11 @@ class Step:
         index: Tensor,
         config: Config,
         train_policy: bool,
-        clipped: Tensor,
+        seen: Seen,
     ):
         self.agent, self.trajectories, self.targets = agent, trajectories, targets
         self.config, self.train_policy = config, train_policy
-        self.clipped = clipped  # [tokens], filled in as they are met
+        self.seen = seen
         world, budget = agent.world, config.train.microbatch_tokens
         whole = microbatches(sequences.ids, sequences.cu_seqlens, budget, index)
         self.batches = [
@@ -159,14 +173,14 @@ class Step:
 
     def policy_loss(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Of the loss tokens [n] of `rows`, predicted by hidden states [n, h]; 0-d."""
-        loss, parts, clipped = policy_loss(
-            self.agent, hidden, self.take_tokens(rows), self.counts, self.config
-        )
-        self.metrics["loss/policy"] += loss.item()
-        for name, part in parts.items():
+        tokens, seen = self.take_tokens(rows), self.seen
+        found = policy_loss(self.agent, hidden, tokens, self.counts, self.config)
+        self.metrics["loss/policy"] += found.value.item()
+        for name, part in found.metrics.items():
             self.metrics[f"loss/{name}"] += part.item()
-        self.clipped[rows.tokens] = clipped.to(self.clipped)
-        return loss
+        seen.clipped[rows.tokens] = found.clipped.to(seen.clipped)
+        seen.log_ratio[rows.tokens] = found.log_ratio.to(seen.log_ratio)
+        return found.value
 
     def take_tokens(self, rows: Rows) -> LossTokens:
         """The loss tokens of `rows`, on the agent's device."""

@@ -103,6 +103,7 @@ class Trajectories:
     episodes: list[Episode]
     lost: list[Lost] = field(default_factory=list)  # which are not among them
     updates_behind: int = 0  # by how many the weights that played are older than those of now
+    sampled_logprobs: Tensor | None = None  # float32 [tokens], where old_logprobs are recomputed
 
     @property
     def turns(self) -> int:

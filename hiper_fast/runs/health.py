@@ -106,6 +106,11 @@ def read_share_of_turns(row: Row, key: str) -> float | None:
     return count / (turns * (episodes if stage == "eval" else episodes / row["step"]))
 
 
+def read_share_of_tolerance(row: Row, key: str) -> float | None:
+    value, tolerance = read_number(row, key), read_number(row, "fidelity/tolerance")
+    return value / tolerance if value is not None and tolerance else None
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One line of docs/training.md's table; `metric` may be a pattern of keys."""
@@ -200,6 +205,18 @@ RULES = (
         "steps are too long: the clip cuts much of the gradient off",
         "lower train.lr or train.minibatches; in bfloat16 try train.old_logprobs: recomputed",
         read=read_trained,
+    ),
+    Rule(
+        "fidelity/logprob_mean_abs", above(1, " of fidelity/tolerance"),
+        "the engine samples from another policy than the one that trains",
+        "see that it heeds agent.temperature, leaves no tokens out (top-k, top-p) and has the newest weights; for its "
+        "numerics train.old_logprobs: recomputed with train.importance_cap: 2 corrects",
+        read=read_share_of_tolerance,
+    ),
+    Rule(
+        "fidelity/outside_clip", above(0.01),
+        "the clip cuts gradients off for what the engine's log-probs differ from the trainer's",
+        "train.old_logprobs: recomputed with train.importance_cap: 2, or model.dtype: float32",
     ),
     Rule(
         "optim/grad_norm", below(1e-8),

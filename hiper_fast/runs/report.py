@@ -270,6 +270,13 @@ def _draw_charts(rows: list[Row]) -> str:
         ("Value loss", train, "loss/value", "value loss", format_decimal),
         ("Entropy", train, "loss/entropy", "entropy", format_decimal),
         ("Clip fraction", train, "loss/clip_fraction", "clip fraction", format_percent),
+        (
+            "Engine against trainer, mean difference of log-probs",
+            train,
+            "fidelity/logprob_mean_abs",
+            "difference",
+            format_decimal,
+        ),
         ("Gradient norm", train, "optim/grad_norm", "gradient norm", format_decimal),
         ("Turns per episode, evaluation", evals, "eval/turns", "turns", format_decimal),
         ("Warm start: imitation loss", warm, "loss/imitation", "imitation loss", format_decimal),

@@ -101,7 +101,7 @@ def test_loops(loss, ratio, aggregation, seed):
     logprobs, entropy, tokens = draw(seed)
     counts = count(tokens)
     logprobs.requires_grad_(), entropy.requires_grad_()
-    found, metrics, _ = plain_loss(logprobs, entropy, tokens, counts, c)
+    found, metrics, *_ = plain_loss(logprobs, entropy, tokens, counts, c)
     expected, grad, grad_entropy, clips = by_hand(
         logprobs.detach(), entropy.detach(), tokens, counts, c
     )
@@ -120,7 +120,7 @@ def test_loops(loss, ratio, aggregation, seed):
 def test_no_tokens_and_one(loss, ratio, aggregation):
     c = TrainConfig(loss=loss, ratio=ratio, aggregation=aggregation)
     logprobs = torch.zeros(0, dtype=torch.float64, requires_grad=True)
-    found, metrics, _ = plain_loss(logprobs, None, make_tokens([], []), Counts(3, 2, 2, 9), c)
+    found, metrics, *_ = plain_loss(logprobs, None, make_tokens([], []), Counts(3, 2, 2, 9), c)
     found.backward()
     assert float(found) == 0 and metrics.keys() == {"clip_fraction"}
     logprobs = tensor([-1.0]).requires_grad_()
@@ -148,7 +148,7 @@ def through_a_head(seed, fused, monkeypatch, **options):
     config = configure(**{f"train__{key}": value for key, value in options.items()})
     config.agent.temperature = 0.7
     monkeypatch.setattr(loss_module, "is_fused", lambda _: fused)
-    found, metrics, clipped = policy_loss(agent, hidden, tokens, count(tokens), config)
+    found, metrics, clipped, _ = policy_loss(agent, hidden, tokens, count(tokens), config)
     found.backward()
     return found.detach(), metrics, clipped, hidden.grad, weight.grad
 
@@ -258,7 +258,7 @@ def test_parts_of_whole_sequences_add_up(loss, ratio, aggregation):
     for at in (tokens.sequence < 2, tokens.sequence >= 2):
         columns = (getattr(tokens, name) for name in LossTokens.__slots__[1:])
         part = LossTokens(None, *(x[at] for x in columns))
-        found, metrics, _ = plain_loss(logprobs[at], entropy[at], part, count(tokens), c)
+        found, metrics, *_ = plain_loss(logprobs[at], entropy[at], part, count(tokens), c)
         for name, value in {"loss": found, **metrics}.items():
             sums[name] += float(value)
     expected = {"loss": whole[0], **whole[1]}
@@ -300,7 +300,7 @@ def test_cispo_as_slime_has_it():
     logprobs = tensor([0.0, 0.5, -1.0]).requires_grad_()
     tokens = make_tokens([0.0, -0.5, -1.0], [1.0, -2.0, 0.25])
     c = TrainConfig(loss="cispo", clip_low=1.0, clip_high=0.5)
-    found, metrics, _ = plain_loss(logprobs, None, tokens, Counts(3, 1, 1, 3), c)
+    found, metrics, *_ = plain_loss(logprobs, None, tokens, Counts(3, 1, 1, 3), c)
     found.backward()
     assert float(found) == pytest.approx((0.0 + 1.5 * 2 * 0.5 + 0.25) / 3)
     assert logprobs.grad.tolist() == pytest.approx([-1 / 3, 1.0, -0.25 / 3])
@@ -319,11 +319,11 @@ def test_gspo_on_skyrls_case():
     eight of eleven ratios are cut, pooled six."""
     tokens = make_tokens([-1.0] * 11, GSPO.advantages, sequence=GSPO.sequence)
     counts, c = Counts(11, 3, 3, 8), TrainConfig(ratio="sequence", aggregation="sequence")
-    found, metrics, _ = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, c)
+    found, metrics, *_ = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, c)
     means = [1.16 * math.exp(0.14), 2.25 * 1.2, 1.25 * 1.2]
     assert float(found) == pytest.approx(-math.fsum(means) / 3, rel=1e-9)
     assert float(metrics["clip_fraction"]) == pytest.approx(6 / 11)
-    _, metrics, _ = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, TrainConfig())
+    _, metrics, *_ = plain_loss(tensor(GSPO.logprobs), None, tokens, counts, TrainConfig())
     assert float(metrics["clip_fraction"]) == pytest.approx(8 / 11)
 
 

@@ -22,6 +22,7 @@ HEALTHY = {
     "value/explained_low": 0.3, "value/explained_high": 0.2, "value/explained_switch": 0.4,
     "loss/policy": -0.01, "loss/kl": 0.02, "loss/clip_fraction": 0.01, "optim/grad_norm": 0.2,
     "policy/entropy_switch": 0.2, "policy/entropy_subgoal": 0.1, "policy/entropy_action": 0.3,
+    "fidelity/logprob_mean_abs": 2e-7, "fidelity/outside_clip": 0, "fidelity/tolerance": 1e-3,
     "optim/skipped_steps": 0, "eval/success": 0.5,
 }  # fmt: skip
 BAD = [  # metric, its bad value, what the message says of it
@@ -41,6 +42,8 @@ BAD = [  # metric, its bad value, what the message says of it
     ("policy/entropy_action", 0.001, "0.001, below 0.01 since update"),
     ("policy/entropy_action", 0.7, "0.7, above 0.1 and 2 times the first updates since update"),
     ("loss/clip_fraction", 0.25, "0.25, above 0.2 since update"),
+    ("fidelity/logprob_mean_abs", 0.03, "30, above 1 of fidelity/tolerance since update"),
+    ("fidelity/outside_clip", 0.02, "0.02, above 0.01 since update"),
     ("optim/grad_norm", 0.0, "0, below 1e-08 since update"),
     ("optim/skipped_steps", 2, "2, above 0 since update"),
     ("eval/success", 0.35, "0.35, more than 0.1 below the best since update"),
