@@ -31,6 +31,7 @@ class Family:
     Options: type[EnvConfig] = EnvConfig  # of `env.*`
     environment: Callable[..., Environment]  # what `envs.make(name, **options)` calls
     styles: Mapping[str, prompts.Style] = prompts.STYLES
+    free_text: bool = False  # where no commands are listed, any text is one
     tokenizer: Path | None = None  # tokenizer.json of the tiny model; None: one is made
     defaults: Path | None = (
         None  # a YAML file that lies over the general defaults, for the tiny model
