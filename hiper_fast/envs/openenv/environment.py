@@ -89,22 +89,27 @@ class OpenEnvSession:
         self.action = find_action(read_schema(self.url, self.timeout), self.action, self.url)
         client = GenericEnvClient(self.url, message_timeout_s=self.timeout).sync()
         self.over = weakref.finalize(self, leave, client)
+        self.over.atexit = False  # where there is no time to wait for a server
         client.connect()
         self.client = client
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """Within, whatever fails leaves the server and is told in one line."""
+        """Within, whatever fails leaves the session and is told in one line."""
         try:
             yield
         except ConfigError:
             self.close()
             raise
-        except Exception as error:  # of sockets, HTTP, WebSockets and the server itself
+        except RuntimeError as error:  # as the client tells what the server refuses
+            self.close()
+            raise ServerError(f"env.url: {self.url}: {error}") from error
+        except Exception as error:  # of sockets, HTTP, WebSockets, JSON
             self.close()
             reason = str(error) or type(error).__name__
             raise ServerError(
-                f"env.url: {self.url} does not answer as an OpenEnv server ({reason}); is it running there?"
+                f"env.url: {self.url} does not answer as an OpenEnv server ({reason}); is one there, with "
+                "room for another session?"
             ) from error
 
     def read(self, result: Any) -> tuple[str, Info]:
