@@ -1,4 +1,6 @@
-"""Environment steps a second: in process, and through an OpenEnv server by its own client, one session and many.
+"""Environment steps: in process, and through an OpenEnv server by its own client, one session and many.
+
+How many a second, and what each costs of CPU time, which other work on the machine changes less. Linux.
 
 python benchmarks/serving.py                        # starts python -m hiper_fast.serve household itself
 python benchmarks/serving.py alfworld --seconds 20
@@ -8,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from openenv.core import GenericEnvClient
 
@@ -21,15 +25,22 @@ TURNS = 50  # after which an episode is left
 SERVER = "-m", "hiper_fast.serve"
 
 
-def play_here(name: str, seconds: float) -> float:
+def read_cpu(pid: int | str = "self") -> float:
+    """Seconds of CPU time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def play_here(name: str, seconds: float) -> tuple[int, float]:
+    """Steps, and the seconds they took."""
     env, rng, steps = envs.make(name), random.Random(0), 0
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    begun = time.perf_counter()
+    while time.perf_counter() < begun + seconds:
         _, info = env.reset(seed=steps)
         for _ in range(TURNS):
             *_, info = env.step(rng.choice(info["admissible_commands"]))
         steps += TURNS
-    return steps / (time.perf_counter() - end + seconds)
+    return steps, time.perf_counter() - begun
 
 
 async def play_session(client: GenericEnvClient, number: int, end: float) -> int:
@@ -43,7 +54,8 @@ async def play_session(client: GenericEnvClient, number: int, end: float) -> int
     return steps
 
 
-async def play_there(url: str, sessions: int, seconds: float) -> float:
+async def play_there(url: str, sessions: int, seconds: float) -> tuple[int, float]:
+    """Steps of all sessions, and the seconds they took."""
     clients = [GenericEnvClient(url) for _ in range(sessions)]
     for client in clients:
         await client.connect()
@@ -54,7 +66,12 @@ async def play_there(url: str, sessions: int, seconds: float) -> float:
     taken = time.perf_counter() - begun
     for client in clients:
         await client.close()
-    return steps / taken
+    return steps, taken
+
+
+def tell(what: str, steps: int, seconds: float, **cpu: float) -> None:
+    costs = ", ".join(f"{who} {1e6 * spent / steps:.0f} µs" for who, spent in cpu.items())
+    print(f"{what}: {steps / seconds:,.0f} steps/s; CPU time of a step: {costs}", flush=True)
 
 
 def main() -> None:
@@ -62,14 +79,18 @@ def main() -> None:
     parser.add_argument("env", nargs="?", default="household")
     parser.add_argument("--seconds", type=float, default=10)
     arguments = parser.parse_args()
-    print(f"in process: {play_here(arguments.env, arguments.seconds):,.0f} steps/s")
+    before = read_cpu()
+    played = play_here(arguments.env, arguments.seconds)
+    tell("in process", *played, here=read_cpu() - before)
     command = [sys.executable, *SERVER, arguments.env, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = server.stdout.readline().split()[2].rstrip(";")
             for sessions in (1, 64):
-                rate = asyncio.run(play_there(url, sessions, arguments.seconds))
-                print(f"{sessions} sessions: {rate:,.0f} steps/s", flush=True)
+                client, behind = read_cpu(), read_cpu(server.pid)
+                played = asyncio.run(play_there(url, sessions, arguments.seconds))
+                cpu = {"server": read_cpu(server.pid) - behind, "client": read_cpu() - client}
+                tell(f"sessions {sessions}", *played, **cpu)
         finally:
             server.terminate()
 

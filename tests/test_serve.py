@@ -27,7 +27,9 @@ def test_without_the_package_both_ways_say_what_to_install(capsys, monkeypatch):
 
 
 def test_a_url_is_one_of_http():
-    with pytest.raises(ConfigError, match="env.url: somewhere is none; give http://HOST:PORT"):
+    with pytest.raises(
+        ConfigError, match="env.url: somewhere is no address of a server; give http://"
+    ):
         OpenEnvSession("somewhere")
 
 

@@ -31,7 +31,6 @@ class Family:
     Options: type[EnvConfig] = EnvConfig  # of `env.*`
     environment: Callable[..., Environment]  # what `envs.make(name, **options)` calls
     styles: Mapping[str, prompts.Style] = prompts.STYLES
-    free_text: bool = False  # where no commands are listed, any text is one
     tokenizer: Path | None = None  # tokenizer.json of the tiny model; None: one is made
     defaults: Path | None = (
         None  # a YAML file that lies over the general defaults, for the tiny model
@@ -71,8 +70,8 @@ class Family:
         return observation.strip()
 
     def is_listed(self, action: str, commands: list[str]) -> bool:
-        """Whether `action` is among the commands."""
-        return action in commands
+        """Whether `action` is among the commands; where there are none, any is."""
+        return not commands or action in commands
 
     def is_near_miss(self, action: str, commands: list[str]) -> bool:
         """Whether `action` is not listed, but is without quotes, backticks, a full stop, case."""

@@ -10,7 +10,6 @@ from hiper_fast.config import EnvConfig
 from hiper_fast.options import option
 
 from .base import Info
-from .family import Family
 
 
 @dataclass(slots=True)
@@ -18,15 +17,6 @@ class ForeignOptions(EnvConfig):
     task: str = option(
         "do what the observations ask for", "the task, where the environment names none"
     )
-
-
-class ForeignFamily(Family):
-    """Games whose commands may be listed or not; where none are, every text is one."""
-
-    free_text = True
-
-    def is_listed(self, action: str, commands: list[str]) -> bool:
-        return not commands or action in commands
 
 
 class Wordings:

@@ -25,6 +25,8 @@ class GymnasiumText:
     ends with a reward above 0, and `task` is as given.
     """
 
+    free_text = True
+
     def __init__(
         self,
         id: str,

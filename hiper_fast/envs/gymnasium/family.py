@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from hiper_fast.options import ConfigError, option
 
-from ..foreign import ForeignFamily, ForeignOptions
+from .. import family
+from ..foreign import ForeignOptions
 from .environment import GymnasiumText
 
 
@@ -20,7 +21,7 @@ class Options(ForeignOptions):
     )
 
 
-class Family(ForeignFamily):
+class Family(family.Family):
     Options = Options
     environment = GymnasiumText
 

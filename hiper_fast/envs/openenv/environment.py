@@ -36,6 +36,8 @@ class OpenEnvSession:
     Raises ServerError, and ConfigError where a field is not told from others.
     """
 
+    free_text = True
+
     def __init__(
         self,
         url: str = "http://127.0.0.1:8000",
@@ -45,7 +47,9 @@ class OpenEnvSession:
         timeout: float = 60.0,
     ):
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"env.url: {show_name(url)} is none; give http://HOST:PORT")
+            raise ConfigError(
+                f"env.url: {show_name(url)} is no address of a server; give http://HOST:PORT"
+            )
         self.url, self.timeout = url.rstrip("/"), timeout
         self.action, self.text, self.task = action, text, task
         self.wordings, self.client, self.over = Wordings(), None, None

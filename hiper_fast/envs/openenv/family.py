@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hiper_fast.options import option
 
 from .. import family
-from ..foreign import ForeignFamily, ForeignOptions
+from ..foreign import ForeignOptions
 from .environment import OpenEnvSession
 
 
@@ -23,7 +23,7 @@ class Options(ForeignOptions):
     timeout: float = option(60.0, "seconds that an answer may take", above=0)
 
 
-class Family(ForeignFamily):
+class Family(family.Family):
     """Evaluation games are the seeds from 2^31 on; a server of `hiper_fast.serve` says how many it has."""
 
     Options = Options
