@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +217,26 @@ def test_the_least_environment_trains_with_hae(outside):
     assert math.isfinite(
         [row for row in rows if row["stage"] == "train"][-1]["value/explained_high"]
     )
+
+
+def test_the_environment_that_the_documentation_shows_trains(tmp_path, monkeypatch):
+    shown = Path(__file__).parents[1] / "docs" / "environments.md"
+    code = re.search(r"```python\n(.*?)```", shown.read_text(), re.DOTALL)[1]
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "vault.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = re.search(r"python -m hiper_fast.train (--env vault.*)", shown.read_text())[1]
+    try:
+        status, rows = run(tmp_path, *command.split())
+        env = envs.make("vault:MyFamily")
+        env.reset(seed=1)
+        ends = [env.step(f"use the {colour} key")[2:5:2] for colour in env.locks]
+    finally:
+        sys.modules.pop("vault", None)
+    assert status == 0 and rows[-1]["stage"] == "eval"
+    last = [row for row in rows if row["stage"] == "train"][-1]
+    assert math.isfinite(last["loss/policy"]) and 2 <= last["rollout/turns"] <= 6
+    assert [(over, info["won"]) for over, info in ends] == [(False, False), (True, True)]
 
 
 def test_an_environment_without_a_player_says_so(outside, capsys):

@@ -18,6 +18,7 @@ COMMANDS = {
     "session",
     "configure",
     "tokenizers",
+    "serve",
 }
 ROOMS = [  # from the ground up; a room imports from those before it
     {"text", "stopping"},
@@ -25,7 +26,7 @@ ROOMS = [  # from the ground up; a room imports from those before it
     {"plugins", "config", "packing", "ops", "strict_yaml"},
     {"distributed"},
     {"envs", "agent"},
-    {"rollout", "gymnasium"},
+    {"rollout", "gymnasium", "openenv"},
     {"estimators"},
     {"runs"},
     {"learn"},

@@ -26,7 +26,8 @@ class Environment(Protocol):
     """A text environment. It never truncates: a turn limit belongs to the rollout.
 
     `info` holds `won: bool`, `task: str` (the sentence after "Your task is to: "), `task_type: str`
-    and `admissible_commands: list[str]`, the caller's own copy.
+    and `admissible_commands: list[str]`, the caller's own copy. It is empty only where the environment has
+    `free_text = True`: then any text is a command.
     """
 
     def reset(
@@ -38,17 +39,20 @@ class Environment(Protocol):
         """Act; returns (observation, reward, terminated, truncated, info)."""
 
 
-def check_reset(returned: Any) -> tuple[str, Info]:
+def check_reset(env: Environment, returned: Any) -> tuple[str, Info]:
     """What `reset` returned, as it is; ProtocolError unless it is what `Environment` promises."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise ProtocolError("reset must return (observation, info)")
     _check_turn("reset", *returned)
-    if not returned[1]["admissible_commands"]:
-        raise ProtocolError("reset's info has no admissible_commands: nothing can be done")
+    if not (returned[1]["admissible_commands"] or getattr(env, "free_text", False)):
+        raise ProtocolError(
+            "reset's info has no admissible_commands: nothing can be done (if any text is a command, give the class "
+            "free_text = True)"
+        )
     return returned
 
 
-def check_step(returned: Any) -> tuple[str, float, bool, bool, Info]:
+def check_step(env: Environment, returned: Any) -> tuple[str, float, bool, bool, Info]:
     """What `step` returned, as it is; ProtocolError unless it is what `Environment` promises."""
     if not isinstance(returned, tuple) or len(returned) != 5:
         raise ProtocolError("step must return (observation, reward, terminated, truncated, info)")

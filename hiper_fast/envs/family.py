@@ -70,8 +70,8 @@ class Family:
         return observation.strip()
 
     def is_listed(self, action: str, commands: list[str]) -> bool:
-        """Whether `action` is among the commands."""
-        return action in commands
+        """Whether `action` is among the commands; where there are none, any is."""
+        return not commands or action in commands
 
     def is_near_miss(self, action: str, commands: list[str]) -> bool:
         """Whether `action` is not listed, but is without quotes, backticks, a full stop, case."""

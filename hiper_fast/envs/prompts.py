@@ -42,6 +42,7 @@ ACTION_FORMAT = """\
 Answer with this block only:
 <action>one admissible action, word for word</action>
 """
+LISTED, FREE = "one admissible action, word for word", "your action"
 
 
 def render_reference(state: State) -> str:
@@ -52,7 +53,7 @@ def render_reference(state: State) -> str:
         f"The last {len(state.history)} observations and actions:\n{past or 'none yet'}",
         f"Current observation:\n{state.observation}",
         name_subgoal(state),
-        "Admissible actions:\n" + list_commands(state, "'{}'"),
+        list_commands(state, "'{}'"),
         ask(state),
     )
 
@@ -61,7 +62,7 @@ def render_transcript(state: State) -> str:
     """One conversation: the first turn gives task and format, every turn what is new."""
     new = (
         f"Observation:\n{state.observation}",
-        "Admissible actions:\n" + list_commands(state, "{}"),
+        list_commands(state, "{}"),
         name_subgoal(state),
     )
     if state.context:
@@ -79,11 +80,16 @@ def name_subgoal(state: State) -> str:
 
 
 def list_commands(state: State, form: str) -> str:
-    return "\n".join(form.format(command) for command in state.commands if command != "help")
+    """The paragraph of what can be done; none where that is any text."""
+    if not state.commands:
+        return ""
+    listed = [form.format(command) for command in state.commands if command != "help"]
+    return "\n".join(["Admissible actions:", *listed])
 
 
 def ask(state: State) -> str:
-    return FORMAT if state.plans else ACTION_FORMAT
+    text = FORMAT if state.plans else ACTION_FORMAT
+    return text if state.commands else text.replace(LISTED, FREE)
 
 
 def join_paragraphs(*paragraphs: str) -> str:

@@ -48,7 +48,8 @@ def check_environment(name: str, env: Environment, task: Task) -> None:
     except TypeError as error:
         raise ConfigError(f"env.name: {name}: reset({', '.join(task)}=…) fails: {error}") from error
     try:
-        _, info = check_reset(began)
-        check_step(env.step(info["admissible_commands"][0]))
+        _, info = check_reset(env, began)
+        if commands := info["admissible_commands"]:  # else nobody knows what is harmless
+            check_step(env, env.step(commands[0]))
     except ProtocolError as error:
         raise ConfigError(f"env.name: {name}: {error}") from None

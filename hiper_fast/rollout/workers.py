@@ -224,7 +224,7 @@ def call_checked(env: Environment, call: str, *args: Any, **kwargs: Any) -> Any:
     """What `reset` or `step` returns, as promised; EnvironmentFailed, of cause error or garbage, otherwise."""
     result = perform(call, getattr(env, call), *args, **kwargs)
     try:
-        return {"reset": check_reset, "step": check_step}[call](result)
+        return {"reset": check_reset, "step": check_step}[call](env, result)
     except ProtocolError as error:
         raise EnvironmentFailed("garbage", str(error)) from None
     except Exception as error:  # whatever cannot even be compared

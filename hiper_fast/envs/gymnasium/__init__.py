@@ -1,0 +1,5 @@
+"""Any Gymnasium environment whose observations are texts."""
+
+from .environment import GymnasiumText
+
+__all__ = ["GymnasiumText"]

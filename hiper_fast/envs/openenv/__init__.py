@@ -1,0 +1,5 @@
+"""Any text environment behind an OpenEnv server."""
+
+from .environment import OpenEnvSession, ServerError
+
+__all__ = ["OpenEnvSession", "ServerError"]
