@@ -72,7 +72,7 @@ class Mind:
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
         self.prompter = make_prompter(self.agent.tokenizer, config.agent, games.family)
         self.temperature, self.seed = temperature, seed
-        self.engine = engines.find(config.rollout.engine)(self.agent, config)
+        self.engine = engines.make(self.agent, config)
         self.engine.wake()
         self.engine.update()
 

@@ -111,13 +111,29 @@ class FixedEngine:
 
     made = []
 
-    def __init__(self, agent, config, *, temperature, seed):
-        self.made.append((temperature, seed))
+    capacity = 3
+
+    def __init__(self, agent, config):
+        self.made.append(config.rollout.engine)
+        self.waiting = {}
         text = "<switch>SWITCH</switch><subgoal>a</subgoal><action>press 0</action>"
         self.ids = agent.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def answer(self, requests):
-        return [Answer(list(self.ids), [-1.0] * len(self.ids)) for _ in requests]
+    def submit(self, key, request):
+        self.waiting[key] = request
+
+    def collect(self):
+        assert len(self.waiting) <= self.capacity
+        key, _ = self.waiting.popitem()
+        return [(key, Answer(list(self.ids), [-1.0] * len(self.ids)))]
+
+    def cancel(self, key):
+        del self.waiting[key]
+
+    def wake(self):
+        self.waiting.clear()
+
+    sleep = update = close = wake
 '''
 SMALL = [
     *(
@@ -182,8 +198,7 @@ def test_an_estimator_an_environment_and_an_engine_train_together(outside):
     assert not (outside / "run/checkpoints/step-000002/critic.safetensors").exists()
     import outside as module
 
-    temperatures = [temperature for temperature, _ in module.FixedEngine.made]
-    assert len(temperatures) == 2 + 2, "one for each update and each evaluation"
+    assert module.FixedEngine.made == ["outside:FixedEngine"], "one lives as long as the run"
     lines = (outside / "run/episodes/step-000002.jsonl").read_text().splitlines()
     turn = next(e for e in map(json.loads, lines) if e["stage"] == "train")["turns"][0]
     assert turn["value_high"] is None and turn["advantage_low"] == turn["advantage_switch"] == 0

@@ -110,7 +110,7 @@ def open_rollouts(
     agent: Speaker, family: Family, prompter: Prompter, config: Config
 ) -> Iterator[Rollouts]:
     """The engine that `rollout.engine` names, and `rollout.workers`, within."""
-    engine = engines.find(config.rollout.engine)(agent, config)
+    engine = engines.make(agent, config)
     with contextlib.closing(engine), open_workers(family.make, config.rollout) as workers:
         yield Rollouts(agent, engine, workers, family, prompter, config)
 

@@ -110,3 +110,13 @@ def test_an_engine_that_answers_what_it_should_not_is_named(agent, monkeypatch, 
     monkeypatch.setitem(engines._plugins.registered, "odd", Odd)
     with pytest.raises(ConfigError, match=told):
         play(agent, "odd")
+
+
+def test_an_engine_that_lacks_something_is_refused_at_once(agent, monkeypatch):
+    class Half:
+        def __init__(self, agent, config):
+            self.submit = self.collect = self.wake = self.sleep = print
+
+    monkeypatch.setitem(engines._plugins.registered, "half", Half)
+    with pytest.raises(ConfigError, match="half has no update, cancel, close, capacity, at least"):
+        play(agent, "half")

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from hiper_fast.options import ConfigError
 from hiper_fast.plugins import Plugins
 
 if TYPE_CHECKING:
     from hiper_fast.agent.agent import Agent
+    from hiper_fast.agent.speaker import Speaker
     from hiper_fast.config import Config
 
 
@@ -69,3 +71,17 @@ _plugins = Plugins(
     package="hiper_fast.rollout.engines", attribute="Engine", group="hiper_fast.engines",
 )  # fmt: skip
 find, names, register = _plugins.find, _plugins.names, _plugins.register
+_METHODS = ("wake", "update", "submit", "collect", "cancel", "sleep", "close")
+
+
+def make(agent: Speaker, config: Config) -> Engine:
+    """The engine that `rollout.engine` names; ConfigError where it is none."""
+    engine = find(config.rollout.engine)(agent, config)
+    missing = [name for name in _METHODS if not callable(getattr(engine, name, None))]
+    if not isinstance(getattr(engine, "capacity", None), int) or engine.capacity < 1:
+        missing.append("capacity, at least 1")
+    if missing:
+        raise ConfigError(
+            f"rollout.engine: {config.rollout.engine} has no {', '.join(missing)}; docs/engines.md shows a whole one"
+        )
+    return engine
