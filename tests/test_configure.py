@@ -366,9 +366,10 @@ def test_help_lists_every_option_with_its_default(capsys):
         parse("--help")
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    flat = flatten(resolve(given={"env.name": "household"}))
-    for name in flat:
-        assert f"--{name}" in out and OPTIONS[name].help.split()[0] in out
+    config = resolve(given={"env.name": "household"})
+    options = list_options(config)
+    for name in flatten(config):
+        assert f"--{name}" in out and options[name].help.split()[0] in out
     assert all(f"--{short}" in out for short in SHORT) and "--config" in out
     told = " ".join(out.split())
     assert "1e-6) [tiny: 0.0015; pretrained: 1e-06]" in told and "Trains." in out
@@ -398,7 +399,7 @@ class RemoteOptions(RolloutConfig):
 @pytest.fixture
 def remote(monkeypatch):
     """An engine with an option of its own."""
-    engine = type("Engine", (), {"Options": RemoteOptions})
+    engine = type("Remote", (), {"Options": RemoteOptions})
     monkeypatch.setitem(engines._plugins.registered, "remote", engine)
     return engine
 

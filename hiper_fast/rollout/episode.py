@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hiper_fast import response
@@ -39,7 +39,8 @@ class CallWanted(Wanted):
     """What a method of the environment returns."""
 
     name: Literal["reset", "step"]
-    arguments: dict[str, Any]
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Play:
@@ -63,11 +64,11 @@ class Play:
     async def run(self) -> None:
         """To the end or the turn limit; one cut off there ends with the prompt of the state after its last turn."""
         if self.state is None:
-            self.open(*await CallWanted("reset", self.task))
+            self.open(*await CallWanted("reset", kwargs=self.task))
         self.see(*await PromptWanted())
         while not self.over:
             action = self.read(*await ResponseWanted())
-            self.take(*await CallWanted("step", {"command": action}))
+            self.take(*await CallWanted("step", (action,)))
             if not self.episode.terminated:
                 self.see(*await PromptWanted())
 

@@ -289,7 +289,7 @@ class Stage:
         try:
             wanted = self.runs[play].send(value)
             while isinstance(wanted, CallWanted) and not isinstance(play.env, Worker):
-                result = call_checked(play.env, wanted.name, **wanted.arguments)
+                result = call_checked(play.env, wanted.name, *wanted.args, **wanted.kwargs)
                 wanted = self.runs[play].send(result)
         except StopIteration:
             self.leave(play)
@@ -305,7 +305,7 @@ class Stage:
             self.asking += 1
             self.voice.ask(play)
         else:
-            play.env.send(wanted.name, **wanted.arguments)
+            play.env.send(wanted.name, *wanted.args, **wanted.kwargs)
             self.calling[play] = play.env
 
     def leave(self, play: Play, *, failed: bool = False) -> None:
