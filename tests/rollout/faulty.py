@@ -91,3 +91,6 @@ class Spawning(Game):
 class Family(EnvFamily):
     Options = Options
     environment = Game
+
+    def list_words(self):
+        return EnvFamily.list_words(Family(Options(faults=[])))
