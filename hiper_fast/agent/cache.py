@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hiper_fast import ops
 from hiper_fast.agent import attention
 from hiper_fast.agent.head import Head, read_hidden
+from hiper_fast.distributed import call_inside
 
 Shape = tuple[tuple[int, int], tuple[int, int], torch.dtype]  # [kv_heads, d] of keys, of values
 
@@ -49,14 +50,17 @@ class PagedCache:
         """The logits float32 [sequences, vocabulary] behind each sequence's last token."""
         self.present, self.call = what, 0
         with attention.through(self):
-            hidden = read_hidden(
-                model,
-                what.ids[None],
-                position_ids=what.positions[None],
-                attention_mask=what.cu_query.view(1, 1, 1, -1),  # as of packed sequences
-                longest=what.longest,
-                use_cache=False,
-            )[0]
+            return call_inside(model, lambda: self.read_inside(model, head, what))
+
+    def read_inside(self, model: PreTrainedModel, head: Head, what: Pass) -> Tensor:
+        hidden = read_hidden(
+            model,
+            what.ids[None],
+            position_ids=what.positions[None],
+            attention_mask=what.cu_query.view(1, 1, 1, -1),  # as of packed sequences
+            longest=what.longest,
+            use_cache=False,
+        )[0]
         last = hidden.index_select(0, what.cu_query[1:] - 1)
         return head.finish(model.get_output_embeddings()(last))
 
