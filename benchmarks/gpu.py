@@ -217,6 +217,7 @@ def step_cases(size: Size, device: str) -> list[Case]:
             "hae + normalise + scatter", "ours", lambda: credit(x), lambda: close(credit(x), normalised_credit(cpu)),
             bytes=10 * 4 * turns + 6 * tokens, graph=True,
         ),
+        ours("paged_attention", x.key_pool.nbytes + x.value_pool.nbytes, graph=True),
         ours("ppo_loss", 27 * tokens),
         Case("ppo_loss", "torch", torch_ppo, bytes=27 * tokens, compared_with="ppo_loss"),
     ]  # fmt: skip

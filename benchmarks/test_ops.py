@@ -40,6 +40,14 @@ ROWS = (
 COUNTS = {"6,400": 6_400, "1,856,000": 1_856_000} if not TINY else {"50": 50}
 HEADS = {"1,024 x 128 x 4,096": (1024, 128, 4096), "256 x 1,536 x 151,936": (256, 1536, 151_936)}
 HEADS = HEADS if not TINY else {"5 x 8 x 50": (5, 8, 50)}
+# Sequences, the queries of each and the fewest tokens behind them (the most: 1,500 in all), heads, heads of keys, d.
+ATTENTION = {
+    "decoding, 2 heads of 64": (128, 1, 60, 2, 2, 64),
+    "decoding, 12 heads, 2 of keys, of 128": (128, 1, 60, 12, 2, 128),
+    "400 tokens, 2 heads of 64": (8, 400, 0, 2, 2, 64),
+    "700 tokens, 12 heads, 2 of keys, of 128": (4, 700, 0, 12, 2, 128),
+}
+ATTENTION = ATTENTION if not TINY else {"tiny": (3, 2, 5, 4, 2, 8)}
 
 
 @dataclass
@@ -286,6 +294,59 @@ def linear_ppo(size: str) -> Case:
     return Case(calls, operations=3 * 2 * n * h * v, rounds=5 if n * h * v < 1e9 else 2, rtol=1e-3)
 
 
+def paged_attention(size: str) -> Case:
+    """Decoded tokens, each behind another number of tokens, or whole prompts; blocks of 16 in any order."""
+    sequences, own, past, heads, kv_heads, d = ATTENTION[size]
+    g = torch.Generator().manual_seed(0)
+    more = torch.randint(past, 1500 if past else 1, (sequences,), generator=g)
+    lengths = more + own
+    counts = ((lengths + 15) // 16).tolist()
+    parts = torch.randperm(sum(counts), generator=g).split(counts)
+    blocks = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).int()
+    query = torch.randn(sequences * own, heads, d, generator=g)
+    keys, values = torch.randn(2, sum(counts), 16, kv_heads, d, generator=g)
+    cu_query = torch.arange(sequences + 1, dtype=torch.int32) * own
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    queries = [q.transpose(0, 1) for q in query.split(own)]  # [heads, own, d]
+    masks = [torch.ones(own, n, dtype=torch.bool).tril(n - own) for n in lengths]
+
+    def gather():
+        return [
+            [pool[part].flatten(0, 1)[:n].transpose(0, 1) for pool in (keys, values)]
+            for part, n in zip(parts, lengths.tolist(), strict=True)
+        ]
+
+    def one_by_one(states):
+        given = zip(queries, states, masks, strict=True)
+        outs = [attend(q[None], k[None], v[None], attn_mask=m)[0] for q, (k, v), m in given]
+        return torch.cat([out.transpose(0, 1) for out in outs])
+
+    gathered = gather()
+    padded = [
+        torch.nn.utils.rnn.pad_sequence([s[i].transpose(0, 1) for s in gathered], batch_first=True)
+        for i in range(2)
+    ]  # [sequences, longest, kv_heads, d]
+    longest = max(lengths.tolist())
+    mask = torch.stack([torch.nn.functional.pad(m, (0, longest - m.shape[1])) for m in masks])
+    stacked = torch.stack(queries)
+
+    def all_at_once():
+        states = (x.transpose(1, 2) for x in padded)
+        return attend(stacked, *states, attn_mask=mask[:, None]).transpose(1, 2).flatten(0, 1)
+
+    calls = {
+        "hiper_fast": lambda: ops.paged_attention(
+            query, keys, values, blocks, cu_query, lengths.int()
+        ),
+        "torch": lambda: one_by_one(gather()),
+        "torch, gathered before": lambda: one_by_one(gathered),
+        "torch, padded before": all_at_once,
+    }
+    seen = sum(int(m.sum()) for m in masks)
+    read = 2 * int(lengths.sum()) * kv_heads * d * 4 if own == 1 else 0
+    return Case(calls, bytes=read, operations=0 if read else 4 * seen * heads * d)
+
+
 def liger(x) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropy by what Liger's fused head runs where its GPU kernels cannot."""
     head = peer(
@@ -336,6 +397,7 @@ SIZES |= {
     value_loss: COUNTS,
     linear_logprobs: HEADS,
     linear_ppo: HEADS,
+    paged_attention: ATTENTION,
 }
 PEERS = {
     find_roles: ["reference"],
@@ -348,6 +410,7 @@ PEERS |= {
     normalize_and_scatter: ["separate ops"],
     linear_ppo: ["torch", "torch.compile", "liger-kernel"],
 }
+PEERS |= {paged_attention: ["torch", "torch, gathered before", "torch, padded before"]}
 PEERS |= {linear_logprobs: ["torch", "torch.compile", "liger-kernel", "cut-cross-entropy"]}
 RUNS = [
     pytest.param(make, size, by, id=f"{make.__name__}-{size}-{by}".replace(", ", ""))

@@ -49,6 +49,8 @@ def _check_states(query, keys, values):
     (_, heads, d), (pool, block, kv_heads, key_d) = query.shape, keys.shape
     if query.dtype not in FLOATS:
         raise ValueError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
+    if query.is_cuda and query.dtype == torch.float64:
+        raise ValueError("query must be float32, bfloat16 or float16 on a GPU, got torch.float64")
     if d == 0 or key_d != d:
         raise ValueError(f"keys must have the d of query, at least 1: got {key_d} and {d}")
     if block == 0 or kv_heads == 0 or heads % kv_heads:
@@ -146,8 +148,8 @@ def paged_attention(
     softmax and gives nothing.
 
     Args:
-        query: [tokens, heads, d] float32, bfloat16, float16 or float64 (which runs the reference); of each
-            sequence its last tokens, in order.
+        query: [tokens, heads, d] float32, bfloat16, float16 or, on a CPU, float64 (which runs the reference);
+            of each sequence its last tokens, in order.
         keys: [pool, block, kv_heads, d] of query's dtype, contiguous; the queries of heads / kv_heads heads
             in a row share one of them.
         values: [pool, block, kv_heads, d_v], likewise.

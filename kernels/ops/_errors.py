@@ -11,6 +11,7 @@ import numpy
 import torch
 
 HAE_TURNS, GAE_TURNS, SCATTER_TOKENS, ROLES_TOKENS, ROLES_IDS, TARGETS = range(6)
+ATTENTION_QUERIES, ATTENTION_LENGTHS, ATTENTION_BLOCKS = range(6, 9)
 _PREFIX_SUM = "must begin with 0, never fall and end with the number of {}"
 _MESSAGES = {
     HAE_TURNS: "hae: cu_turns " + _PREFIX_SUM.format("turns"),
@@ -18,6 +19,9 @@ _MESSAGES = {
     SCATTER_TOKENS: "scatter_advantages: cu_tokens " + _PREFIX_SUM.format("tokens"),
     ROLES_TOKENS: "find_roles: cu_tokens " + _PREFIX_SUM.format("tokens"),
     ROLES_IDS: "find_roles: token_ids must be in the vocabulary of the pieces",
+    ATTENTION_QUERIES: "paged_attention: cu_query " + _PREFIX_SUM.format("tokens"),
+    ATTENTION_LENGTHS: "paged_attention: lengths must lie between a sequence's queries and what its blocks hold",
+    ATTENTION_BLOCKS: "paged_attention: blocks must be in the pool",
     TARGETS: "linear_logprobs or linear_ppo: targets must lie in [0, v)",
 }
 

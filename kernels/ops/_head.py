@@ -40,7 +40,7 @@ _LOWEST = tl.constexpr(
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     size = tl.abs(x)
     near = size < 0.5
     # By e^-2x alone it would lose its digits near 0. There: Lambert's continued fraction, exact to float64's last.
@@ -62,7 +62,7 @@ def _logits(
         x += tl.load(bias + column, mask=column < vocabulary, other=0.0)
     if CAPPED:
         cap = tl.full([], softcap, x.dtype)
-        x = tl.where(column < vocabulary, cap * _tanh(x * (1.0 / cap)), _LOWEST)
+        x = tl.where(column < vocabulary, cap * tanh(x * (1.0 / cap)), _LOWEST)
     return tl.where(x < _LOWEST, _LOWEST, x)  # NaN stays NaN
 
 

@@ -30,6 +30,7 @@ from hiper_fast.kernels.hae import hae
 from hiper_fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_backward
 from hiper_fast.kernels.linear_ppo import linear_ppo
 from hiper_fast.kernels.normalize import normalize
+from hiper_fast.kernels.paged_attention import paged_attention
 from hiper_fast.kernels.ppo_loss import ppo_loss
 from hiper_fast.kernels.scatter_advantages import normalize_and_scatter, scatter_advantages
 from hiper_fast.kernels.value_loss import value_loss
@@ -139,6 +140,22 @@ def launch_all() -> None:
         )
         byte = torch.tensor([60], dtype=torch.uint8)
         find_roles(torch.zeros(3, dtype=ids), cu_tokens, byte, offsets, byte)
+    launch_attention()
+
+
+def launch_attention() -> None:
+    """Qwen2.5-1.5B's heads and wider ones: one sequence decoded, its keys split; many; prompts."""
+    for dtype, (d, with_all) in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), ((128, False), (128, True), (256, False))
+    ):
+        pool = torch.zeros(2, 16, 2, d, dtype=dtype)
+        options = (0.5, 9, 30.0, torch.zeros(12, dtype=dtype)) if with_all else (None,) * 4
+        for sequences, own in ((1, 1), (264, 1), (264, 20)):
+            query = torch.zeros(sequences * own, 12, d, dtype=dtype)
+            lengths = torch.full((sequences,), own, dtype=torch.int32)
+            blocks = torch.zeros(sequences, 32, dtype=torch.int32)
+            cu_query = torch.arange(sequences + 1, dtype=torch.int32) * own
+            paged_attention(query, pool, pool, blocks, cu_query, lengths, *options)
 
 
 def build(launch: tuple, capability: int, whole: bool) -> dict:

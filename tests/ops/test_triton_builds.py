@@ -23,6 +23,8 @@ CEILINGS = {
     "_policy._terms_kernel": 104,
     "_total._finish_kernel": 64,
     "value_loss._kernel": 80,
+    "paged_attention._kernel": 255,  # as much where a pool is not aligned; else 193
+    "paged_attention._merge_kernel": 128,
     "_head._statistics_kernel": 128,
     "_head._gradient_kernel": 84,
 }

@@ -12,7 +12,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILES = ("test_scan_kernels", "test_loss_kernels", "test_head_kernels", "test_roles_kernel")
+FILES = (
+    "test_scan_kernels",
+    "test_loss_kernels",
+    "test_head_kernels",
+    "test_roles_kernel",
+    "test_attention_kernel",
+)
 
 
 @pytest.mark.timeout(1000)
