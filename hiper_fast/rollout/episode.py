@@ -137,7 +137,7 @@ class Play:
         return self.wordings.get(action.strip(), action)
 
     def take(
-        self, observation: str, _reward: float, terminated: bool, _truncated: bool, info: Info
+        self, observation: str, _reward: float, terminated: bool, truncated: bool, info: Info
     ) -> None:
         """Stores what the environment made of it."""
         episode = self.episode
@@ -145,4 +145,4 @@ class Play:
         episode.rewards[-1] += self.config.reward.success if info["won"] else 0.0
         episode.won, episode.terminated = info["won"], terminated
         episode.score = info.get("task_score")
-        self.over = terminated or self.turn == self.config.env.max_turns
+        self.over = terminated or truncated or self.turn == self.config.env.max_turns

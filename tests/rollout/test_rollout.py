@@ -229,6 +229,22 @@ def test_a_command_that_is_not_listed_costs(agent):
     assert play.episode.rewards == [0.0, -0.5, 10.0]
 
 
+def test_an_environment_may_have_a_limit_of_its_own(agent):
+    class Short(Lines):
+        def step(self, command):
+            observation, reward, terminated, _, info = super().step(command)
+            return observation, reward, terminated, len(self.told) == 2, info
+
+    config, script = settings(), [say(SWITCH, "s", "wait")] * 5
+    play = begin(Short(), {}, config)
+    prompter = Prompter(agent.tokenizer, config.agent, HOUSEHOLD.styles["compact"])
+    ids = agent.tokenizer(script[0], add_special_tokens=False)["input_ids"]
+    answer = Answer(ids, [0.0] * len(ids))
+    [episode] = play_script([play], prompter, lambda plays: [answer], agent.decode)
+    assert len(episode.responses) == 2 and not episode.terminated
+    assert len(episode.prompts) == 3, "the state after it is valued, as at the turn limit"
+
+
 def test_no_plays():
     assert play_script([], lambda states: [], None, None) == []
 
