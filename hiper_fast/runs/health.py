@@ -106,6 +106,11 @@ def read_share_of_turns(row: Row, key: str) -> float | None:
     return count / (turns * (episodes if stage == "eval" else episodes / row["step"]))
 
 
+def read_of_present_weights(row: Row, key: str) -> float | None:
+    """None for episodes of older weights, as rollout.ahead has them."""
+    return read_number(row, key) if "fidelity/tolerance" in row else None
+
+
 def read_share_of_tolerance(row: Row, key: str) -> float | None:
     value, tolerance = read_number(row, key), read_number(row, "fidelity/tolerance")
     return value / tolerance if value is not None and tolerance else None
@@ -217,6 +222,7 @@ RULES = (
         "fidelity/outside_clip", above(0.01),
         "the clip cuts gradients off for what the engine's log-probs differ from the trainer's",
         "train.old_logprobs: recomputed with train.importance_cap: 2, or model.dtype: float32",
+        read=read_of_present_weights,
     ),
     Rule(
         "optim/grad_norm", below(1e-8),
