@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import textwrap
 from types import ModuleType
@@ -54,3 +55,28 @@ def load_adapters(model: PreTrainedModel) -> bool:
     if has_adapters:
         model.set_adapter("default")
     return has_adapters
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether adapters work on a layer, or a trained copy stands in its place."""
+    return hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model without adapters that computes the same; this one stays as it is."""
+    adapted = {name: module for name, module in model.named_modules() if is_adapted(module)}
+    inside = tuple(f"{name}." for name in adapted)
+    state = {name: w for name, w in model.state_dict().items() if not name.startswith(inside)}
+    for name, module in adapted.items():
+        merged = merge(module).state_dict()
+        state |= {f"{name}.{part}": weight for part, weight in merged.items()}
+    return state
+
+
+def merge(module: nn.Module) -> nn.Module:
+    """A plain layer that computes what an adapted one does."""
+    if hasattr(module, "modules_to_save"):
+        return module.modules_to_save[module.active_adapter]
+    module = copy.deepcopy(module)
+    module.merge()
+    return module.get_base_layer()
