@@ -118,7 +118,7 @@ torch {torch}, in float32 on a CPU.
 | load and differ, or fail otherwise | {faults} |
 
 - **Works**: three ways to a token's log-prob agree within {tolerance:.0e} nats (worst here {worst:.1e}): what a rollout
-  stored while it sampled (single turns and conversations, prompts of {lengths} tokens in left-padded batches,
+  stored while it sampled (conversations of two turns, prompts of {lengths} tokens, packed and through its cache,
   temperature {temperature}), what updates read from packed microbatches through the fused head, and what the model
   says as it came, of each sequence by itself. Log-probs spread by about a nat or more, windows are shorter than the
   sequences, packed batches longer than the positions, and the embedding has rows that stand for no token. Gradients

@@ -217,6 +217,11 @@ def find_units(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
+def call_whole(module: nn.Module, function: Callable[[], T]) -> T:
+    """As `call_inside`, within `World.whole`: nothing is gathered or given up, so each process may call by itself."""
+    return module.inside(function) if hasattr(module, "inside") else function()
+
+
 def call_inside(module: nn.Module, function: Callable[[], T]) -> T:
     """`function()`, with a sharded `module`'s weights outside its layers, as the head's, at hand.
 

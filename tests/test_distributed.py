@@ -15,7 +15,7 @@ import pytest
 import test_update
 import torch
 import torch.distributed as dist
-from helpers import HOUSEHOLD
+from helpers import HOUSEHOLD, configure, play_tasks
 from test_train import arguments, rows
 from torch import nn
 
@@ -252,6 +252,25 @@ def test_two_processes_learn_what_one_does(together, model, options):
             max(abs(x - start[name]).max() for name, x in after.items() if name.startswith(part))
             > 1e-4
         ), part
+
+
+# Rollouts.
+
+
+def played(world):
+    """The responses of five games, of two rollouts, by a model that is spread over the processes."""
+    agent = load_agent(ModelConfig(device="cpu"), 0, HOUSEHOLD.tokenizer, world=world)
+    agent.add_critic()
+    agent.shard()
+    config = configure(env__max_turns="3", agent__max_response_tokens="6")
+    tasks = [{"seed": seed} for seed in range(5)]
+    batches = [play_tasks(agent, config, tasks, seed=seed) for seed in (1, 2)]
+    return [[episode.responses for episode in t.episodes] for t in batches]
+
+
+def test_two_processes_play_what_one_does(together):
+    alone = played(ALONE)
+    assert together(played) == [alone, alone] and alone[0] != alone[1]
 
 
 # Checkpoints.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hiper_fast import ops
 from hiper_fast.agent import attention
 from hiper_fast.agent.head import Head, read_hidden
-from hiper_fast.distributed import call_inside
+from hiper_fast.distributed import call_inside, call_whole
 
 Shape = tuple[tuple[int, int], tuple[int, int], torch.dtype]  # [kv_heads, d] of keys, of values
 
@@ -47,10 +47,10 @@ class PagedCache:
         self.call = 0  # attention's in a pass
 
     def read(self, model: PreTrainedModel, head: Head, what: Pass) -> Tensor:
-        """The logits float32 [sequences, vocabulary] behind each sequence's last token."""
+        """The logits float32 [sequences, vocabulary] behind each sequence's last token; a sharded model is whole."""
         self.present, self.call = what, 0
         with attention.through(self):
-            return call_inside(model, lambda: self.read_inside(model, head, what))
+            return call_whole(model, lambda: self.read_inside(model, head, what))
 
     def read_inside(self, model: PreTrainedModel, head: Head, what: Pass) -> Tensor:
         hidden = read_hidden(
@@ -85,20 +85,14 @@ class _Recorder:
         return query.new_zeros(*query.shape[:2], value.shape[-1])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_shapes(model: PreTrainedModel) -> list[Shape]:
     """What a cache of this model holds for a token, found by letting it read one."""
     recorder, zero = _Recorder(), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     cu_query = torch.tensor([0, 1], dtype=torch.int32, device=model.device)
+    options = {"position_ids": zero, "attention_mask": cu_query.view(1, 1, 1, -1), "longest": 1}
     with attention.through(recorder):
-        read_hidden(
-            model,
-            zero,
-            position_ids=zero,
-            attention_mask=cu_query.view(1, 1, 1, -1),
-            longest=1,
-            use_cache=False,
-        )
+        call_inside(model, lambda: read_hidden(model, zero, use_cache=False, **options))
     return recorder.shapes
 
 
