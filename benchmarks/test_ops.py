@@ -49,6 +49,10 @@ ATTENTION = {
 }
 ATTENTION = ATTENTION if not TINY else {"tiny": (3, 2, 5, 4, 2, 8)}
 
+TOKENS = {"8,192 x 128": (8192, 128), "2,048 x 1,536": (2048, 1536)}
+TOKENS = TOKENS if not TINY else {"5 x 64": (5, 64)}
+HEAD = 64  # dimensions of an attention head
+
 
 @dataclass
 class Case:
@@ -347,6 +351,65 @@ def paged_attention(size: str) -> Case:
     return Case(calls, bytes=read, operations=0 if read else 4 * seen * heads * d)
 
 
+def layer(op: Callable, usual: Callable, inputs: list[torch.Tensor], moved: int) -> Case:
+    """A layer's op with the gradients of `inputs`, beside the same in torch; `moved`: floats read and written."""
+    op, usual = functools.partial(op, *inputs), functools.partial(usual, *inputs)
+    grads = [torch.randn_like(out) for out in as_list(usual())]
+
+    def run(function):
+        def call():
+            outs = as_list(function())
+            return *outs, *torch.autograd.grad(outs, inputs, grads)
+
+        return call
+
+    calls = {"hiper_fast": run(op), "torch": run(usual), "torch.compile": run(compiled(usual))}
+    return Case(calls, bytes=4 * moved)
+
+
+def as_list(result) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def rms_norm(size: str) -> Case:
+    n, h = TOKENS[size]
+    inputs = [torch.randn(n, h).requires_grad_(), torch.randn(h).requires_grad_()]
+
+    def usual(x, weight):
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    return layer(ops.rms_norm, usual, inputs, moved=5 * n * h)
+
+
+def swiglu(size: str) -> Case:
+    n, h = TOKENS[size]
+    inputs = [torch.randn(n, 2 * h).requires_grad_() for _ in range(2)]
+
+    def usual(gate, up):
+        return torch.nn.functional.silu(gate) * up
+
+    return layer(ops.swiglu, usual, inputs, moved=8 * n * 2 * h)
+
+
+def rope(size: str) -> Case:
+    """query and key as a layer has them: [1, tokens, heads, d] transposed."""
+    n, h = TOKENS[size]
+    states = (torch.randn(1, n, h // HEAD, HEAD).transpose(1, 2) for _ in range(2))
+    cos, sin = torch.randn(2, 1, n, HEAD)
+
+    def rotate_half(x):
+        first, second = x.chunk(2, -1)
+        return torch.cat([-second, first], -1)
+
+    def usual(query, key):
+        return tuple(x * cos[:, None] + rotate_half(x) * sin[:, None] for x in (query, key))
+
+    def fused(query, key):
+        return ops.rope(query, key, cos, sin)
+
+    return layer(fused, usual, [x.requires_grad_() for x in states], moved=8 * n * h + 4 * n * HEAD)
+
+
 def liger(x) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropy by what Liger's fused head runs where its GPU kernels cannot."""
     head = peer(
@@ -398,6 +461,9 @@ SIZES |= {
     linear_logprobs: HEADS,
     linear_ppo: HEADS,
     paged_attention: ATTENTION,
+    rms_norm: TOKENS,
+    rope: TOKENS,
+    swiglu: TOKENS,
 }
 PEERS = {
     find_roles: ["reference"],

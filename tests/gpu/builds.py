@@ -32,7 +32,10 @@ from hiper_fast.kernels.linear_ppo import linear_ppo
 from hiper_fast.kernels.normalize import normalize
 from hiper_fast.kernels.paged_attention import paged_attention
 from hiper_fast.kernels.ppo_loss import ppo_loss
+from hiper_fast.kernels.rms_norm import rms_norm, rms_norm_backward
+from hiper_fast.kernels.rope import rope
 from hiper_fast.kernels.scatter_advantages import normalize_and_scatter, scatter_advantages
+from hiper_fast.kernels.swiglu import swiglu, swiglu_backward
 from hiper_fast.kernels.value_loss import value_loss
 
 POINTERS = {
@@ -158,6 +161,27 @@ def launch_attention() -> None:
             paged_attention(query, pool, pool, blocks, cu_query, lengths, *options)
 
 
+def launch_layers() -> None:
+    """The smallest, a usual and the largest tile of each, and every switch."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        widths = (
+            (16, 2048) if dtype == torch.float64 else (16, 2048, 8192)
+        )  # none so wide is trained
+        for width in widths:
+            x, weight = torch.zeros(5, width, dtype=dtype), torch.zeros(width, dtype=dtype)
+            rms_norm(x, weight, 1e-6)
+            for needs in ((True, True), (True, False), (False, True)):
+                rms_norm_backward(x, x, weight, 1e-6, *needs)
+        swiglu(x, x)
+        swiglu_backward(x, x, x, True, True)
+        for batch, heads, key_heads, d, back in (
+            (1, 2, 2, 64, True), (2, 12, 2, 128, False), (1, 40, 8, 128, False), (2, 40, 8, 256, True),
+        ):  # fmt: skip
+            states = (torch.zeros(batch, 16, n, d, dtype=dtype) for n in (heads, key_heads))
+            angles = torch.zeros(2, 1, 16, d, dtype=dtype)
+            rope(*(x.transpose(1, 2) for x in states), *angles, back)
+
+
 def build(launch: tuple, capability: int, whole: bool) -> dict:
     """Compile one launch; `whole`: with all pointers aligned to 16 bytes, as whole tensors are, else with none."""
     kernel, signature, constants, aligned, options = launch
@@ -196,6 +220,7 @@ def main(capability: int) -> None:
     head.product = lambda *arguments, **keywords: None
     head.Head._multiply = lambda self: None
     launch_all()
+    launch_layers()
     unaligned = {}  # slices of tensors begin anywhere: one such build for each kernel
     for launch in launches.found.values():
         unaligned.setdefault(launch[0], launch)

@@ -27,6 +27,11 @@ CEILINGS = {
     "paged_attention._merge_kernel": 128,
     "_head._statistics_kernel": 128,
     "_head._gradient_kernel": 84,
+    "rms_norm._forward_kernel": 96,
+    "rms_norm._backward_kernel": 128,
+    "swiglu._forward_kernel": 64,
+    "swiglu._backward_kernel": 64,
+    "rope._kernel": 96,
 }
 
 
