@@ -1,4 +1,4 @@
-"""All that needs a GPU, in under eight minutes: the kernels' tests, then their times beside their peers'.
+"""All that needs a GPU, in under eight minutes: the kernels' tests, their times beside their peers', a rollout.
 
     pip install --no-build-isolation --no-deps -e . && python benchmarks/gpu.py
 
@@ -28,8 +28,12 @@ from torch import Tensor
 from hiper_fast import bench, ops
 from hiper_fast.ops._ppo import ppo_terms
 
+sys.path.insert(0, str(Path(__file__).parent))  # for gpu_rollout.py
+import gpu_rollout
+
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 450  # seconds after which no further part begins
+ROLLOUT = 170  # of them are left for benchmarks/gpu_rollout.py
 
 
 class Size(NamedTuple):
@@ -453,8 +457,8 @@ def add_ratios(rows: list[dict], cases: list[Case]) -> None:
             row["times_ours"] = row["milliseconds"] / ours[case.compared_with]
 
 
-def run(size: Size, device: str, tests: bool, show: Callable[[str], None]) -> dict[str, object]:
-    began = time.monotonic()
+def run(name: str, device: str, tests: bool, show: Callable[[str], None]) -> dict[str, object]:
+    began, size = time.monotonic(), SIZES[name]
     result: dict[str, object] = facts(device) | {"size": size._asdict(), "figures": []}
 
     def left() -> float:
@@ -480,7 +484,7 @@ def run(size: Size, device: str, tests: bool, show: Callable[[str], None]) -> di
         lambda: ratio_alone(0.5),
     ]
     for make in groups:
-        if left() < 30:
+        if left() < 30 + ROLLOUT:
             result["left_out"] = "the last groups of figures: the time was spent"
             break
         cases = make()
@@ -490,12 +494,23 @@ def run(size: Size, device: str, tests: bool, show: Callable[[str], None]) -> di
             show(json.dumps(rows[-1]))
         add_ratios(rows, cases)
         result["figures"] += rows
-    if device == "cuda" and left() > 20:
+    if device == "cuda" and left() > 20 + ROLLOUT:
         rows = Rows(size, device)
         result["linear_ppo_megabytes_beyond_gradients"] = memory_beyond_gradients(rows)
         result["linear_ppo_parts"] = parts_of_linear_ppo(rows)
+        del rows
+    result["rollout"] = try_rollout(name, device)
+    show(json.dumps(result["rollout"]))
     result["seconds"] = time.monotonic() - began
     return result
+
+
+def try_rollout(name: str, device: str) -> dict[str, object]:
+    """benchmarks/gpu_rollout.py's figures, or why there are none: they must not take the others with them."""
+    try:
+        return gpu_rollout.run(name, device, milliseconds)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -514,7 +529,7 @@ def main(argv: list[str] | None = None) -> int:
             "there is no NVIDIA GPU here; --device cpu --size tiny tries the script itself"
         )
     result = run(
-        SIZES[arguments.size],
+        arguments.size,
         arguments.device,
         not arguments.no_tests,
         lambda line: print(line, flush=True),

@@ -22,12 +22,19 @@ import torch
 
 from hiper_fast import estimators
 from hiper_fast.agent.agent import HEADS
-from hiper_fast.agent.footprint import Footprint, count_pass, measure_model
+from hiper_fast.agent.footprint import (
+    Footprint,
+    count_pass,
+    count_sampling,
+    count_state,
+    measure_model,
+)
 from hiper_fast.config import Config, PlanConfig
 from hiper_fast.envs.family import families
 from hiper_fast.learn.loss import is_fused
 from hiper_fast.ops._head import CHUNK_BYTES
 from hiper_fast.options import ConfigError, flatten
+from hiper_fast.rollout.engines import paged
 
 GIB = 2**30
 KEPT, ROLLOUT, SCORING, UPDATE = "kept throughout", "in rollout", "in scoring", "in update"
@@ -44,14 +51,13 @@ GPUS = {
 
 # Assumptions.
 RESERVE_BYTES, RESERVE_SHARE = 1 * GIB, 0.05  # CUDA's own memory, and what fragmentation loses
-LONGEST = 2  # a batch's longest response over the mean
 LAUNCH = 10e-6  # seconds to launch an operation on a GPU, where none was measured
+KERNEL = 2.5e-6  # seconds of an operation in a CUDA graph, at least
 HOST_RATE, LINK_RATE = 20e9, 25e9  # bytes/s of AdamW in the CPU's memory, and between it and a GPU
 SENT = 1.5  # over offloaded gradients: these go there, and narrower weights come back
 RANK = 32  # of the LoRA that is proposed
 
 FLOAT32 = 4  # bytes
-SAMPLING_BYTES = 20  # beside a logit: its float32 log-prob and two float64 copies
 BLOCK, TABLE, LEAST_8BIT = (
     256,
     256,
@@ -206,23 +212,65 @@ def count_steps(config: Config) -> int:
     )
 
 
-def count_own_episodes(config: Config) -> int:
-    return math.ceil(config.train.episodes / count_processes(config))
+def count_own(config: Config, episodes: int) -> int:
+    """Of `episodes` those that one process plays."""
+    return math.ceil(episodes / count_processes(config))
 
 
-def count_together(config: Config) -> int:
-    """Episodes that generate together in one process."""
-    _, prompt, _ = count_tokens(config)
-    return min(count_own_episodes(config), max(1, config.agent.batch_tokens // prompt))
+def count_context(config: Config) -> float:
+    """Tokens that the cache holds before a response, on average."""
+    turns, prompt, response = count_tokens(config)
+    if config.agent.style != "transcript":
+        return prompt
+    conversation = turns / config.train.episodes * (prompt + response)
+    return min(max(prompt, conversation / 2), config.agent.max_prompt_tokens)
 
 
-def count_cached(config: Config) -> tuple[int, int]:
-    """(episodes whose keys and values are held at once, tokens of each at most)."""
-    response = config.agent.max_response_tokens
-    if config.agent.style == "transcript":  # all of them, from turn to turn
-        return count_own_episodes(config), config.agent.max_prompt_tokens + response
-    _, prompt, _ = count_tokens(config)
-    return count_together(config), prompt + response
+# The built-in engine, in each process.
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The blocks of keys and values that the engine takes, and who shares them."""
+
+    rows: int  # responses under way at once
+    each: int  # blocks of the longest prompt and response
+    blocks: int
+    size: int  # tokens of a block
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.size
+
+
+def measure_pool(config: Config, machine: Machine) -> Pool:
+    """Room for every row at its longest, or what the engine may take; at least for one."""
+    agent, rollout = config.agent, config.rollout
+    size = paged.BLOCK[machine.kind]
+    each = math.ceil((agent.max_prompt_tokens + agent.max_response_tokens) / size)
+    taken = sum_bytes([*list_trained(config), *list_weights(config)], KEPT, ROLLOUT)
+    given = getattr(rollout, "cache_gb", 0.0)  # the built-in engine's own
+    room = given * GIB or paged.SHARE * max(0.0, machine.usable - taken)
+    affordable = int(room // (size * count_token(config)))
+    return Pool(rollout.slots, each, max(each, min(rollout.slots * each, affordable)), size)
+
+
+def count_token(config: Config) -> int:
+    """Bytes of a token's keys and values."""
+    return find_footprint(config).kv * find_dtype(config).itemsize
+
+
+def count_together(config: Config, machine: Machine, episodes: int) -> int:
+    """Of `episodes` those whose responses are under way together in one process."""
+    pool = measure_pool(config, machine)
+    each = count_context(config) + config.agent.max_response_tokens
+    return max(1, min(count_own(config, episodes), pool.rows, int(pool.tokens // each)))
+
+
+def count_most(config: Config) -> int:
+    """Responses that may be under way together, in a rollout or an evaluation."""
+    episodes = max(config.train.episodes, config.eval.episodes)
+    return min(count_own(config, episodes), config.rollout.slots)
 
 
 # Memory.
@@ -247,8 +295,9 @@ def has_own_critic(config: Config) -> bool:
     return has_critic(config) and config.model.critic == "separate"
 
 
-def list_parts(config: Config) -> list[Part]:
-    return [*list_trained(config), *list_rollout(config), *list_passes(config)]
+def list_parts(config: Config, machine: Machine) -> list[Part]:
+    parts = list_trained(config), list_weights(config), list_rollout(config, machine)
+    return [*itertools.chain(*parts), *list_passes(config)]
 
 
 def list_trained(config: Config) -> Iterator[Part]:
@@ -301,19 +350,31 @@ def count_moment(count: int, wide: int, optimizer: str) -> float:
     return wide * count
 
 
-def list_rollout(config: Config) -> Iterator[Part]:
-    """The largest KV cache, and the larger of the prompts' pass and of sampling."""
-    footprint, dtype = find_footprint(config), find_dtype(config)
-    episodes, tokens = count_cached(config)
-    cache = footprint.kv * dtype.itemsize * episodes * tokens
-    yield Part("KV cache", cache, ROLLOUT, f"{episodes} episodes x {tokens:,} tokens")
-    (_, prompt, _), together = count_tokens(config), count_together(config)
-    prefill = count_pass(footprint, together * prompt, dtype, train=False).peak
-    sampling = together * footprint.vocabulary * (dtype.itemsize + SAMPLING_BYTES)
-    longer = cache / footprint.layers / 2  # a layer's keys or values again, one token longer
-    yield Part("prompts' pass or sampling", max(prefill, sampling + longer), ROLLOUT)
+def list_weights(config: Config) -> Iterator[Part]:
+    """What a rollout reads beside what trains."""
+    whole = find_dtype(config).itemsize * find_footprint(config).total
     if count_processes(config) > 1:
-        yield Part("whole policy", dtype.itemsize * footprint.total, ROLLOUT, config.model.dtype)
+        yield Part("whole policy", whole, ROLLOUT, config.model.dtype)
+    if config.rollout.ahead:
+        yield Part("policy, an update older", whole, KEPT, config.model.dtype)
+
+
+def list_rollout(config: Config, machine: Machine) -> Iterator[Part]:
+    """What the engine takes when it wakes, and its largest passes."""
+    footprint, dtype, agent = find_footprint(config), find_dtype(config), config.agent
+    when = KEPT if config.rollout.ahead else ROLLOUT  # then it plays while an update learns
+    pool, most = measure_pool(config, machine), count_most(config)
+    cache = (pool.blocks + 1) * pool.size * count_token(config)  # one block is nobody's
+    note = f"{pool.tokens:,} tokens; a response needs {pool.each * pool.size:,} at most"
+    yield Part("KV cache", cache, when, note)
+    state = count_state(pool.rows, pool.each, agent.max_response_tokens)
+    yield Part("responses under way", state, when, f"{pool.rows} at most")
+    prompts = max(agent.batch_tokens, agent.max_prompt_tokens)
+    largest = count_sampling(footprint, dtype, most, prompts).peak
+    yield Part("a pass", largest, when, f"{prompts:,} prompt tokens, {most} responses")
+    if machine.kind == "cuda":  # all share the largest one's memory, which no pass gets
+        held = count_sampling(footprint, dtype, most).peak
+        yield Part("CUDA graphs", held, when)
 
 
 def list_passes(config: Config) -> Iterator[Part]:
@@ -345,8 +406,8 @@ def sum_stages(parts: list[Part]) -> dict[str, float]:
     return {when: kept + sum_bytes(parts, when) for when in (ROLLOUT, SCORING, UPDATE)}
 
 
-def sum_bytes(parts: list[Part], when: str) -> float:
-    return sum(part.size for part in parts if part.when == when)
+def sum_bytes(parts: list[Part], *when: str) -> float:
+    return sum(part.size for part in parts if part.when in when)
 
 
 def find_peak(parts: list[Part]) -> tuple[str, float]:
@@ -372,7 +433,7 @@ def find_shortage(config: Config, machine: Machine) -> str | None:
     """What does not fit, in words; None if all does."""
     if machine.gpus > 1 and config.train.optimizer != "adamw":
         return f"train.optimizer {config.train.optimizer} works in one process only"
-    parts = list_parts(config)
+    parts = list_parts(config, machine)
     (when, peak), host = find_peak(parts), sum_bytes(parts, HOST)
     if peak > machine.usable:
         has = f"{machine.name} has {machine.usable / GIB:.1f} to give"
@@ -406,6 +467,7 @@ def list_changes(config: Config, machine: Machine) -> Iterator[list[Change]]:
     old = flatten(config)
     prompt, response = config.agent.max_prompt_tokens, config.agent.max_response_tokens
     values = {
+        "rollout.cache_gb": [0.0] if old.get("rollout.cache_gb") else [],
         "model.gradient_checkpointing": [True],
         "train.microbatch_tokens": halve(old["train.microbatch_tokens"], prompt + response),
         "model.dtype": ["bfloat16"],
@@ -449,10 +511,7 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     turns, prompt, response = count_tokens(config)
     turns, length = turns / machine.gpus, prompt + response
     flops = machine.flops * config.plan.utilisation
-    # Each weight takes a product and a sum a token; attention, over half of the sequence on
-    # average, twice that.
-    products = footprint.computed + footprint.layers * footprint.heads * length
-    forward = 2 * products * turns * length / flops
+    forward = 2 * count_products(footprint, length) * turns * length / flops
     head = 2 * footprint.head * turns * response / flops
     # Forward, and backward to inputs and weights: no gradients of frozen weights.
     passes = (2 if model.lora_rank else 3) + model.gradient_checkpointing
@@ -461,11 +520,11 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     policy_step, critic_step = (
         count_steps(config) * estimate_step(config, machine, name) for name in ("policy", "critic")
     )
-    prefill, decode = estimate_rollout(config, machine)
-    evaluation = (prefill + decode) * config.eval.episodes / train.episodes / config.eval.every
+    prompts, responses = estimate_rollout(config, machine, train.episodes)
+    evaluation = sum(estimate_rollout(config, machine, config.eval.episodes)) / config.eval.every
     return {
-        "rollout: prompts": prefill,
-        "rollout: responses": decode,
+        "rollout: prompts": prompts,
+        "rollout: responses": responses,
         "scoring": forward * (separate + references) + head * references,
         "policy update": forward * passes + head * (3 if is_fused(train) else 4) + policy_step,
         "critic update": forward * passes * separate + critic_step,
@@ -484,21 +543,31 @@ def check_time(config: Config, machine: Machine) -> None:
         )
 
 
-def estimate_rollout(config: Config, machine: Machine) -> tuple[float, float]:
-    """Of reading prompts, and of sampling: a step reads weights and cache, or awaits launches."""
-    footprint, dtype, limit = find_footprint(config), find_dtype(config), config.env.max_turns
+def count_products(footprint: Footprint, length: float) -> float:
+    """Of a token, on average over a sequence: one with each weight, in attention two with half of the tokens."""
+    return footprint.computed + footprint.layers * footprint.heads * length
+
+
+def estimate_rollout(config: Config, machine: Machine, episodes: int) -> tuple[float, float]:
+    """Of reading prompts, and of sampling; none waits for another, so the longest chain of responses counts."""
+    footprint, dtype = find_footprint(config), find_dtype(config)
     turns, prompt, response = count_tokens(config)
-    turns = turns / machine.gpus
+    own, together = count_own(config, episodes), count_together(config, machine, episodes)
+    mean, looks = turns / config.train.episodes, paged.STEPS[machine.kind]
+    each = response + (looks - 1) / 2  # steps of a response: it waits to be looked at
+    # When the last free place is taken, an episode to the turn limit is still to come.
+    steps = ((own / together - 1) * mean + config.env.max_turns) * each
+    width = own * mean * each / steps
     flops = machine.flops * config.plan.utilisation
-    groups = limit * math.ceil(turns / limit / count_together(config))
-    width = turns / groups
-    launches = count_pass(footprint, 1, dtype, train=False).operations * machine.launch
+    one = count_sampling(footprint, dtype, 1)
+    launches = one.operations * (machine.launch + (looks - 1) * KERNEL) / looks
     weights = footprint.computed + footprint.head
-    values = weights + footprint.kv * width * (prompt + response)
-    read = values * dtype.itemsize / machine.bandwidth
-    step = max(read, 2 * weights * width / flops, launches)
-    steps = groups * min(LONGEST * response, config.agent.max_response_tokens)
-    return 2 * footprint.computed * turns * prompt / flops + groups * launches, steps * step
+    context = count_context(config)
+    cache = footprint.kv * (context + response / 2)
+    read = (weights + cache * width) * dtype.itemsize + one.moved * width
+    step = max(read / machine.bandwidth, 2 * weights * width / flops, launches)
+    products = count_products(footprint, 2 * context - prompt)
+    return 2 * products * own * mean * prompt / flops, steps * step
 
 
 def estimate_step(config: Config, machine: Machine, name: str) -> float:
@@ -514,7 +583,7 @@ def estimate_step(config: Config, machine: Machine, name: str) -> float:
 
 
 def format_memory(config: Config, machine: Machine) -> list[str]:
-    weights, parts = find_footprint(config).total, list_parts(config)
+    weights, parts = find_footprint(config).total, list_parts(config, machine)
     gpus = f"{machine.gpus} x " if machine.gpus > 1 else ""
     lines = [
         f"{config.model.path}, {weights / 1e6:,.1f} M weights, on {gpus}{machine.name}",
@@ -541,15 +610,17 @@ def format_times(config: Config, machine: Machine) -> list[str]:
     total = sum(stages.values())
     rates = f"{machine.flops / 1e12:,.3g} TFLOP/s and {machine.bandwidth / 1e9:,.0f} GB/s"
     launch = f"{machine.launch * 1e6:.1f} µs to launch an operation"
+    if machine.kind == "cuda":
+        launch += f", {KERNEL * 1e6:.1f} µs in a CUDA graph"
     return [
         format_row("time of an update, s", None, tokens),
         *(format_row(f"  {name}", seconds) for name, seconds in stages.items()),
         format_row("together", total, f"{updates} updates: {updates * total / 3600:.1f} h"),
         "",
         f"From {rates} ({machine.source}).",
-        f"Assumed: {config.plan.utilisation:.0%} of those TFLOP/s, {launch}, a batch's "
-        "longest response",
-        f"{LONGEST} times the mean. Not counted: environments, communication, checkpoints.",
+        f"Assumed: {config.plan.utilisation:.0%} of those TFLOP/s, {launch};",
+        "one episode of a batch to its turn limit, no prompt that begins like another's.",
+        "Not counted: environments, communication, checkpoints.",
     ]
 
 

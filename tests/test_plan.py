@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import HOUSEHOLD, name_cache
+from helpers import HOUSEHOLD
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from hiper_fast import plan, session, train
 from hiper_fast.agent import attention, footprint, layers, lora
 from hiper_fast.agent.agent import Critic, run_trunk
+from hiper_fast.agent.decoding import Entering
+from hiper_fast.agent.head import Head
 from hiper_fast.config import Config
 from hiper_fast.configure import list_recipes, resolve
 from hiper_fast.distributed import ALONE
@@ -20,6 +22,8 @@ from hiper_fast.learn import optim
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 from hiper_fast.plan import GIB, HOST, KEPT, ROLLOUT, UPDATE
+from hiper_fast.rollout.draws import uniforms
+from hiper_fast.rollout.engines.paged import Engine
 
 SIZES = dict(
     hidden_size=64,
@@ -59,15 +63,20 @@ def plan_architecture(config: Config):
     return footprint.find_architecture(config.model.path, HOUSEHOLD.tokenizer, True)
 
 
-def sizes(config: Config) -> dict[str, float]:
-    """Name -> bytes of what is planned."""
-    return {(part.when, part.name): part.size for part in plan.list_parts(config)}
+def sizes(config: Config, machine: plan.Machine | None = None) -> dict[tuple[str, str], float]:
+    """(stage, name) -> bytes of what is planned, by default for a GPU that has room for all."""
+    parts = plan.list_parts(config, machine or gpu(1e15, plan.count_processes(config)))
+    return {(part.when, part.name): part.size for part in parts}
 
 
 def gpu(memory: float, gpus: int = 1, host: float = 0.0) -> plan.Machine:
     """A GPU with `memory` bytes to give."""
     whole = (memory + plan.RESERVE_BYTES) / (1 - plan.RESERVE_SHARE)
     return plan.Machine("a GPU", "cuda", gpus, whole, host, 1e14, 1e12, 1e-5, "as given")
+
+
+def cpu(memory: float) -> plan.Machine:
+    return plan.Machine("a CPU", "cpu", 1, memory, memory, 1e11, 1e10, 1e-6, "as given")
 
 
 # Counts against real models.
@@ -199,26 +208,63 @@ def test_shards_divide_what_is_trained_and_what_is_kept(folder):
     )
 
 
-def test_the_kv_cache_to_the_byte(folder):
-    config = settings(
-        folder, **{"train.episodes": 3, "agent.batch_tokens": 40, "plan.prompt_tokens": 20,
-                   "agent.max_response_tokens": 5}
-    )  # fmt: skip
-    cache = DynamicCache(config=plan_architecture(config))
+def wake_engine(config: Config) -> Engine:
     network = model(config)
-    network(
-        input_ids=torch.ones(2, 25, dtype=torch.long),
-        use_cache=True,
-        **{name_cache(network): cache},
+    agent = SimpleNamespace(
+        model=network, head=Head(SIZES["vocab_size"]), stop_ids=(0,), device=network.device
     )
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert plan.count_together(config) == 2 and sizes(config)[ROLLOUT, "KV cache"] == held
+    engine = Engine(agent, config)
+    engine.wake()
+    return engine
 
 
-def test_transcripts_keep_the_cache_of_every_episode(folder):
-    config = settings(folder, **{"agent.style": "transcript", "agent.max_prompt_tokens": 95, "agent.batch_tokens": 95,
-                                 "agent.max_response_tokens": 5, "train.episodes": 7})  # fmt: skip
-    assert sizes(config)[ROLLOUT, "KV cache"] == plan.find_footprint(config).kv * 4 * 7 * 100
+ROLLOUTS = {"rollout.slots": 7, "agent.max_prompt_tokens": 95, "agent.max_response_tokens": 5}
+
+
+@pytest.mark.parametrize("options", [{}, {"rollout.cache_gb": 5e-4}, {"model.dtype": "bfloat16"}])
+def test_what_the_engine_holds_to_the_byte(folder, options):
+    config = settings(folder, **ROLLOUTS | options)
+    decoder, planned = wake_engine(config).decoder, sizes(config, cpu(GIB))
+    pools = (pool for pair in decoder.cache.pools for pool in pair)
+    assert planned[ROLLOUT, "KV cache"] == nbytes(pools)
+    assert planned[ROLLOUT, "responses under way"] == nbytes(footprint.list_state(decoder))
+    asked = plan.measure_pool(settings(folder, **ROLLOUTS), cpu(GIB)).blocks
+    assert (plan.measure_pool(config, cpu(GIB)).blocks < asked) == ("rollout.cache_gb" in options)
+
+
+def test_a_cache_takes_half_of_what_is_free_and_has_room_for_one_response(folder):
+    config = settings(folder, **ROLLOUTS)
+    kept = plan.sum_bytes(plan.list_parts(config, cpu(GIB)), KEPT)
+    block, each = 8 * plan.count_token(config), 13
+    for free, blocks in ((1e9, 7 * each), (2 * 20.5 * block, 20), (0, each)):
+        assert plan.measure_pool(config, cpu(kept + free)).blocks == blocks
+
+
+@pytest.mark.parametrize("lengths", [[], [200, 300]])
+def test_a_pass_of_the_engine_is_what_a_real_one_takes(folder, lengths):
+    """A token for each of four rows, beside prompts or not."""
+    config = settings(folder, **{"agent.max_prompt_tokens": 300, "agent.max_response_tokens": 20})
+    engine = wake_engine(config)
+    decoder, room = engine.decoder, engine.blocks
+
+    def enter(row: int, length: int) -> Entering:
+        ids = torch.randint(300, (length,)).tolist()
+        blocks, held = room.take(ids, length + 20)
+        return Entering(row, ids, held, blocks, uniforms(row, 20), 1.0)
+
+    decoder.read([enter(row, 10) for row in range(4)], [])
+    entering = [enter(row, length) for row, length in enumerate(lengths, 4)]
+    pools = [pool for pair in decoder.cache.pools for pool in pair]
+    network = engine.agent.model
+    outside = [*network.parameters(), *network.buffers(), *footprint.list_state(decoder), *pools]
+    with footprint.Held(outside) as held:
+        decoder.read(entering, range(4))
+    planned = footprint.count_sampling(
+        plan.find_footprint(config), torch.float32, 4, prompt=sum(lengths)
+    )
+    assert planned.peak == pytest.approx(held.peak, rel=0.15)
+    assert planned.moved == pytest.approx(held.moved, rel=0.15)
+    assert planned.operations == pytest.approx(held.operations, rel=0.15)
 
 
 def packed(lengths: list[int]):
@@ -298,7 +344,13 @@ def test_the_sizes_of_attention_are_those_of_attention():
 
 
 def needs(config: Config) -> float:
-    return max(plan.sum_stages(plan.list_parts(config)).values())
+    """Bytes of the smallest GPU that it fits."""
+    least, most = 0.0, 1e13
+    while most - least > 1e7:
+        middle = (least + most) / 2
+        short = plan.find_shortage(config, gpu(middle, plan.count_processes(config)))
+        least, most = (middle, most) if short else (least, middle)
+    return most
 
 
 def with_options(config: Config, changes) -> Config:
@@ -557,6 +609,37 @@ def test_times_follow_their_causes(option, value, stage, factor):
         return plan.estimate_seconds(config, shared)[stage]
 
     assert seconds(base | {option: value}) == pytest.approx(factor * seconds(base), rel=0.15)
+
+
+def test_episodes_wait_for_places_not_for_each_other():
+    """As many as have a place take no longer than one; more take their turn after them."""
+    base = LARGE | {"plan.turns": 1000, "env.max_turns": 20, "plan.prompt_tokens": 14}
+    base |= {"plan.response_tokens": 10, "train.episodes": 100, "eval.episodes": 200}
+
+    def seconds(episodes, **options):
+        given = {name.replace("__", "."): value for name, value in options.items()}
+        machine = plan.replace(gpu(1e12), flops=1e18, bandwidth=1e18)
+        return plan.estimate_rollout(resolve([], base | given), machine, episodes)[1]
+
+    one = seconds(1)  # of launches alone
+    assert seconds(100) == seconds(200) == one
+    assert seconds(100, rollout__slots=50) == pytest.approx(1.5 * one), "half of 20 turns more"
+    assert seconds(200, rollout__slots=50) == pytest.approx(2.5 * one)
+    little = {"rollout__cache_gb": 50 * (14 + 512) * 56 / 2**20}  # KiB a token: 50 at their limit
+    assert seconds(100, **little) == pytest.approx(1.5 * one, rel=0.1)
+
+
+def test_a_transcript_reads_its_new_tokens_and_attends_to_all():
+    base = LARGE | {"plan.turns": 1280, "plan.prompt_tokens": 200, "agent.max_prompt_tokens": 4000}
+    by_turns, whole = (
+        resolve([], base | {"agent.style": style, "train.episodes": 128})
+        for style in ("reference", "transcript")
+    )
+    response = plan.count_tokens(whole)[2]
+    assert plan.count_context(by_turns) == 200
+    assert plan.count_context(whole) == 10 * (200 + response) / 2
+    prompts, longer = (plan.estimate_rollout(c, gpu(1e12), 128)[0] for c in (by_turns, whole))
+    assert prompts < longer < 1.3 * prompts
 
 
 def test_steps_are_counted_from_a_minibatchs_size():

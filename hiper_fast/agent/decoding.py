@@ -161,6 +161,9 @@ class Graphs:
         self.step, self.nobody = step, nobody
         self.captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}  # size -> rows, replay
         self.works = True
+        self.pool = (
+            None  # of memory, the first graph's: one runs at a time, and leaves nothing in it
+        )
 
     def run(self, rows: Sequence[int]) -> None:
         size = next((size for size in SIZES if size >= len(rows)), len(rows))
@@ -185,8 +188,10 @@ class Graphs:
                     self.step(static)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Another thread may go on meanwhile, and take memory.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(static)
+            self.pool = graph.pool()
         except RuntimeError as error:
             self.works = False
             warnings.warn(f"decoding without CUDA graphs, slower: {error}", stacklevel=2)

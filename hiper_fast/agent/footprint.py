@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,8 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from hiper_fast.agent import tiny
+from hiper_fast.agent import attention, tiny
+from hiper_fast.agent.cache import PagedCache, Shape, count_bytes, measure_shapes
+from hiper_fast.agent.decoding import Decoder, Entering
 from hiper_fast.agent.folders import check_folder, explain
+from hiper_fast.agent.head import Head
 from hiper_fast.agent.layers import find_layers, recompute
 from hiper_fast.options import ConfigError
 
@@ -42,6 +48,9 @@ QWEN3 = {
 }
 UNTIED = "Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B"  # their head is not their embedding
 ATTENTION = "hiper_fast_sizes"
+META = torch.device("meta")
+COUNTED = 3  # layers of a deeper model that are run; each more adds as much as the last of them
+ONE: Shape = (1, 1), (1, 1), torch.float32
 
 
 def find_architecture(
@@ -93,7 +102,7 @@ class Footprint:
     width: int
     vocabulary: int
     heads: int  # x head size: what attention computes with
-    kv: int  # of one token in the KV cache, all layers
+    kv: int  # of one token in the engine's cache, all layers
 
     @property
     def total(self) -> int:
@@ -131,6 +140,7 @@ def measure_model(
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     linears = ((n, m) for n, m in trunk.named_modules() if isinstance(m, nn.Linear))
+    attention.use(model)
     return Footprint(
         source=source,
         tensors=tuple(p.numel() for p in model.parameters()),
@@ -141,7 +151,7 @@ def measure_model(
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         heads=heads * size,
-        kv=2 * config.num_hidden_layers * getattr(config, "num_key_value_heads", heads) * size,
+        kv=count_bytes(measure_shapes(model)) // torch.float32.itemsize,
     )
 
 
@@ -163,10 +173,11 @@ def build_skeleton(source: str, dtype: torch.dtype, layers: int | None = None) -
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a trunk over a microbatch."""
+    """One pass of a trunk over a microbatch, or of the engine over its rows."""
 
-    peak: float  # bytes held at most beside weights, gradients and the embedding's output
+    peak: float  # bytes held at most beside weights, gradients, caches and what goes in
     operations: float  # that compute something: kernels, on a GPU
+    moved: float  # bytes that these read and write, but for weights and caches
 
 
 def count_pass(
@@ -177,18 +188,22 @@ def count_pass(
     train: bool,
     checkpointing: bool = False,
 ) -> Pass:
-    """Forward, and with `train` backward; each layer after the second adds as much as that.
+    """Forward, and with `train` backward.
 
     Attention is counted as flash-attention: no tokens x tokens. Gradients of weights are float32,
     as with masters.
     """
     options = tokens, dtype, train, checkpointing
-    one, two = (count_layers(footprint.source, layers, *options) for layers in (1, 2))
-    more = footprint.layers - 1
-    return Pass(
-        one.peak + more * (two.peak - one.peak),
-        one.operations + more * (two.operations - one.operations),
-    )
+    return deepen(lambda layers: count_layers(footprint.source, layers, *options), footprint.layers)
+
+
+def deepen(count: Callable[[int], Pass], layers: int) -> Pass:
+    """`count(layers)`, of a deep model without running it whole."""
+    if layers <= COUNTED:
+        return count(layers)
+    fewer, whole = count(COUNTED - 1), count(COUNTED)
+    pairs = zip(astuple(fewer), astuple(whole), strict=True)
+    return Pass(*(most + (layers - COUNTED) * (most - least) for least, most in pairs))
 
 
 @functools.cache
@@ -214,7 +229,53 @@ def count_layers(
         hidden = trunk(inputs_embeds=inputs, **options).last_hidden_state
         if train:
             hidden.backward(torch.empty_like(hidden))
-    return Pass(held.peak, held.operations)
+    return Pass(held.peak, held.operations, held.moved)
+
+
+def count_sampling(footprint: Footprint, dtype: torch.dtype, rows: int, prompt: int = 0) -> Pass:
+    """A pass of the built-in engine: another token of each of `rows`; `prompt`: it reads one of so many tokens too."""
+    source, options = footprint.source, (dtype, rows, prompt)
+    return deepen(lambda layers: sample_layers(source, layers, *options), footprint.layers)
+
+
+@functools.cache
+def sample_layers(source: str, layers: int, dtype: torch.dtype, rows: int, prompt: int) -> Pass:
+    model, shapes = build_sampler(source, dtype, layers)
+    decoder = build_decoder(model, shapes, max(prompt, 1), rows=rows + 1, blocks=1, limit=1)
+    entering = [Entering(rows, [0] * prompt, 0, [0], np.zeros(1), 1.0)] if prompt else []
+    kept = [*model.parameters(), *model.buffers(), *list_state(decoder)]
+    pools = [pool for pair in decoder.cache.pools for pool in pair]
+    with Held([*kept, *pools]) as held:
+        decoder.read(entering, range(rows))
+    return Pass(held.peak, held.operations, held.moved)
+
+
+@functools.cache
+def build_sampler(source: str, dtype: torch.dtype, layers: int) -> tuple[nn.Module, list[Shape]]:
+    """A skeleton as the engine reads it, and what its cache holds for a token."""
+    model = build_skeleton(source, dtype, layers)
+    attention.use(model)
+    return model, measure_shapes(model)
+
+
+def build_decoder(
+    model: nn.Module | None, shapes: list[Shape], size: int, *, rows: int, blocks: int, limit: int
+) -> Decoder:
+    """The engine's own on the meta device, with a cache of one block of `size` tokens."""
+    head = None if model is None else Head(model.config.get_text_config().vocab_size)
+    agent = SimpleNamespace(model=model, head=head, stop_ids=(0,), device=META)
+    return Decoder(agent, PagedCache(shapes, 1, size, META), rows, blocks, limit)
+
+
+def list_state(decoder: Decoder) -> list[Tensor]:
+    return [value for value in vars(decoder).values() if isinstance(value, Tensor)]
+
+
+@functools.cache
+def count_state(rows: int, blocks: int, limit: int) -> int:
+    """Bytes of what the engine keeps of its rows, of so many blocks and response tokens each."""
+    decoder = build_decoder(None, [ONE], 1, rows=rows, blocks=blocks, limit=limit)
+    return sum(tensor.nbytes for tensor in list_state(decoder))
 
 
 class Held(TorchDispatchMode):
@@ -224,16 +285,25 @@ class Held(TorchDispatchMode):
         """Memory of the tensors in `outside` does not count."""
         super().__init__()
         tensors = (item for item in outside if isinstance(item, Tensor))
-        self.seen = {tensor.untyped_storage()._cdata for tensor in tensors}
-        self.now = self.peak = self.operations = 0
+        self.outside = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.seen = set(self.outside)
+        self.now = self.peak = self.operations = self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.operations += not func.is_view
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.count(tensor.untyped_storage())
+        results = [item for item in tree_leaves(result) if isinstance(item, Tensor)]
+        for tensor in results:
+            self.count(tensor.untyped_storage())
+        if not func.is_view:
+            given = (item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor))
+            self.moved += sum(self.measure(tensor) for tensor in (*given, *results))
         return result
+
+    def measure(self, tensor: Tensor) -> int:
+        """Bytes that are read or written of it, if it was made within."""
+        inside = tensor.untyped_storage()._cdata not in self.outside
+        return inside * tensor.nbytes
 
     def count(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self.seen:

@@ -32,6 +32,11 @@ def test_it_runs_whole_on_the_cpu(tmp_path, capsys, monkeypatch):
         r["name"] for r in ours
     }
     assert all("milliseconds" in row for row in ours), ours
+    played = result["rollout"]
+    assert played["rollout"]["turns"] == 4 * 2 and played["rollout"]["response_tokens"] == 8 * 5
+    assert 8 * 20 <= played["rollout"]["prompt_tokens"] <= 8 * 30
+    assert set(played["milliseconds_a_step"]["operations"]) == {"1", "3"}
+    assert played["update"]["share"] == 0.5 and played["update"]["skipped_steps"] == 0
     torchs = [row for row in result["figures"] if row["implementation"] == "torch"]
     assert len(torchs) == 4 and all(row["times_ours"] > 0 for row in torchs)
     absent = [row for row in result["figures"] if "error" in row]

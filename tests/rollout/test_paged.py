@@ -17,7 +17,7 @@ from hiper_fast.config import Config
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout.draws import mix, uniforms
 from hiper_fast.rollout.engines import Request
-from hiper_fast.rollout.engines.paged import Engine, Options
+from hiper_fast.rollout.engines.paged import Engine, Options, count_free
 
 VOCABULARY = 61
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "gpt2": GPT2Config}
@@ -338,6 +338,43 @@ def test_where_a_step_cannot_be_captured_it_runs_as_it_is(monkeypatch):
         graphs.run([1, 2, 3])
         graphs.run([1])
     assert ran == [[1, 2, 3, 9], [1]] and len(told) == 1
+
+
+def test_graphs_share_the_memory_of_the_first(monkeypatch):
+    """One that had its own would hold a batch's logits for good, for each of dozens of sizes."""
+    given, replayed = [], []
+
+    class Graph:
+        def pool(self):
+            return "the first's"
+
+        def replay(self):
+            replayed.append(self)
+
+    def capture(graph, pool, capture_error_mode):
+        given.append(pool)
+        return contextlib.nullcontext()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph}
+    fakes |= {"stream": lambda stream: contextlib.nullcontext(), "graph": capture}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda size, value, device: full(size, value))
+    graphs = decoding.Graphs(lambda rows: None, nobody=9)
+    for rows in ([1, 2, 3], [1, 2], [3], [0, 1, 2]):
+        graphs.run(rows)
+    assert given == [None, "the first's", "the first's"]
+    assert len(set(replayed)) == 3 and replayed[0] is replayed[3]
+
+
+def test_what_torch_keeps_of_an_update_is_free_for_the_cache(monkeypatch):
+    """Else a cache would shrink to nothing after the first update, whose memory torch does not give back."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert count_free(torch.device("cuda")) == 65
 
 
 # Drawing one token.

@@ -77,7 +77,7 @@ class Engine:
         if self.cache_gb:
             room = self.cache_gb * GIB
         elif self.agent.device.type == "cuda":
-            room = SHARE * torch.cuda.mem_get_info(self.agent.device)[0]
+            room = SHARE * count_free(self.agent.device)
         else:
             room = SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(room // (self.size * count_bytes(self.shapes)))
@@ -147,3 +147,9 @@ class Engine:
 
     def close(self) -> None:
         self.sleep()
+
+
+def count_free(device: torch.device) -> int:
+    """Bytes of a GPU's memory, those among them that torch keeps from what was given back."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -1,0 +1,219 @@
+"""A HiPER rollout by the built-in engine, its parts, and an update: random weights, an environment that never ends.
+
+`benchmarks/gpu.py` runs it. Prompts are random ids of ALFWorld's lengths, so nothing is shared but by chance; no token
+ends a response. Environment and prompts cost nothing here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from hiper_fast import estimators
+from hiper_fast.agent.agent import Agent
+from hiper_fast.agent.decoding import Entering
+from hiper_fast.agent.footprint import find_architecture
+from hiper_fast.agent.head import Head
+from hiper_fast.agent.layers import recompute
+from hiper_fast.agent.tiny import load_tokenizer
+from hiper_fast.config import Config, EnvConfig
+from hiper_fast.configure import resolve
+from hiper_fast.envs.family import Family, families
+from hiper_fast.learn.credit import give_credit
+from hiper_fast.learn.optim import build_optimizers
+from hiper_fast.learn.score import score
+from hiper_fast.learn.shaping import shape
+from hiper_fast.learn.update import update
+from hiper_fast.rollout.draws import uniforms
+from hiper_fast.rollout.engines.paged import Engine
+from hiper_fast.rollout.play import Draw, Rollouts
+
+LARGE = 120e9  # bytes of a GPU that keeps all layers' activations
+
+
+class Size(NamedTuple):
+    """One rollout, and what is timed beside it."""
+
+    model: str  # empty: a tiny one
+    episodes: int
+    turns: int
+    prompts: tuple[int, int]  # tokens, from and to
+    response: int
+    batches: tuple[int, ...]  # of decoding steps
+    learned: int  # episodes of the update that is timed
+
+
+SIZES = {
+    "full": Size("Qwen/Qwen2.5-1.5B", 128, 50, (700, 780), 38, (1, 8, 32, 64, 128), 16),
+    "tiny": Size("", 4, 2, (20, 30), 5, (1, 3), 2),
+}
+
+
+class Endless:
+    """An environment that only a turn limit ends."""
+
+    INFO = {"admissible_commands": ["look"], "won": False, "task": "go on", "task_type": "endless"}
+
+    def reset(self, *, seed=None, options=None):
+        return "A room.", dict(self.INFO)
+
+    def step(self, command):
+        return "A room.", 0.0, False, False, dict(self.INFO)
+
+
+class EndlessFamily(Family):
+    environment = Endless
+
+
+def run(name: str, device: str, milliseconds: Callable[..., float]) -> dict[str, object]:
+    """Seconds of a rollout and of an update's parts, milliseconds of a step, prompt tokens a second."""
+    size = SIZES[name]
+    config = configure(size, device)
+    agent = build_agent(size, config)
+    engine = Engine(agent, config)
+    result: dict[str, object] = {"size": size._asdict()}
+    with contextlib.closing(engine):
+        engine.wake()
+        result["prompt_tokens_per_second"] = measure_prompts(engine, size, milliseconds)
+        result["milliseconds_a_step"] = measure_steps(engine, size, milliseconds)
+        engine.sleep()
+        family = EndlessFamily(EnvConfig())
+        rollouts = Rollouts(agent, engine, (), family, Prompts(size), config)
+        result["rollout"] = time_rollout(rollouts, size.episodes, device)[1]
+        result["update"] = time_update(rollouts, size, config)
+    return result
+
+
+def configure(size: Size, device: str) -> Config:
+    given = {"model.device": device, "env.max_turns": size.turns}
+    given |= {
+        "agent.max_response_tokens": size.response,
+        "agent.max_prompt_tokens": size.prompts[1],
+    }
+    if device == "cpu":
+        return resolve(["alfworld"], given | {"model.dtype": "float32"})
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return resolve(["alfworld", f"qwen2.5-1.5b-1x{141 if memory > LARGE else 80}gb"], given)
+
+
+def build_agent(size: Size, config: Config) -> Agent:
+    """Policy, critic and reference of random weights; all ids may be drawn, and none ends a response."""
+    tokenizer = load_tokenizer(families.find("household").tokenizer)
+    architecture = build_architecture(size, len(tokenizer))
+    with torch.device(config.model.device):
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=getattr(torch, config.model.dtype)
+        )
+    if config.model.gradient_checkpointing:
+        recompute(model.base_model)
+    agent = Agent(model.eval(), tokenizer, config.model, tiny=False)
+    agent.head, agent.stop_ids = Head(architecture.vocab_size), ()
+    agent.freeze_reference()
+    agent.add_critic()
+    return agent
+
+
+def build_architecture(size: Size, vocabulary: int) -> PretrainedConfig:
+    if size.model:
+        return find_architecture(size.model, None, True)
+    return Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+class Prompts:
+    """In a prompter's place: random ids, of the same seed in the same order."""
+
+    def __init__(self, size: Size):
+        self.rng, self.lengths = random.Random(0), size.prompts
+
+    def draw(self) -> list[int]:
+        return [self.rng.randrange(100) for _ in range(self.rng.randint(*self.lengths))]
+
+    def __call__(self, states: list) -> list[tuple[list[int], bool]]:
+        return [(self.draw(), False) for _ in states]
+
+
+def enter(engine: Engine, prompts: list[list[int]], first: int = 0) -> list[Entering]:
+    """Gives each prompt a row and blocks, as the engine would."""
+    limit, entering = engine.limit, []
+    for row, ids in enumerate(prompts, first):
+        blocks, held = engine.blocks.take(ids, len(ids) + limit)
+        entering.append(Entering(row, ids, held, blocks, uniforms(row, limit), 1.0))
+    return entering
+
+
+def measure_prompts(engine: Engine, size: Size, milliseconds: Callable[..., float]) -> float:
+    """Tokens a second of a pass over as many prompts as one takes, a token of each drawn."""
+    prompts = Prompts(size)
+    count = max(1, min(engine.budget // size.prompts[1], size.episodes))
+    entering = enter(engine, [prompts.draw() for _ in range(count)])
+    spent = milliseconds(
+        lambda: engine.decoder.read(entering, []), engine.agent.device.type, repeats=5
+    )
+    for one in entering:
+        engine.blocks.give_back(one.blocks)
+    return 1e3 * sum(len(one.ids) - one.held for one in entering) / spent
+
+
+def measure_steps(
+    engine: Engine, size: Size, milliseconds: Callable[..., float]
+) -> dict[str, dict[int, float]]:
+    """Of each batch, with CUDA graphs where there are any, and without."""
+    decoder, kind = engine.decoder, engine.agent.device.type
+    prompts = Prompts(size)
+    for row in range(max(size.batches)):
+        decoder.read(enter(engine, [prompts.draw()], row), [])
+    graphs, found = decoder.graphs, {}
+    for name, used in {"graphs": graphs, "operations": None}.items():
+        decoder.graphs = used
+        if name == "operations" or graphs is not None:
+            found[name] = {
+                n: milliseconds(lambda n=n: decoder.go_on(range(n)), kind) for n in size.batches
+            }
+    return found
+
+
+def time_rollout(rollouts: Rollouts, episodes: int, device: str) -> tuple[object, dict]:
+    """The trajectories, and seconds and tokens of a rollout."""
+    tasks = [{"seed": seed} for seed in range(episodes)]
+    t, seconds = timed(lambda: rollouts.play(Draw(tasks, 1.0, 0)), device)
+    counts = {"turns": t.turns, "prompt_tokens": t.prompt_ids.numel()}
+    return t, {"seconds": seconds, **counts, "response_tokens": t.response_ids.numel()}
+
+
+def time_update(rollouts: Rollouts, size: Size, config: Config) -> dict[str, object]:
+    """Scoring and update of a part of the step's episodes, as training does them."""
+    agent, device = rollouts.agent, config.model.device
+    optimizers = build_optimizers(agent, config)
+    estimate = estimators.find(config.advantage.estimator)
+    t, _ = time_rollout(rollouts, size.learned, device)
+    shape(t, config)
+    scores, scoring = timed(lambda: score(agent, t, config), device)
+    targets = give_credit(t, scores, estimate, config.advantage)
+    generator = torch.Generator().manual_seed(0)
+    losses, learning = timed(
+        lambda: update(agent, optimizers, t, targets, config, generator), device
+    )
+    return {
+        "share": size.learned / size.episodes,
+        "scoring_seconds": scoring,
+        "update_seconds": learning,
+        "skipped_steps": losses["optim/skipped_steps"],
+    }
+
+
+def timed(call: Callable[[], object], device: str) -> tuple[object, float]:
+    """The result, and seconds until the device has made it."""
+    began = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began
