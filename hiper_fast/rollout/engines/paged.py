@@ -19,7 +19,7 @@ from hiper_fast.rollout.engines import Answer, Request
 
 BLOCK = {"cpu": 8, "cuda": 16}  # tokens; smaller ones share more, larger ones are read faster
 STEPS = {"cpu": 1, "cuda": 8}  # before the host looks which responses are whole
-SHARE = 0.5  # of the free memory, at most
+SHARE = 0.5  # of a GPU's free memory or of the CPU's, at most
 GIB = 2**30
 
 
@@ -27,7 +27,7 @@ GIB = 2**30
 class Options(RolloutConfig):
     cache_gb: float = option(
         0.0,
-        "GiB of keys and values; 0: as much as rollout.slots responses need, at most half of what is free",
+        "GiB of keys and values; 0: as much as rollout.slots responses need, at most half of what a GPU has free, or a CPU at all",
         least=0,
         local=True,
     )
@@ -79,7 +79,7 @@ class Engine:
         elif self.agent.device.type == "cuda":
             room = SHARE * count_free(self.agent.device)
         else:
-            room = SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            room = SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(room // (self.size * count_bytes(self.shapes)))
 
     def measure(self, blocks: int) -> float:
