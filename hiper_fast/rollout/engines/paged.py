@@ -27,7 +27,8 @@ GIB = 2**30
 class Options(RolloutConfig):
     cache_gb: float = option(
         0.0,
-        "GiB of keys and values; 0: as much as rollout.slots responses need, at most half of what a GPU has free, or a CPU at all",
+        "GiB of keys and values; 0: as much as rollout.slots responses need, at most half of what a GPU has free, or a "
+        "CPU at all",
         least=0,
         local=True,
     )
