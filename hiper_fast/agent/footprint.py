@@ -49,7 +49,8 @@ QWEN3 = {
 UNTIED = "Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B"  # their head is not their embedding
 ATTENTION = "hiper_fast_sizes"
 META = torch.device("meta")
-COUNTED = 3  # layers of a deeper model that are run; each more adds as much as the last of them
+# Layers of a deeper model that are run, with gradients or without; each more adds as much as the last of them.
+COUNTED = {True: 2, False: 3}  # without, the first needs less than the others
 ONE: Shape = (1, 1), (1, 1), torch.float32
 
 
@@ -194,16 +195,19 @@ def count_pass(
     as with masters.
     """
     options = tokens, dtype, train, checkpointing
-    return deepen(lambda layers: count_layers(footprint.source, layers, *options), footprint.layers)
+    return deepen(
+        lambda layers: count_layers(footprint.source, layers, *options),
+        footprint.layers,
+        COUNTED[train],
+    )
 
 
-def deepen(count: Callable[[int], Pass], layers: int) -> Pass:
-    """`count(layers)`, of a deep model without running it whole."""
-    if layers <= COUNTED:
+def deepen(count: Callable[[int], Pass], layers: int, counted: int) -> Pass:
+    """`count(layers)`, of a deep model without running more than `counted` of them."""
+    if layers <= counted:
         return count(layers)
-    fewer, whole = count(COUNTED - 1), count(COUNTED)
-    pairs = zip(astuple(fewer), astuple(whole), strict=True)
-    return Pass(*(most + (layers - COUNTED) * (most - least) for least, most in pairs))
+    pairs = zip(astuple(count(counted - 1)), astuple(count(counted)), strict=True)
+    return Pass(*(most + (layers - counted) * (most - least) for least, most in pairs))
 
 
 @functools.cache
@@ -235,7 +239,9 @@ def count_layers(
 def count_sampling(footprint: Footprint, dtype: torch.dtype, rows: int, prompt: int = 0) -> Pass:
     """A pass of the built-in engine: another token of each of `rows`; `prompt`: it reads one of so many tokens too."""
     source, options = footprint.source, (dtype, rows, prompt)
-    return deepen(lambda layers: sample_layers(source, layers, *options), footprint.layers)
+    return deepen(
+        lambda layers: sample_layers(source, layers, *options), footprint.layers, COUNTED[False]
+    )
 
 
 @functools.cache
