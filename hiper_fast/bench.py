@@ -23,6 +23,7 @@ import torch
 
 import hiper_fast
 from hiper_fast import ops
+from hiper_fast.agent import varlen
 
 
 class Size(NamedTuple):
@@ -40,6 +41,7 @@ SIZES = {"full": Size(128, 50, 290, 1024, 128, 4096), "tiny": Size(4, 5, 40, 16,
 OF_TOKENS = "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss"
 OF_ROWS = "linear_logprobs", "linear_ppo", "rms_norm", "swiglu", "rope"
 HEADS, HEAD_SIZE, BLOCK = 2, 64, 16  # of the attention, whose sequences are one to a trajectory
+USUAL_HEAD = 128  # of a pretrained model
 COUNTED = dict.fromkeys(OF_TOKENS, "tokens") | dict.fromkeys(OF_ROWS, "rows")  # the others: turns
 COUNTED["paged_attention"] = "trajectories"
 FRAGMENTS = [b"<", b"switch", b">", b"KEEP", b"SW", b"ITCH", b"</", b"><", b"subgoal", b"action"]
@@ -227,6 +229,12 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def describe_attention() -> str:
+    """What updates of a half-precision model with heads of usual size attend by here, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return str(varlen.choose_kernel(device, torch.bfloat16, USUAL_HEAD))
+
+
 def read_lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
@@ -301,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         f"Medians of one call each, losses with their gradients. {turns};\nlinear ops: {linear}.\n"
     )
     results = time_ops(size, lambda line: print(line, flush=True))
-    facts = describe_machine()
+    facts = describe_machine() | {"attention": describe_attention()}
     print("".join(f"\n{name:<12}{fact}" for name, fact in facts.items()))
     if file:
         content = {**facts, "size": size._asdict(), "ops": results}

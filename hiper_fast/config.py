@@ -79,7 +79,9 @@ class ModelConfig:
         "separate: a model of its own (paper); shared: three heads on the policy's trunk",
     )
     device: str = option("auto", "cpu, cuda, or auto: cuda if there is a GPU", local=True)
-    dtype: Literal["float32", "bfloat16"] = option("float32", "float32 or bfloat16")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "float32 or bfloat16; without a word a pretrained model on a GPU is in bfloat16"
+    )
     local_files_only: bool = option(
         True, "never reach for the network: a hub id must already be in the local cache"
     )

@@ -41,6 +41,8 @@ from hiper_fast.runs.folder import CHECKPOINT_CONFIG, CONFIG, find_run_folder
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "command line"
 ENVIRONMENT, ENGINE, MODEL = "env.name", "rollout.engine", "model.path"
+DEVICE, PLANNED = "model.device", "plan.gpu"
+ON_GPU = (("default on a GPU", "model.dtype", "bfloat16"),)  # of pretrained models
 CHOICES = {ENVIRONMENT: families.find, ENGINE: engines.find}  # they bring options to their section
 COMMON = list_options(Config())  # which every environment and engine has
 TINY = "tiny"
@@ -199,14 +201,25 @@ def name_source(given: Mapping[str, Any]) -> list[Setting]:
 
 def settle(settings: Sequence[Setting]) -> Config:
     """Defaults, the environment's for this kind of model, then `settings`; checked, no `auto` left."""
-    family = find_family(settings)
-    defaults = read_defaults(family, tiny=is_tiny(find_text(settings, MODEL)))
+    family, tiny = find_family(settings), is_tiny(find_text(settings, MODEL))
+    defaults = read_defaults(family, tiny=tiny)
+    if not tiny and is_for_gpu(settings):
+        defaults = [*ON_GPU, *defaults]
     settings = [*defaults, *settings]
     config = make_config(settings)
     set_options(config, let_later_count(settings), SHORT)
     choose_automatic(config, family)
     check(config, family)
     return config
+
+
+def is_for_gpu(settings: Sequence[Setting]) -> bool:
+    """Whether they run, or plan, on a GPU that computes in bfloat16."""
+    if find_text(settings, PLANNED) != COMMON[PLANNED].default:
+        return True
+    device = find_text(settings, DEVICE)
+    on_gpu = device == "auto" or device.startswith("cuda")
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def let_later_count(settings: Sequence[Setting]) -> Iterator[Setting]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hiper_fast import estimators, plan
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.loading import load_agent
-from hiper_fast.agent.runtime import configure_torch
+from hiper_fast.agent.runtime import configure_torch, describe_computing
 from hiper_fast.config import Config
 from hiper_fast.distributed import World
 from hiper_fast.estimators import Estimator
@@ -311,6 +311,8 @@ def begin(session: Session, changes: list[str]) -> None:
         if config.warm_start.enabled == "yes":
             imitate(session)
         add_networks(session)
+    for text in describe_computing(agent):
+        logger.message(text)
 
 
 def open_logger(session: Session) -> Logger | Muted:

@@ -60,6 +60,7 @@ def test_command(capsys, tmp_path, monkeypatch):
         )
         assert "2 ms" in line and ("[" in line) == bool(entry["why"])
         assert entry["why"] in printed
+    assert "scaled_dot_product_attention" in saved["attention"] or torch.cuda.is_available()
     assert saved["torch"] == torch.__version__ and torch.__version__ in printed
 
 

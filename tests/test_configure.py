@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from hiper_fast import configure
@@ -694,6 +695,23 @@ def test_only_the_tiny_model_is_warm_started():
     assert resolve().warm_start.enabled == "yes"
     assert resolve(given={"model.path": "some/model"}).warm_start.enabled == "no"
     assert resolve(given={"warm_start.enabled": "no"}).warm_start.enabled == "no"
+
+
+def test_pretrained_models_are_in_bfloat16_on_a_gpu(monkeypatch):
+    def find_dtype(**given):
+        given = {"model.path": "some/model"} | {k.replace("__", "."): v for k, v in given.items()}
+        return resolve(given={"env.name": "household", **given}).model.dtype
+
+    assert find_dtype(model__device="cpu") == "float32"
+    assert find_dtype(model__device="cpu", plan__gpu="h100") == "bfloat16"
+    for native in (True, False):  # in the GPU's own operations, or emulated
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
+        )
+        assert find_dtype() == ("bfloat16" if native else "float32")
+        assert find_dtype(model__dtype="float32") == find_dtype(model__device="cpu") == "float32"
+        assert find_dtype(model__path="tiny") == "float32"
 
 
 def test_no_auto_is_left_but_the_name_of_a_run_that_has_none_yet(monkeypatch):

@@ -366,7 +366,8 @@ LARGE = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "plan.gpu": "a100", "agent.
 CASES = [  # options that leave only this change, or this one first, to be the smallest; the change
     ({"model.dtype": "bfloat16"}, ("model.gradient_checkpointing", True)),
     ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True}, ("train.microbatch_tokens", 32768)),
-    ({"model.gradient_checkpointing": True, "train.microbatch_tokens": 2048}, ("model.dtype", "bfloat16")),
+    ({"model.dtype": "float32", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048},
+     ("model.dtype", "bfloat16")),
     ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048},
      ("train.optimizer", "adamw8bit")),
     ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048},
@@ -574,7 +575,7 @@ def test_a_run_on_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):
     options = LARGE | {"model.dtype": "bfloat16", "model.device": "auto", "plan.gpu": "h200"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plan.check_here(resolve([], options))  # no GPU: nothing to refuse
-    properties = SimpleNamespace(total_memory=24 * GIB)
+    properties = SimpleNamespace(total_memory=24 * GIB, major=8)
     for name, value in (("is_available", True), ("get_device_name", "small"), ("current_device", 0),
                         ("get_device_properties", properties)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
@@ -625,7 +626,7 @@ def test_episodes_wait_for_places_not_for_each_other():
     assert seconds(100) == seconds(200) == one
     assert seconds(100, rollout__slots=50) == pytest.approx(1.5 * one), "half of 20 turns more"
     assert seconds(200, rollout__slots=50) == pytest.approx(2.5 * one)
-    little = {"rollout__cache_gb": 50 * (14 + 512) * 56 / 2**20}  # KiB a token: 50 at their limit
+    little = {"rollout__cache_gb": 50 * (14 + 512) * 28 / 2**20}  # KiB a token: 50 at their limit
     assert seconds(100, **little) == pytest.approx(1.5 * one, rel=0.1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiper_fast import ops
-from hiper_fast.agent import attention, fused
+from hiper_fast.agent import attention, fused, varlen
 from hiper_fast.agent.head import measure, read_hidden
 from hiper_fast.agent.layers import compile_layers, find_layers
 from hiper_fast.agent.lora import list_zero_starts
@@ -99,10 +99,18 @@ class Agent(Speaker):
         return self.world.shard(copied, find_layers(copied))
 
     def eager(self) -> contextlib.AbstractContextManager:
-        """For generation: compiled layers would be compiled anew for every layer's KV cache."""
+        """Through a cache: compiled layers would be compiled anew for every layer's keys and values."""
         if self.config.compile:
             return torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def find_attention(self) -> list[varlen.Choice]:
+        """What packed passes attend by, for each kind of its layers, found by reading one token."""
+        witness = attention.Witness()
+        with self.eager(), attention.through(witness):
+            self.trunk(BLANK.to(self.device))
+        return list(witness.choices)
 
     def trunk(self, batch: Microbatch, *, reference: bool = False) -> Tensor:
         """Last hidden states [tokens, h] of packed sequences."""

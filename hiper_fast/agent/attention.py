@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, for models that use transformers' AttentionInterface.
 
-A call whose mask holds cu_seqlens is packed: flash-attn's varlen function if installed, else
-torch's, both for half precision on CUDA; elsewhere scaled_dot_product_attention over sequences of
-like length. Soft-capped scores (but for flash-attn, which has them) and sinks are computed as written.
+A call whose mask holds cu_seqlens is packed: a kernel of `varlen` attends if one can, in half precision
+on a GPU; elsewhere scaled_dot_product_attention over sequences of like length. Soft-capped scores (but
+for flash-attn, which has them) and sinks are computed as written.
 Within `through` a packed call is one of sampling: what it attends to is the cache's to say. Other
 calls, of a mask or none, are transformers' own sdpa.
 """
@@ -10,8 +10,6 @@ calls, of a mask or none, are transformers' own sdpa.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hiper_fast.agent import varlen
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import Microbatch, ranges
 
@@ -32,8 +31,6 @@ LAYERS = {"full_attention", "sliding_attention"}
 PADDING = (
     0.1  # of a group's tokens, where scaled_dot_product_attention needs sequences of one length
 )
-HALF = (torch.bfloat16, torch.float16)
-LARGEST_HEAD = 256  # of the varlen functions
 
 
 class Cache(Protocol):
@@ -57,6 +54,18 @@ def through(cache: Cache) -> Iterator[None]:
         yield
     finally:
         del _present.cache
+
+
+class Witness:
+    """In a cache's place: finds what a model's packed passes attend by."""
+
+    def __init__(self):
+        self.choices: dict[varlen.Choice, None] = {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+        choice = varlen.choose(query, value, options.get("softcap"), options.get("sinks"))
+        self.choices[choice] = None
+        return query.new_zeros(*query.shape[:2], value.shape[-1])
 
 
 def use(model: PreTrainedModel) -> None:
@@ -99,7 +108,9 @@ def describe_packing(batch: Microbatch, dtype: torch.dtype) -> dict:
     return {
         "attention_mask": cu_seqlens.view(1, 1, 1, -1),  # of four dimensions: no mask is made
         "longest": batch.max_seqlen,
-        "groups": None if cu_seqlens.is_cuda and dtype in HALF else group_lengths(cu_seqlens),
+        "groups": None
+        if cu_seqlens.is_cuda and dtype in varlen.HALF
+        else group_lengths(cu_seqlens),
     }
 
 
@@ -156,55 +167,11 @@ def attend_packed(
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    capped = {} if softcap is None else {"softcap": softcap}
-    if query.is_cuda and query.dtype in HALF and sinks is None:
-        kernel = find_varlen_kernel(capped=bool(capped))
-        if kernel and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD:
-            return kernel(query, key, value, cu_seqlens, longest, scale, window, **capped)
+    if kernel := varlen.choose(query, value, softcap, sinks).kernel:
+        capped = {} if softcap is None else {"softcap": softcap}
+        return varlen.call(kernel, query, key, value, cu_seqlens, longest, scale, window, **capped)
     groups = group_lengths(cu_seqlens) if groups is None else groups
     return attend_in_groups(query, key, value, groups, scale, window, softcap, sinks)
-
-
-@functools.cache
-def find_varlen_kernel(*, capped: bool = False):
-    """(query, key, value, cu_seqlens, longest, scale, window) -> [tokens, heads, d]; or None.
-
-    capped: one that also takes softcap.
-    """
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None if capped else find_torch_varlen_kernel()
-
-    def flash(query, key, value, cu, longest, scale, window, softcap=0.0):
-        reach = (window - 1, 0) if window else (-1, -1)
-        return flash_attn_varlen_func(
-            query, key, value, cu, cu, longest, longest,
-            softmax_scale=scale, causal=True, window_size=reach, softcap=softcap,
-        )  # fmt: skip
-
-    return flash
-
-
-def find_torch_varlen_kernel():
-    """torch's varlen_attn; None in torch 2.10, where it takes neither scale nor window."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    if "window_size" not in known or "scale" not in known:
-        return None
-    options = {"enable_gqa": True} if "enable_gqa" in known else {}
-
-    def varlen(query, key, value, cu, longest, scale, window):
-        if not options:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
-        reach = (window - 1 if window else -1, 0)
-        return varlen_attn(
-            query, key, value, cu, cu, longest, longest, scale=scale, window_size=reach, **options
-        )
-
-    return varlen
 
 
 @dataclass(slots=True)

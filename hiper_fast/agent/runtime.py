@@ -1,4 +1,4 @@
-"""How this process computes: threads, denormals, and memory that stays with it."""
+"""How this process computes: threads, denormals, memory that stays with it, and what makes it slow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from transformers.utils import logging
 
+from hiper_fast.agent.agent import Agent
 from hiper_fast.config import RunConfig
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -21,6 +22,21 @@ def configure_torch(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
+
+
+def describe_computing(agent: Agent) -> list[str]:
+    """What a run on a GPU is told of its speed: by what its updates attend, and that float32 is slow. Of a tiny model's
+    precision nothing: there launches take the time. All processes call this together."""
+    if agent.device.type != "cuda":
+        return []
+    lines = [f"attention: {choice}" for choice in agent.find_attention()]
+    exact = torch.get_float32_matmul_precision() == "highest"  # no TF32
+    if agent.config.dtype == "float32" and exact and not agent.tiny:
+        lines.append(
+            "warning: model.dtype is float32, whose products leave the GPU's tensor cores idle; "
+            "--model.dtype bfloat16 is several times as fast"
+        )
+    return lines
 
 
 @contextlib.contextmanager

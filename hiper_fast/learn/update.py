@@ -38,19 +38,19 @@ def update(
     """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
     sequences = trajectories.sequences(token_values=targets.per_token)
     order = torch.randperm(len(sequences), generator=generator)
-    seen, steps, fidelity = Seen.nothing(trajectories), [], {}
+    seen, steps, fidelity = Seen.nothing(trajectories, agent.device), [], {}
     for index in split_minibatches(order, config.train):
         if index.numel():
             step = Step(agent, trajectories, sequences, targets, index, config, train_policy, seen)
             steps.append(step.take(optimizers))
             if len(steps) == 1:  # whose log-probs are of the weights that sampled
-                fidelity = measure_fidelity(trajectories, seen.log_ratio, config, agent.world)
+                fidelity = measure_fidelity(trajectories, seen.log_ratio.cpu(), config, agent.world)
     for optimizer in optimizers.values():
         optimizer.zero_grad()  # the next rollout has a use for the gradients' memory
     taken = [metrics for metrics in steps if metrics is not None]
     names = taken[0] if taken else {}
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
-    means |= fidelity | measure_roles(trajectories, targets, seen.clipped, agent.world)
+    means |= fidelity | measure_roles(trajectories, targets, seen.clipped.cpu(), agent.world)
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
 
 
@@ -77,14 +77,14 @@ def measure_critic(targets: Targets) -> dict[str, float]:
 
 @dataclass(slots=True)
 class Seen:
-    """What the steps of an update find of each loss token; NaN until they meet it."""
+    """What the steps of an update find of each loss token, on the agent's device; NaN until they meet it."""
 
     clipped: Tensor  # float32 [tokens], 1 where the loss clipped its ratio, else 0
     log_ratio: Tensor  # float32 [tokens], logprobs - old_logprobs
 
     @classmethod
-    def nothing(cls, trajectories: Trajectories) -> Seen:
-        unknown = torch.full_like(trajectories.old_logprobs, math.nan)
+    def nothing(cls, trajectories: Trajectories, device: torch.device) -> Seen:
+        unknown = torch.full_like(trajectories.old_logprobs, math.nan, device=device)
         return cls(unknown, unknown.clone())
 
 
@@ -122,7 +122,9 @@ class Step:
             self.value_counts = world.sum(counts).tolist()
         names = ["loss/policy", "loss/value", "loss/kl", "loss/clip_fraction"]
         names += ["loss/entropy"] if config.train.entropy_coef else []  # else none is computed
-        self.metrics = dict.fromkeys(names, 0.0)
+        # On the device until the step's end: the host runs ahead of a GPU, and would wait for each number.
+        zeros = torch.zeros(len(names), dtype=torch.float64, device=agent.device)
+        self.metrics = dict(zip(names, zeros, strict=True))
 
     def count(self, index: Tensor) -> Counts:
         """What the minibatch of the sequences `index` holds."""
@@ -138,7 +140,7 @@ class Step:
             optimizer.zero_grad(set_to_none=True)
         for batch, rows in self.batches:
             self.add_gradients(batch, rows)
-        sums = self.agent.world.sum(torch.tensor([*self.metrics.values()], dtype=torch.float64))
+        sums = self.agent.world.sum(torch.stack([*self.metrics.values()]).cpu())
         metrics = dict(zip(self.metrics, sums.tolist(), strict=True))
         limit = self.config.train.grad_clip or math.inf
         for name, optimizer in optimizers.items():
@@ -175,11 +177,12 @@ class Step:
         """Of the loss tokens [n] of `rows`, predicted by hidden states [n, h]; 0-d."""
         tokens, seen = self.take_tokens(rows), self.seen
         found = policy_loss(self.agent, hidden, tokens, self.counts, self.config)
-        self.metrics["loss/policy"] += found.value.item()
+        self.metrics["loss/policy"] += found.value.detach()
         for name, part in found.metrics.items():
-            self.metrics[f"loss/{name}"] += part.item()
-        seen.clipped[rows.tokens] = found.clipped.to(seen.clipped)
-        seen.log_ratio[rows.tokens] = found.log_ratio.to(seen.log_ratio)
+            self.metrics[f"loss/{name}"] += part
+        places = rows.tokens.to(seen.clipped.device)
+        seen.clipped[places] = found.clipped.to(seen.clipped)
+        seen.log_ratio[places] = found.log_ratio.to(seen.log_ratio)
         return found.value
 
     def take_tokens(self, rows: Rows) -> LossTokens:
@@ -209,5 +212,5 @@ class Step:
                     values[:, head], *columns, clip=options.value_clip, denominator=count
                 )
                 total = total + options.value_coef[head] * loss
-                self.metrics["loss/value"] += options.value_coef[head] * loss.item()
+                self.metrics["loss/value"] += options.value_coef[head] * loss.detach().double()
         return total

@@ -267,13 +267,14 @@ def add_gradients(
         for batch in microbatches(sequences.ids, sequences.cu_seqlens, budget, part)
     ]
     tokens = sum(rows.tokens.numel() for _, rows in batches)
-    total, correct = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64, device=agent.device)  # of the loss, and of tokens
     for batch, rows in batches:
         hidden = agent.trunk(batch.to(agent.device))[rows.token_rows]
         targets = trajectories.response_ids[rows.tokens].to(agent.device)
         logprobs = agent.logprobs(hidden, targets, 1.0)
         loss = -(logprobs * weights[rows.tokens].to(agent.device)).sum() / tokens
         loss.backward()
-        total += loss.item()
-        correct += int((logprobs.detach() > math.log(0.5)).sum())
+        sums[0] += loss.detach()
+        sums[1] += (logprobs.detach() > math.log(0.5)).sum()
+    total, correct = sums.tolist()
     return total, correct / tokens

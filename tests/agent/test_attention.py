@@ -1,14 +1,10 @@
 """Packed attention against every sequence alone through transformers' own sdpa, in float64, gradients too."""
 
 import copy
-import inspect
-import sys
-import types
 
 import pytest
 import torch
 import transformers
-from torch.nn.functional import scaled_dot_product_attention
 
 from hiper_fast.agent import attention
 from hiper_fast.agent.agent import run_trunk
@@ -228,18 +224,6 @@ def test_padded_rows_of_capped_scores_spread_no_nan():
     assert out.isfinite().all()
 
 
-def test_flash_attn_gets_the_soft_cap_and_torchs_kernel_does_not(monkeypatch):
-    def flash_attn_varlen_func(*args, softcap, **options):
-        return softcap
-
-    module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
-    find = attention.find_varlen_kernel.__wrapped__
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    assert find(capped=True)(*[None] * 7, softcap=30.0) == 30.0
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert find(capped=True) is None
-
-
 def test_the_window_is_felt():
     model, plain = build("mistral sliding")
     ids, cu = sequences([20])
@@ -252,68 +236,3 @@ def test_the_window_is_felt():
     assert not torch.allclose(hidden, run_trunk(model.base_model, batch)), (
         "the window is felt at all"
     )
-
-
-def varlen_by_hand(query, key, value, cu, scale, window, gqa):
-    outs = []
-    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
-        reach = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        if window[0] >= 0:
-            reach = reach.triu(-window[0])
-        q, k, v = (x[a:b].transpose(0, 1) for x in (query, key, value))
-        outs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=reach, scale=scale, enable_gqa=gqa
-            ).transpose(0, 1)
-        )
-    return torch.cat(outs)
-
-
-def torch_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
-):
-    assert query.shape == key.shape == value.shape and window_size[1] == 0
-    return varlen_by_hand(query, key, value, cu_seq_q, scale, window_size, False)
-
-
-def torch_2_13(
-    query,
-    key,
-    value,
-    cu_seq_q,
-    cu_seq_k,
-    max_q,
-    max_k,
-    *,
-    scale=None,
-    window_size=(-1, -1),
-    enable_gqa=False,
-):
-    assert enable_gqa and window_size[1] == 0
-    return varlen_by_hand(query, key, value, cu_seq_q, scale, window_size, True)
-
-
-def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False): ...
-
-
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("function", [torch_2_11, torch_2_13])
-def test_torch_varlen_is_called_as_its_version_wants(monkeypatch, function, window):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
-    cu = prefix_sums([7, 1, 12, 5])
-    query, key, value = (torch.randn(25, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    out = attention.find_torch_varlen_kernel()(query, key, value, cu, 12, 0.3, window)
-    expected = attention.attend_in_groups(
-        query, key, value, attention.group_lengths(cu), 0.3, window
-    )
-    torch.testing.assert_close(out, expected)
-
-
-def test_torch_varlen_too_old_or_as_installed(monkeypatch):
-    from torch.nn.attention import varlen
-
-    assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters) or (
-        attention.find_torch_varlen_kernel() is None
-    )
-    monkeypatch.setattr(varlen, "varlen_attn", torch_2_10)
-    assert attention.find_torch_varlen_kernel() is None

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import configure, make_tiny, play_tasks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hiper_fast import estimators, ops, response
 from hiper_fast.config import AdvantageConfig, RewardConfig
@@ -16,7 +17,7 @@ from hiper_fast.learn import update as update_module
 from hiper_fast.learn.credit import give_credit
 from hiper_fast.learn.score import Scores, score
 from hiper_fast.learn.shaping import shape_rewards, train_malformed
-from hiper_fast.learn.update import measure_critic, split_minibatches, update
+from hiper_fast.learn.update import Step, measure_critic, split_minibatches, update
 from hiper_fast.rollout.trajectory import Episode, pack
 
 K, S = "KEEP", "SWITCH"
@@ -553,6 +554,38 @@ def test_what_one_trunk_keeps_goes_before_the_others_comes(agent, monkeypatch):
         (hidden is None, ready) == (separate, separate) for hidden, ready in passes[:1]
     )
     assert all(p.grad is None for m in (agent.model, agent.critic) for p in m.parameters())
+
+
+class HostReads(TorchDispatchMode):
+    """Within, numbers that the host reads from tensors are counted: a GPU is waited for at each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo"])
+def test_the_host_reads_no_number_of_a_microbatch(fresh, monkeypatch, loss):
+    config = settings(microbatch_tokens=100, loss=loss)
+    t, scores = scored(fresh, config)
+    targets, reads, calls = give(t, scores, config), HostReads(), []
+    for name in ("policy_loss", "value_loss"):
+        whole = getattr(Step, name)
+
+        def watched(*args, whole=whole, name=name):
+            calls.append(name)
+            with reads:
+                return whole(*args)
+
+        monkeypatch.setattr(Step, name, watched)
+    update(fresh, sgd(fresh), t, targets, config, torch.Generator())
+    assert calls.count("policy_loss") == calls.count("value_loss") > 3
+    assert reads.count == 0
+    with reads:
+        torch.ones(()).item()
+    assert reads.count == 1
 
 
 def test_a_minibatch_is_a_mean_over_its_own_tokens(fresh):
