@@ -3,6 +3,7 @@
 // flags is read.
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -45,7 +46,7 @@ struct Response {
     for (Position next = at; next.token < count; ++next.token, next.byte = 0) {
       const std::string_view text = piece(next.token).substr(size_t(next.byte));
       const size_t size = std::min(text.size(), tag.size());
-      if (text.substr(0, size) != tag.substr(0, size)) return false;
+      if (!std::equal(text.begin(), text.begin() + size, tag.begin())) return false;
       tag.remove_prefix(size);
       if (tag.empty()) {
         at = {next.token, next.byte + int64_t(size)};
@@ -74,6 +75,13 @@ struct Response {
     }
   }
 
+  void read_tags(int64_t token, std::array<Block, 3>& blocks) const {
+    const std::string_view text = piece(token);
+    for (size_t at = text.find('<'); at != text.npos; at = text.find('<', at + 1)) {
+      read_tag({token, int64_t(at)}, blocks);
+    }
+  }
+
   template <class Use>
   void each_byte(Position begin, Position end, Use use) const {
     for (int64_t token = begin.token; token < count && token <= end.token; ++token) {
@@ -84,6 +92,59 @@ struct Response {
     }
   }
 };
+
+// Ids are fetched so far ahead, since a processor by itself looks no further than a page: 512 of them.
+constexpr int64_t kAhead = 1024;
+
+void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
+// The tokens' flags to `flags` [count]; returns all of them together.
+template <class Id>
+uint8_t look_up(const Id* ids, int64_t count, const uint8_t* piece_flags, int64_t vocabulary,
+                uint8_t* flags) {
+  uint8_t seen = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Id id = ids[i];
+    if (id < 0 || id >= vocabulary) {
+      throw std::invalid_argument("token_ids: " + std::to_string(id) + " is not in the vocabulary of " +
+                                  std::to_string(vocabulary) + " pieces");
+    }
+    prefetch(ids + i + kAhead);
+    seen |= flags[i] = piece_flags[id];
+  }
+  return seen;
+}
+
+// The first token from `token` on whose flags have kHasAngle, or `count`.
+int64_t find_angle(const uint8_t* flags, int64_t token, int64_t count) {
+  constexpr uint64_t kAngles = 0x0101010101010101 * kHasAngle;
+  for (uint64_t eight; token + 8 <= count; token += 8) {
+    std::memcpy(&eight, flags + token, sizeof eight);
+    if (eight & kAngles) break;
+  }
+  while (token < count && !(flags[token] & kHasAngle)) ++token;
+  return token;
+}
+
+// The flags of tokens become their roles.
+void write_roles(const std::array<Block, 3>& blocks, int64_t count, uint8_t* roles) {
+  // Above the roles stand, shifted, those that a token can have: tokens without bytes are in no block.
+  constexpr int kShift = 3;
+  constexpr uint8_t kAny = kAction | kSubgoal | kSwitch;
+  for (int64_t i = 0; i < count; ++i) roles[i] = roles[i] & kEmpty ? 0 : kAny << kShift;
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    if (!blocks[b].found) continue;
+    const uint8_t role = kRoles[b];
+    const int64_t end = blocks[b].last + 1;
+    for (int64_t i = blocks[b].first; i < end; ++i) roles[i] |= (roles[i] >> kShift) & role;
+  }
+  const uint8_t everywhere = blocks[0].found ? 0 : kAction;
+  for (int64_t i = 0; i < count; ++i) roles[i] = (roles[i] & kAny) | everywhere;
+}
 
 enum class Word { kEmpty, kKeep, kSwitch, kOther };
 
@@ -139,21 +200,10 @@ void find_roles(const Id* token_ids, const int32_t* cu_tokens, const uint8_t* pi
 
       // First the flags of all tokens, kept where their roles will be; then the few tokens that hold a '<'.
       uint8_t* const flags = roles + base;
-      uint8_t seen = 0;
-      for (int64_t i = 0; i < response.count; ++i) {
-        const Id id = response.ids[i];
-        if (id < 0 || id >= vocabulary) {
-          throw std::invalid_argument("token_ids: " + std::to_string(id) + " is not in the vocabulary of " +
-                                      std::to_string(vocabulary) + " pieces");
-        }
-        seen |= flags[i] = piece_flags[id];
-      }
-      for (int64_t i = 0; i < response.count; ++i) {
-        if (!(flags[i] & kHasAngle)) continue;
-        const std::string_view piece = response.piece(i);
-        for (size_t at = piece.find('<'); at != piece.npos; at = piece.find('<', at + 1)) {
-          response.read_tag({i, int64_t(at)}, blocks);
-        }
+      const uint8_t seen = look_up(response.ids, response.count, piece_flags, vocabulary, flags);
+      for (int64_t i = find_angle(flags, 0, response.count); i < response.count;
+           i = find_angle(flags, i + 1, response.count)) {
+        response.read_tags(i, blocks);
       }
 
       const Word word = decision.found ? read_word(response, decision) : Word::kEmpty;
@@ -161,13 +211,7 @@ void find_roles(const Id* token_ids, const int32_t* cu_tokens, const uint8_t* pi
       valid[n] = (word == Word::kKeep || word == Word::kSwitch) && subgoal.found && action.found &&
                  !((seen & kHasHighByte) && has_cjk(response));
 
-      std::fill_n(roles + base, response.count, action.found ? uint8_t(0) : uint8_t(kAction));
-      for (size_t b = 0; b < blocks.size(); ++b) {
-        if (!blocks[b].found) continue;
-        for (int64_t i = blocks[b].first; i <= blocks[b].last; ++i) {
-          if (!(piece_flags[response.ids[i]] & kEmpty)) roles[base + i] |= kRoles[b];
-        }
-      }
+      write_roles(blocks, response.count, flags);
       // The token after the one that holds a block's last byte is the first to start at or after the block's
       // end.
       int64_t low = 0;

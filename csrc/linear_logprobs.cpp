@@ -5,13 +5,20 @@
 namespace hiper_fast {
 
 template <class Isa, class T>
-void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
-                     double temperature, T* logprobs, T* entropy, int threads) {
-  in_parallel(rows, rows * vocabulary, threads, [=](int64_t begin, int64_t end) {
+void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t columns, int64_t first,
+                     int64_t vocabulary, double temperature, double* sums, T* logprobs, T* entropy,
+                     int threads) {
+  in_parallel(rows, rows * columns, threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* z = logits + row * vocabulary;
-      const Softmax<T> softmax(z, vocabulary, temperature);
-      logprobs[row] = T(softmax.logprob(z[targets[row]]));
+      const T* z = logits + row * columns;
+      double* const so_far = sums + row * 3;
+      Softmax<T> softmax = first > 0 ? Softmax<T>(temperature, so_far) : Softmax<T>(temperature);
+      softmax.add(z, columns);
+      softmax.save(so_far);
+      const int64_t target = targets[row] - first;
+      if (target >= 0 && target < columns) logprobs[row] = z[target];  // its logit, until the sums are whole
+      if (first + columns < vocabulary) continue;
+      logprobs[row] = T(softmax.logprob(logprobs[row]));
       if (entropy) entropy[row] = T(softmax.entropy());
     }
   });
@@ -27,23 +34,24 @@ int64_t linear_logprobs_backward(T* logits, const int64_t* targets, int64_t rows
       live[row] = grad_logprobs[row] != 0 || of_entropy != 0;
       if (!live[row]) continue;
       T* z = logits + row * vocabulary;
-      const Softmax<T> softmax(z, vocabulary, temperature);
-      softmax.gradient(z, targets[row], grad_logprobs[row], of_entropy, softcap, z);
+      Softmax<T> softmax(temperature);
+      softmax.add(z, vocabulary);
+      softmax.gradient(z, vocabulary, targets[row], grad_logprobs[row], of_entropy, softcap, z);
     }
   });
   return keep_live(logits, rows, vocabulary, live);
 }
 
-template void linear_logprobs<HIPER_FAST_ISA>(const float*, const int64_t*, int64_t, int64_t, double, float*,
-                                              float*, int);
-template void linear_logprobs<HIPER_FAST_ISA>(const double*, const int64_t*, int64_t, int64_t, double,
-                                              double*, double*, int);
+template void linear_logprobs<HIPER_FAST_ISA>(const float*, const int64_t*, int64_t, int64_t, int64_t,
+                                              int64_t, double, double*, float*, float*, int);
+template void linear_logprobs<HIPER_FAST_ISA>(const double*, const int64_t*, int64_t, int64_t, int64_t,
+                                              int64_t, double, double*, double*, double*, int);
 template int64_t linear_logprobs_backward<HIPER_FAST_ISA>(float*, const int64_t*, int64_t, int64_t, double,
                                                           std::optional<double>, const float*, const float*,
                                                           int64_t*, int);
 template int64_t linear_logprobs_backward<HIPER_FAST_ISA>(double*, const int64_t*, int64_t, int64_t, double,
-                                                          std::optional<double>, const double*,
-                                                          const double*, int64_t*, int);
+                                                          std::optional<double>, const double*, const double*,
+                                                          int64_t*, int);
 
 template <class Isa>
 void exp(const float* x, int64_t count, float* out) {

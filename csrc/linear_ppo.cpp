@@ -19,7 +19,8 @@ int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, con
   in_parallel(rows, rows * vocabulary, threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* z = logits + row * vocabulary;
-      const Softmax<T> softmax(z, vocabulary, temperature);
+      Softmax<T> softmax(temperature);
+      softmax.add(z, vocabulary);
       const double logprob = softmax.logprob(z[targets[row]]);
       logprobs[row] = T(logprob);
       const double ref_logprob = ref_logprobs ? double(ref_logprobs[row]) : 0.0;
@@ -32,7 +33,7 @@ int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, con
       std::memcpy(each + row * kSums, values, sizeof values);
       live[row] = !want_gradient || terms.gradient != 0 || with_entropy;
       if (want_gradient && live[row]) {
-        softmax.gradient(z, targets[row], terms.gradient / denominator, of_entropy, softcap, z);
+        softmax.gradient(z, vocabulary, targets[row], terms.gradient / denominator, of_entropy, softcap, z);
       }
     }
   });

@@ -53,11 +53,13 @@ void normalize_and_scatter(const T* advantages_low, const T* advantages_high, co
                            int64_t tokens, int64_t turns, double eps, T* levels, T* advantages,
                            bool* loss_mask, int threads);
 
-// Of each row of logits [rows, vocabulary]: the target's log-probability, at most 0, and the entropy (may be
-// null).
+// Of each row its target's log-probability, at most 0, and the entropy (may be null), from the logits of a
+// tile of the vocabulary at a time, [rows, columns] from the token `first` on. Tiles come in order; `sums`
+// [rows, 3] and `logprobs` hold in between what is known so far.
 template <class Isa, class T>
-void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
-                     double temperature, T* logprobs, T* entropy, int threads);
+void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t columns, int64_t first,
+                     int64_t vocabulary, double temperature, double* sums, T* logprobs, T* entropy,
+                     int threads);
 
 // The logits become their gradient, given that of each row's log-probability and entropy (may be null). Rows
 // whose gradient is zero throughout are left out: the others move up, and `live` [rows] tells which they are.
@@ -130,8 +132,9 @@ template <class Isa, class T>
 void swiglu_backward(const T* grad, const T* gate, const T* up, int64_t count, T* grad_gate, T* grad_up,
                      int threads);
 
-// x: [batch, heads, tokens, width] with the strides given, width even; cos, sin: [batch, tokens, width], or if
-// shared [tokens, width]; out: [batch, tokens, heads, width]. back: the transpose, which the gradient takes.
+// x: [batch, heads, tokens, width] with the strides given, width even; cos, sin: [batch, tokens, width], or
+// if shared [tokens, width]; out: [batch, tokens, heads, width]. back: the transpose, which the gradient
+// takes.
 template <class Isa, class T>
 void rope(const T* x, const T* cos, const T* sin, int64_t batch, int64_t heads, int64_t tokens, int64_t width,
           int64_t batch_stride, int64_t head_stride, int64_t token_stride, bool shared, bool back, T* out,

@@ -1,5 +1,5 @@
-// A row of logits: its softmax's statistics in one pass, and the gradient of what is made of them in a
-// second.
+// A row of logits: its softmax's statistics in one pass, over all of it or a part at a time, and the gradient
+// of what is made of them in a second.
 #pragma once
 
 #include <algorithm>
@@ -18,26 +18,33 @@ constexpr T kNothing = std::is_same_v<T, float> ? T(-104) : T(-746);
 template <class T>
 class Softmax {
  public:
-  Softmax(const T* logits, int64_t size, double temperature) : size_(size), scale_(T(1 / temperature)) {
-    // Sums of e^d and d e^d with d = (logit - top) / temperature, block by block, so that memory is read
-    // once: where a block has a new top, the sums so far move to it.
+  explicit Softmax(double temperature) : scale_(T(1 / temperature)) {}
+
+  // Goes on from what `save` wrote to sums [3].
+  Softmax(double temperature, const double* sums)
+      : scale_(T(1 / temperature)), top_(T(sums[0])), sum_(sums[1]), weighted_(sums[2]) {}
+
+  void save(double* sums) const {
+    sums[0] = top_;
+    sums[1] = sum_;
+    sums[2] = weighted_;
+  }
+
+  // More of the row's logits. Sums of e^d and d e^d with d = (logit - top) / temperature, block by block, so
+  // that memory is read once: where a block has a new top, the sums so far move to it.
+  void add(const T* logits, int64_t size) {
     constexpr int64_t kBlock = 1024;
     for (int64_t begin = 0; begin < size; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, size);
-      const T top = std::max(top_, largest(logits + begin, end - begin));
-      if (top > top_ && sum_ > 0) {
-        const double shift = (double(top_) - top) * scale_, factor = std::exp(shift);
-        weighted_ = factor > 0 ? factor * (weighted_ + shift * sum_) : 0;
-        sum_ *= factor;
-      }
-      top_ = top;
+      const T* const block = logits + begin;
+      const int64_t count = std::min(kBlock, size - begin);
+      move_to(std::max(top_, largest(block, count)));
       Vec<T> sum{}, weighted{};
-      for (int64_t i = begin; i < end; i += kLanes<T>) {
-        const Vec<T> d = shifted(load(logits + i, end - i, std::numeric_limits<T>::lowest()));
+      each_vector<T>(count, [&](int64_t i, int64_t left) {
+        const Vec<T> d = shifted(load(block + i, left, kLowest));
         const Vec<T> e = exponential(d);
         sum += e;
         weighted += e * d;
-      }
+      });
       sum_ += total(sum);
       weighted_ += total(weighted);
     }
@@ -55,7 +62,7 @@ class Softmax {
   // Given the gradients of the target's log-prob and of the entropy H, that of the logits z (of which it may
   // take the place): with p = softmax(z / temperature) it is (onehot - p) / temperature and -p (log p + H) /
   // temperature. Where z = softcap tanh(x / softcap) it is that of x: times dz / dx = 1 - (z / softcap)^2.
-  void gradient(const T* logits, int64_t target, double of_logprob, double of_entropy,
+  void gradient(const T* logits, int64_t size, int64_t target, double of_logprob, double of_entropy,
                 std::optional<double> softcap, T* out) const {
     const T constant = T(-(of_logprob + of_entropy * (entropy() - log_sum_)) * scale_ / sum_);
     const T linear = T(-of_entropy * scale_ / sum_);
@@ -63,34 +70,43 @@ class Softmax {
     const T inverse = T(1 / softcap.value_or(1));
     const auto slope = [inverse](auto z) { return T(1) - (z * inverse) * (z * inverse); };
     const T of_target = T(of_logprob) * scale_ * (capped ? slope(logits[target]) : T(1));
-    for (int64_t i = 0; i < size_; i += kLanes<T>) {
-      const Vec<T> z = load(logits + i, size_ - i), d = shifted(z);
+    each_vector<T>(size, [&](int64_t i, int64_t left) {
+      const Vec<T> z = load(logits + i, left), d = shifted(z);
       const Vec<T> of_z = exponential(d) * (d * linear + constant);
-      store<T>(out + i, size_ - i, capped ? of_z * slope(z) : of_z);
-    }
+      store<T>(out + i, left, capped ? of_z * slope(z) : of_z);
+    });
     out[target] += of_target;
   }
 
  private:
+  static constexpr T kLowest = std::numeric_limits<T>::lowest();
+
+  void move_to(T top) {
+    if (top > top_ && sum_ > 0) {
+      const double shift = (double(top_) - top) * scale_, factor = std::exp(shift);
+      weighted_ = factor > 0 ? factor * (weighted_ + shift * sum_) : 0;
+      sum_ *= factor;
+    }
+    top_ = top;
+  }
+
   Vec<T> shifted(Vec<T> logit) const {
     const Vec<T> d = (logit - top_) * scale_;
     return select(d < kNothing<T>, Vec<T>{} + kNothing<T>, d);
   }
 
   static T largest(const T* x, int64_t count) {
-    constexpr T kLowest = std::numeric_limits<T>::lowest();
     Vec<T> most = Vec<T>{} + kLowest;
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vec<T> next = load(x + i, count - i, kLowest);
+    each_vector<T>(count, [&](int64_t i, int64_t left) {
+      const Vec<T> next = load(x + i, left, kLowest);
       most = select(next > most, next, most);
-    }
+    });
     T lanes[size_t(kLanes<T>)];
     store(lanes, kLanes<T>, most);
     return *std::max_element(lanes, lanes + kLanes<T>);
   }
 
-  int64_t size_;
-  T scale_, top_ = std::numeric_limits<T>::lowest();
+  T scale_, top_ = kLowest;
   double sum_ = 0, weighted_ = 0, log_sum_ = 0;
 };
 

@@ -16,6 +16,9 @@ from hiper_fast.ops._numbers import check_above
 # replaces, and for a weight of half precision a tile of it in float32.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 TILE_BYTES = 2**24
+# Without gradients a block of logits, which stays in the caches between the product and what reads it. More rows
+# would make it too narrow for the product.
+BLOCK_BYTES, BLOCK_ROWS = 2**22, 1024
 
 
 class Head:
@@ -53,28 +56,51 @@ class Head:
         All lie in one scratch buffer, of at most CHUNK_BYTES or one row. There is always a first chunk,
         where the sums of the gradients begin: without rows it is empty.
         """
-        rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
+        vocabulary = self.weight.shape[0]
         allowed = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
-        most = max(1, allowed // (vocabulary * self.dtype.itemsize))
-        count = max(1, math.ceil(rows / most))
-        scratch = self.hidden.new_empty(
-            (math.ceil(rows / count), vocabulary), dtype=self.dtype
-        )  # [rows, v]
-        for chunk in range(count):
-            part = slice(rows * chunk // count, rows * (chunk + 1) // count)
-            logits = take(scratch, slice(0, part.stop - part.start))
-            self._multiply(part, logits)
-            if self.softcap is not None:
-                logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        parts = self._deal_rows(allowed // (vocabulary * self.dtype.itemsize))
+        scratch = self._make_scratch(parts, vocabulary)
+        for part in parts:
+            logits = reshape(scratch, part, vocabulary)
+            rows = cast(take(self.hidden, part), self.dtype)
+            for tile, weight in self._iterate_tiles(vocabulary):
+                self._multiply(rows, tile, weight, take(logits, tile, dim=1))
             yield part, logits
 
-    def _multiply(self, part: slice, logits: Tensor) -> None:
-        rows = cast(take(self.hidden, part), self.dtype)
-        for tile, weight in self._iterate_tiles():
-            if self.bias is None:
-                torch.mm(rows, weight.T, out=take(logits, tile, dim=1))
-            else:
-                torch.addmm(take(self.bias, tile), rows, weight.T, out=take(logits, tile, dim=1))
+    def iterate_blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Slices of rows and of the vocabulary with their logits [rows, columns], which the caller may
+        overwrite: for some rows all of the vocabulary in order, then for the next rows.
+
+        All lie in one scratch buffer, of at most BLOCK_BYTES or one column.
+        """
+        parts = self._deal_rows(BLOCK_ROWS)
+        most = max(1, parts[-1].stop - parts[-1].start)
+        width = max(1, BLOCK_BYTES // (most * self.dtype.itemsize))
+        scratch = self._make_scratch(parts, min(width, self.weight.shape[0]))
+        for part in parts:
+            rows = cast(take(self.hidden, part), self.dtype)
+            for tile, weight in self._iterate_tiles(width):
+                logits = reshape(scratch, part, tile.stop - tile.start)
+                self._multiply(rows, tile, weight, logits)
+                yield part, tile, logits
+
+    def _deal_rows(self, most: int) -> list[slice]:
+        """Slices of at most `most` rows, or one, as even as can be; the last is the longest."""
+        rows = self.hidden.shape[0]
+        count = max(1, math.ceil(rows / max(1, most)))
+        return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+    def _make_scratch(self, parts: list[slice], columns: int) -> Tensor:
+        size = (parts[-1].stop - parts[-1].start) * columns
+        return self.hidden.new_empty(size, dtype=self.dtype)
+
+    def _multiply(self, rows: Tensor, tile: slice, weight: Tensor, logits: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(rows, weight.T, out=logits)
+        else:
+            torch.addmm(take(self.bias, tile), rows, weight.T, out=logits)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def add_gradients(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
         """Adds what one chunk gives: `gradient` [k, v] is that of the product, before the cap, of `part`'s
@@ -94,7 +120,7 @@ class Head:
         grad_rows = (
             out if whole else out.new_empty((gradient.shape[0], out.shape[1]), dtype=self.dtype)
         )  # [k, h]
-        for tile, weight in self._iterate_tiles():
+        for tile, weight in self._iterate_tiles(self.weight.shape[0]):
             grad_rows.addmm_(take(gradient, tile, dim=1), weight, beta=int(tile.start > 0))
         if live is not None:
             out.zero_()[live] = grad_rows.to(out.dtype)
@@ -112,17 +138,20 @@ class Head:
             self.hidden.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in found
         )
 
-    def _iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in self.dtype: as it is, or a copy of some rows at a time."""
+    def _iterate_tiles(self, most: int) -> Iterator[tuple[slice, Tensor]]:
+        """Up to `most` rows of the weight at a time, in self.dtype: as they are, or fewer and a copy."""
         v, h = self.weight.shape
-        size = (
-            v
-            if self.weight.dtype == self.dtype
-            else max(1, TILE_BYTES // (max(1, h) * self.dtype.itemsize))
-        )
-        for start in range(0, v, size):
-            tile = slice(start, min(start + size, v))
+        if self.weight.dtype != self.dtype:
+            most = max(1, min(most, TILE_BYTES // (max(1, h) * self.dtype.itemsize)))
+        for start in range(0, v, most):
+            tile = slice(start, min(start + most, v))
             yield tile, cast(take(self.weight, tile), self.dtype)
+
+
+def reshape(scratch: Tensor, part: slice, columns: int) -> Tensor:
+    """[rows of the part, columns], contiguous, at the beginning of a vector."""
+    rows = part.stop - part.start
+    return take(scratch, slice(0, rows * columns)).view(rows, columns)
 
 
 def take(tensor: Tensor, part: slice, dim: int = 0) -> Tensor:

@@ -10,17 +10,6 @@ from hiper_fast.ops._autograd import find_needs, make_recomputing
 from hiper_fast.ops._head import Head, take
 
 
-def _run_forward(compute_rows, hidden, weight, bias, targets, temperature, softcap, want_entropy):
-    head = Head(hidden, weight, bias, softcap)
-    n = hidden.shape[0]
-    logprobs = hidden.new_empty(n, dtype=head.dtype)
-    entropy = hidden.new_empty(n if want_entropy else 0, dtype=head.dtype)
-    for part, logits in head.iterate_chunks():
-        wanted = take(entropy, part) if want_entropy else None
-        compute_rows(logits, take(targets, part), temperature, take(logprobs, part), wanted)
-    return logprobs, entropy
-
-
 def _run_backward(
     compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, softcap, *needs,
 ):  # fmt: skip
@@ -32,17 +21,26 @@ def _run_backward(
     return head.collect_gradients()
 
 
-def _run_cpp(hidden, weight, bias, targets, *options):
+def _run_cpp(hidden, weight, bias, targets, temperature, softcap, want_entropy):
     targets = targets.contiguous()
-    _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
-    return _run_forward(_compute_rows_cpp, hidden, weight, bias, targets, *options)
+    (n,), vocabulary = targets.shape, weight.shape[0]
+    _library.extension.check_targets(targets.data_ptr(), n, vocabulary)
+    head = Head(hidden, weight, bias, softcap)
+    logprobs, entropy = _make_results(head, n, want_entropy)
+    sums = hidden.new_empty((n, 3), dtype=torch.float64)
+    kernel, threads = _library.find_kernel("linear_logprobs", head.dtype), torch.get_num_threads()
+    for part, tile, logits in head.iterate_blocks():
+        wanted = take(entropy, part) if want_entropy else None
+        kernel(
+            logits.data_ptr(), take(targets, part).data_ptr(), *logits.shape, tile.start, vocabulary, temperature,
+            take(sums, part).data_ptr(), take(logprobs, part).data_ptr(), _library.find_address(wanted), threads,
+        )  # fmt: skip
+    return logprobs, entropy
 
 
-def _compute_rows_cpp(logits, targets, temperature, logprobs, entropy):
-    _library.find_kernel("linear_logprobs", logits.dtype)(
-        logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature,
-        logprobs.data_ptr(), _library.find_address(entropy), torch.get_num_threads(),
-    )  # fmt: skip
+def _make_results(head, n, want_entropy):
+    logprobs = head.hidden.new_empty(n, dtype=head.dtype)
+    return logprobs, logprobs.new_empty(n if want_entropy else 0)
 
 
 def _run_cpp_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, *options):
@@ -66,15 +64,16 @@ def _differentiate_rows_cpp(logits, targets, temperature, softcap, grad_logprobs
     return None if count == live.shape[0] else live[:count]
 
 
-def _run_torch(hidden, weight, bias, targets, *options):
+def _run_torch(hidden, weight, bias, targets, temperature, softcap, want_entropy):
     _head.check_targets(targets, len(weight))
-    return _run_forward(_compute_rows_torch, hidden, weight, bias, targets, *options)
-
-
-def _compute_rows_torch(logits, targets, temperature, logprobs, entropy):
-    _, logprobs[:], entropies = _head.compute_statistics(logits, targets, temperature)
-    if entropy is not None:
-        entropy[:] = entropies
+    head = Head(hidden, weight, bias, softcap)
+    logprobs, entropy = _make_results(head, len(targets), want_entropy)
+    for part, logits in head.iterate_chunks():
+        _, found, entropies = _head.compute_statistics(logits, take(targets, part), temperature)
+        take(logprobs, part).copy_(found)
+        if want_entropy:
+            take(entropy, part).copy_(entropies)
+    return logprobs, entropy
 
 
 def _run_torch_backward(*arguments):

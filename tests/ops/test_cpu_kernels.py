@@ -203,9 +203,10 @@ def test_a_logit_of_minus_infinity_counts_for_nothing(instructions):
     rows, targets = {}, torch.tensor([0, 7, 39])
     for name, z in (("with", logits), ("without", without)):
         rows[name] = torch.empty(2, 3)
+        sums = torch.empty(3, 3, dtype=torch.float64)
         instructions.linear_logprobs_float32(
-            z.data_ptr(), targets.data_ptr(), *z.shape, 1.0,
-            rows[name][0].data_ptr(), rows[name][1].data_ptr(), 1,
+            z.data_ptr(), targets.data_ptr(), *z.shape, 0, z.shape[1], 1.0,
+            sums.data_ptr(), rows[name][0].data_ptr(), rows[name][1].data_ptr(), 1,
         )  # fmt: skip
     torch.testing.assert_close(rows["with"], rows["without"])
 

@@ -36,6 +36,8 @@ def gradients(function, hidden, weight, targets, bias, **options):
 def chunk(request, monkeypatch):
     monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", request.param)
     monkeypatch.setattr(_head, "TILE_BYTES", request.param)
+    monkeypatch.setattr(_head, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(_head, "BLOCK_ROWS", max(1, request.param // 40))
 
 
 @pytest.fixture(params=[False, True], ids=["cpp", "plain torch"])
@@ -114,6 +116,34 @@ def test_chunks_share_one_scratch_buffer(monkeypatch, rows, count, held):
     assert count == 0 and parts == list(range(rows))
     assert [size for _, size in buffers] == [held * 7 * 8]
     torch.testing.assert_close(head.grad_weight, (hidden @ weight.T).T @ hidden)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10])
+def test_blocks_cover_all_logits_in_order(monkeypatch, rows):
+    monkeypatch.setattr(_head, "BLOCK_BYTES", 4 * 3 * 8)  # 3 columns of 4 rows
+    monkeypatch.setattr(_head, "BLOCK_ROWS", 4)
+    hidden, weight, _, bias = random_case(rows, 5, 7)
+    found, seen = torch.zeros(rows, 7, dtype=torch.float64), []
+    for part, tile, logits in _head.Head(hidden, weight, bias).iterate_blocks():
+        assert logits.is_contiguous() and logits.untyped_storage().nbytes() <= 4 * 3 * 8
+        found[part, tile] += logits
+        seen.append((part.start, tile.start))
+    assert seen == sorted(seen)
+    torch.testing.assert_close(found, hidden @ weight.T + bias)
+
+
+def test_a_later_tile_with_a_far_larger_logit(monkeypatch):
+    """The sums so far move to the new top, or vanish beside it; so does what masked logits left."""
+    monkeypatch.setattr(_head, "BLOCK_BYTES", 2 * 4 * 3)  # 2 columns of 3 rows
+    logits = torch.tensor([-math.inf, -math.inf, 0.0, 1.0, 300.0, -5.0, 301.0])
+    nothing, targets = torch.zeros(3, 1), torch.tensor([4, 6, 2])
+    logprobs, entropy = ops.linear_logprobs(
+        nothing, torch.zeros(7, 1), targets, bias=logits, entropy=True
+    )
+    log_p = torch.log_softmax(logits.double(), 0)
+    torch.testing.assert_close(logprobs, log_p[targets].float())
+    p = log_p[[4, 6]].exp()  # of the others nothing is left
+    torch.testing.assert_close(entropy, -(p * p.log()).sum().float().expand(3))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
