@@ -248,9 +248,12 @@ def measure_pool(config: Config, machine: Machine) -> Pool:
     agent, rollout = config.agent, config.rollout
     size = paged.BLOCK[machine.kind]
     each = math.ceil((agent.max_prompt_tokens + agent.max_response_tokens) / size)
-    taken = sum_bytes([*list_trained(config), *list_weights(config)], KEPT, ROLLOUT)
+    free = machine.usable
+    if machine.kind == "cuda":
+        weights = [*list_trained(config), *list_weights(config)]
+        free = max(0.0, free - sum_bytes(weights, KEPT, ROLLOUT))
     given = getattr(rollout, "cache_gb", 0.0)  # the built-in engine's own
-    room = given * GIB or paged.SHARE * max(0.0, machine.usable - taken)
+    room = given * GIB or paged.SHARE * free
     affordable = int(room // (size * count_token(config)))
     return Pool(rollout.slots, each, max(each, min(rollout.slots * each, affordable)), size)
 

@@ -232,12 +232,12 @@ def test_what_the_engine_holds_to_the_byte(folder, options):
     assert (plan.measure_pool(config, cpu(GIB)).blocks < asked) == ("rollout.cache_gb" in options)
 
 
-def test_a_cache_takes_half_of_what_is_free_and_has_room_for_one_response(folder):
+def test_a_cache_takes_half_of_what_a_gpu_has_free_and_has_room_for_one_response(folder):
     config = settings(folder, **ROLLOUTS)
-    kept = plan.sum_bytes(plan.list_parts(config, cpu(GIB)), KEPT)
-    block, each = 8 * plan.count_token(config), 13
+    kept = plan.sum_bytes(plan.list_parts(config, gpu(GIB)), KEPT)
+    block, each = 16 * plan.count_token(config), 7
     for free, blocks in ((1e9, 7 * each), (2 * 20.5 * block, 20), (0, each)):
-        assert plan.measure_pool(config, cpu(kept + free)).blocks == blocks
+        assert plan.measure_pool(config, gpu(kept + free)).blocks == blocks
 
 
 @pytest.mark.parametrize("lengths", [[], [200, 300]])
