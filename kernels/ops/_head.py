@@ -261,7 +261,7 @@ class Head:
             _gradient_kernel[(rows, triton.cdiv(self.vocabulary, self.block))](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, entropy, grad_logprobs, grad_entropy,
                 self.places, self.index, self.rows, _errors.flags(),
-                self.compact, part.start, self.pending, self.vocabulary, self.pitch,
+                int(self.compact), part.start, self.pending, self.vocabulary, self.pitch,
                 self.sharpness, self.softcap or 0.0,
                 HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=grad_entropy is not None,
                 SLOT=_errors.TARGETS, BLOCK=self.block, num_warps=8, enable_fp_fusion=True,
