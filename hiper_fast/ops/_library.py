@@ -79,11 +79,16 @@ def define(
 @functools.cache
 def find_triton_kernel(name: str) -> tuple[Callable | None, str]:
     """The op's function of hiper_fast.kernels, or None and the reason."""
+    module = f"hiper_fast.kernels.{kernel_modules[name]}"
     try:
-        return getattr(
-            importlib.import_module(f"hiper_fast.kernels.{kernel_modules[name]}"), name
-        ), ""
+        return getattr(importlib.import_module(module), name), ""
     except (ImportError, AttributeError) as error:
+        if getattr(error, "name", None) != module:  # there is one, but Triton has other names, say
+            warnings.warn(
+                f"ops.{name} runs without its Triton kernel, which cannot be loaded ({error}); "
+                "is triton>=3.6,<4 installed?",
+                stacklevel=2,
+            )
         return None, f"there is no Triton kernel to load ({error})"
 
 

@@ -2,7 +2,8 @@
 
 A kernel that meets a bad value clamps it, so that it reads and writes only what it was given, and puts a 1 into its
 slot of a buffer in pinned host memory. The host reads that buffer, which costs no synchronisation, before every launch:
-the ValueError that names the argument comes with a later call of any op, or with `raise_pending()`.
+the ValueError that names the argument comes with a later call of any op, or with `raise_pending()`. For debugging,
+HIPER_FAST_SYNC_ERRORS=1 in the environment waits for the GPU after every launch: it comes with the call that had them.
 """
 
 import functools
@@ -51,5 +52,6 @@ def raise_pending(synchronize: bool = True) -> None:
         slot = int(found.nonzero()[0][0])
         found[slot] = 0
         raise ValueError(
-            f"{_MESSAGES[slot]}; an earlier call on a GPU had others, and its results are not to be used"
+            f"{_MESSAGES[slot]}; a call on a GPU, perhaps an earlier one, had others, and its results are not to be "
+            "used (HIPER_FAST_SYNC_ERRORS=1 in the environment raises this at that call)"
         )

@@ -17,7 +17,8 @@ the larger one, for grad_weight (float32, [v, h]) is read and written once each 
 
 Rows whose gradient is exactly 0 (with `compact`) are not appended: a prefix sum on the GPU gives each row its place.
 The host learns how many there are when the buffer may be full, by the only wait for the GPU there is, one to four times
-for each filling. Where rows cannot be 0, and under CUDA graph capture, the host knows the number and never waits.
+for each filling. Where rows cannot be 0, and under CUDA graph capture, the host knows the number and never waits; the
+kernels are the same, so that a call before the capture has compiled all that it launches.
 """
 
 from collections.abc import Iterator
@@ -28,12 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels import _errors
-from hiper_fast.kernels._launch import on_device, wide
+from hiper_fast.kernels._launch import is_capturing, on_device, wide
 
 SCRATCH_BYTES = (
     480_000_000  # both buffers together; a third of it for logits, or all of it without gradients
 )
-_BLOCK = 4096
+_BLOCK_BYTES = 16_384
+_STAGES = tl.constexpr(3)  # blocks of a row on their way at once
 _LOWEST = tl.constexpr(
     -1e30
 )  # stands for minus infinity, so that no infinity is subtracted from another
@@ -55,14 +57,16 @@ def tanh(x):
 
 @triton.jit
 def _logits(
-    logits, bias, column, vocabulary, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr
+    logits, bias, column, vocabulary, pitch, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr
 ):
-    x = tl.load(logits + column, mask=column < vocabulary, other=_LOWEST)
+    # The pitch is a multiple of 16, which makes the loads vectors; the vocabulary need not be one.
+    x = tl.load(logits + column, mask=column < pitch, other=0.0)
     if HAS_BIAS:
-        x += tl.load(bias + column, mask=column < vocabulary, other=0.0)
+        x += tl.load(bias + column, mask=column < pitch, other=0.0)
     if CAPPED:
         cap = tl.full([], softcap, x.dtype)
-        x = tl.where(column < vocabulary, cap * tanh(x * (1.0 / cap)), _LOWEST)
+        x = cap * tanh(x * (1.0 / cap))
+    x = tl.where(column < vocabulary, x, _LOWEST)
     return tl.where(x < _LOWEST, _LOWEST, x)  # NaN stays NaN
 
 
@@ -74,7 +78,13 @@ def _target(targets, row, vocabulary, flags, SLOT: tl.constexpr):
     return tl.minimum(tl.maximum(target, 0), vocabulary - 1)
 
 
-@triton.jit(do_not_specialize=["first", "vocabulary"])
+# Each row's own numbers may lie anywhere, and nothing is to be compiled for where they do.
+@triton.jit(
+    do_not_specialize=["first", "vocabulary"],
+    do_not_specialize_on_alignment=[
+        "targets", "peaks", "log_sums", "logprobs", "entropies", "flags",
+    ],
+)  # fmt: skip
 def _statistics_kernel(
     logits, bias, targets, peaks, log_sums, logprobs, entropies, flags, first, vocabulary, pitch,
     inverse_temperature: tl.float64, softcap: tl.float64,
@@ -91,9 +101,9 @@ def _statistics_kernel(
     # From the last column to the first: the product wrote the last ones last, and the gradient begins with the first,
     # so that both find a part of their logits in the cache.
     blocks = tl.cdiv(vocabulary, BLOCK)
-    for i in range(0, blocks):
+    for i in tl.range(0, blocks, num_stages=_STAGES):
         column = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        x = _logits(logits, bias, column, vocabulary, softcap, HAS_BIAS, CAPPED)
+        x = _logits(logits, bias, column, vocabulary, pitch, softcap, HAS_BIAS, CAPPED)
         step = x - peak
         higher = step > 0
         decay = tl.exp(-tl.abs(step) * sharpness)
@@ -108,7 +118,7 @@ def _statistics_kernel(
     sum_all = tl.sum(total * decay, axis=0)
     log_sum = tl.log(sum_all)
     target = _target(targets, first + row, vocabulary, flags, SLOT)
-    chosen = _logits(logits, bias, target, vocabulary, softcap, HAS_BIAS, CAPPED)
+    chosen = _logits(logits, bias, target, vocabulary, pitch, softcap, HAS_BIAS, CAPPED)
     logprob = (chosen - highest) * sharpness - log_sum
     tl.store(peaks + row, highest)
     tl.store(log_sums + row, log_sum)
@@ -119,30 +129,32 @@ def _statistics_kernel(
         tl.store(entropies + first + row, log_sum - mean * sharpness)
 
 
-@triton.jit(do_not_specialize=["first", "place", "vocabulary"])
+@triton.jit(
+    do_not_specialize=["compact", "first", "place", "vocabulary"],
+    do_not_specialize_on_alignment=[
+        "targets", "peaks", "log_sums", "entropies", "grad_logprobs", "grad_entropies", "places", "index", "flags",
+    ],
+)  # fmt: skip
 def _gradient_kernel(
     logits, bias, targets, peaks, log_sums, entropies, grad_logprobs, grad_entropies, places, index, out, flags,
-    first, place, vocabulary, pitch, inverse_temperature: tl.float64, softcap: tl.float64,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, COMPACT: tl.constexpr,
+    compact, first, place, vocabulary, pitch, inverse_temperature: tl.float64, softcap: tl.float64,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
     SLOT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     block = tl.program_id(1)
     gradient = tl.load(grad_logprobs + first + row)
-    if COMPACT:
-        if gradient == 0:
-            return
-        place = tl.load(places + row) - 1
-        if block == 0:
-            tl.store(index + place, (first + row).to(tl.int64))
-    else:
-        place += row
+    if (compact != 0) & (gradient == 0):
+        return
+    compacted = tl.load(places + row, mask=compact != 0, other=0) - 1
+    place = tl.where(compact != 0, compacted, place + row)
+    tl.store(index + place, (first + row).to(tl.int64), mask=(compact != 0) & (block == 0))
     logits += row.to(tl.int64) * pitch
     out += place.to(tl.int64) * pitch
     dtype: tl.constexpr = logits.dtype.element_ty
     sharpness = tl.full([], inverse_temperature, dtype)
     column = block * BLOCK + tl.arange(0, BLOCK)
-    x = _logits(logits, bias, column, vocabulary, softcap, HAS_BIAS, CAPPED)
+    x = _logits(logits, bias, column, vocabulary, pitch, softcap, HAS_BIAS, CAPPED)
     log_p = (x - tl.load(peaks + row)) * sharpness - tl.load(log_sums + row)
     target = _target(targets, first + row, vocabulary, flags, SLOT)
     share = gradient
@@ -152,7 +164,7 @@ def _gradient_kernel(
     if CAPPED:
         part = tl.where(column < vocabulary, x, 0.0) * (1.0 / tl.full([], softcap, dtype))
         result *= 1.0 - part * part
-    tl.store(out + column, (result * sharpness).to(out.dtype.element_ty), mask=column < vocabulary)
+    tl.store(out + column, (result * sharpness).to(out.dtype.element_ty), mask=column < pitch)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> None:
@@ -178,15 +190,20 @@ class Head:
             weight.to(dtype),
             targets.contiguous(),
         )
-        self.bias = None if bias is None else bias.to(wide(dtype)).contiguous()
         self.needs, self.scale, self.sharpness = needs, scale, 1.0 / temperature
         self.softcap = softcap
-        self.compact = compact and not (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
+        self.compact = compact and not is_capturing(hidden)
 
         self.count, self.vocabulary = hidden.shape[0], weight.shape[0]
         self.pitch = triton.cdiv(self.vocabulary, 16) * 16  # aligned rows
+        self.bias = None
+        if bias is not None:
+            self.bias = bias.new_zeros(self.pitch, dtype=wide(dtype))
+            self.bias[: self.vocabulary] = bias
         self.chunk, capacity = row_counts(self.count, self.pitch, dtype, any(needs))
         self.logits = hidden.new_empty(self.chunk, self.pitch, dtype=wide(dtype))
+        self.logits[:, self.vocabulary :] = 0  # read, though nothing depends on it
+        self.block = _BLOCK_BYTES // self.logits.element_size()
         self.peaks, self.log_sums = self.logits.new_empty(2, self.chunk).unbind(0)
         self.begun = False  # grad_weight holds a sum
         self.first = 0  # row of hidden of the first pending row
@@ -220,7 +237,7 @@ class Head:
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, logprobs, entropy, _errors.flags(),
                 part.start, self.vocabulary, self.pitch, self.sharpness, self.softcap or 0.0,
                 HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=entropy is not None,
-                SLOT=_errors.TARGETS, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
+                SLOT=_errors.TARGETS, BLOCK=self.block, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
     def gradient(
@@ -241,12 +258,13 @@ class Head:
                 self.places[-1]
             )
         with on_device(self.logits):
-            _gradient_kernel[(rows, triton.cdiv(self.vocabulary, _BLOCK))](
+            _gradient_kernel[(rows, triton.cdiv(self.vocabulary, self.block))](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, entropy, grad_logprobs, grad_entropy,
                 self.places, self.index, self.rows, _errors.flags(),
-                part.start, self.pending, self.vocabulary, self.pitch, self.sharpness, self.softcap or 0.0,
+                int(self.compact), part.start, self.pending, self.vocabulary, self.pitch,
+                self.sharpness, self.softcap or 0.0,
                 HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=grad_entropy is not None,
-                COMPACT=self.compact, SLOT=_errors.TARGETS, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
+                SLOT=_errors.TARGETS, BLOCK=self.block, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
         self.pending += rows
 
@@ -268,18 +286,21 @@ class Head:
         if not count:
             return
         rows = self.rows[:count, : self.vocabulary]
+        chosen = slice(self.first, self.first + count)
         if self.compact:
-            index = self.index[:count]
-            hidden, grad_hidden = self.hidden[index], torch.empty_like(self.hidden[:count])
-        else:
-            part = slice(self.first, self.first + count)
-            hidden, grad_hidden = self.hidden[part], self.grad_hidden[part]
+            chosen = self.index[:count]
         if need_hidden:
+            # Sums over the whole vocabulary, perhaps in several parts: those too are added in float32.
+            grad_hidden = self.hidden.new_empty(
+                count, self.hidden.shape[1], dtype=self.logits.dtype
+            )
             product(grad_hidden, rows, self.weight, alpha=self.scale)
-            if self.compact:
-                self.grad_hidden[index] = grad_hidden
+            self.grad_hidden[chosen] = grad_hidden.to(self.grad_hidden.dtype)
         if need_weight:
-            product(self.grad_weight, rows.T, hidden, beta=float(self.begun), alpha=self.scale)
+            product(
+                self.grad_weight, rows.T, self.hidden[chosen],
+                beta=float(self.begun), alpha=self.scale,
+            )  # fmt: skip
         if need_bias:
             self.grad_bias.add_(rows.sum(dim=0, dtype=self.grad_bias.dtype), alpha=self.scale)
         self.begun, self.first, self.pending = True, self.first + count, 0

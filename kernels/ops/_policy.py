@@ -18,7 +18,14 @@ from hiper_fast.kernels._total import BLOCK, store_part
 METRICS = 6  # policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# Parts of vectors begin anywhere: nothing is to be compiled for where they do.
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=[
+        "logprobs", "old_logprobs", "advantages", "loss_mask", "ref_logprobs", "entropy",
+        "gradient", "gradient_entropy",
+    ],
+)  # fmt: skip
 def _terms_kernel(
     logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient, gradient_entropy, tokens,
     clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,

@@ -17,10 +17,10 @@ def store_part(parts, program, column, x):
     tl.store(parts + program * _COLUMNS + column, tl.sum(x.to(tl.float64)))
 
 
-@triton.jit(do_not_specialize=["number", "metric_count", "tokens"])
+@triton.jit(do_not_specialize=["number", "metric_count"])
 def _finish_kernel(
-    parts, loss, metrics, gradient, gradient_2, number, metric_count, tokens, denominator: tl.float64,
-    BY_COUNT: tl.constexpr, GRADIENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    parts, loss, metrics, divisor_out, number, metric_count, denominator: tl.float64,
+    BY_COUNT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, _COLUMNS)
     sums = tl.zeros([_COLUMNS], tl.float64)
@@ -34,19 +34,9 @@ def _finish_kernel(
     divisor = denominator
     if BY_COUNT:
         divisor = tl.maximum(tl.sum(tl.where(column == _COLUMNS - 1, sums, 0.0)), 1.0)
-    program = tl.program_id(0)
-    if program == 0:
-        tl.store(loss + column, sums / divisor, mask=column == 0)
-        tl.store(
-            metrics + column - 1, sums / divisor, mask=(column >= 1) & (column <= metric_count)
-        )
-    if GRADIENTS > 0:
-        t = program * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(gradient + t, mask=t < tokens, other=0.0)
-        tl.store(gradient + t, x / tl.full([], divisor, x.dtype), mask=t < tokens)
-        if GRADIENTS > 1:
-            x = tl.load(gradient_2 + t, mask=t < tokens, other=0.0)
-            tl.store(gradient_2 + t, x / tl.full([], divisor, x.dtype), mask=t < tokens)
+        tl.store(divisor_out, divisor)
+    tl.store(loss + column, sums / divisor, mask=column == 0)
+    tl.store(metrics + column - 1, sums / divisor, mask=(column >= 1) & (column <= metric_count))
 
 
 def part_sums(like: Tensor, tokens: int) -> Tensor:
@@ -67,13 +57,13 @@ def finish(
     """
     loss, metrics = parts.new_empty((), dtype=dtype), parts.new_empty(metric_count, dtype=dtype)
     by_count = denominator is None
-    scaled = [x for x in gradients if by_count and x.shape[0]]
-    first, second = (scaled + [None, None])[:2]
-    tokens = scaled[0].shape[0] if scaled else 0
+    divisor = torch.empty_like(loss) if by_count else None
     with on_device(parts):
-        _finish_kernel[(max(1, triton.cdiv(tokens, BLOCK)),)](
-            parts, loss, metrics, first, second, parts.shape[0], metric_count, tokens,
-            1.0 if by_count else denominator,
-            BY_COUNT=by_count, GRADIENTS=len(scaled), ROWS=_ROWS, BLOCK=BLOCK, enable_fp_fusion=True,
+        _finish_kernel[(1,)](
+            parts, loss, metrics, divisor, parts.shape[0], metric_count, 1.0 if by_count else denominator,
+            BY_COUNT=by_count, ROWS=_ROWS, enable_fp_fusion=True,
         )  # fmt: skip
+    if by_count:
+        for gradient in gradients:
+            gradient.div_(divisor)
     return loss, metrics

@@ -1,13 +1,16 @@
 """Compiles every kernel in every configuration that its op can launch, for a GPU that need not be here.
 
-    python tests/gpu/builds.py 90     # compute capability 9.0; prints one JSON object a build
+    python tests/gpu/builds.py 90                  # compute capability 9.0; prints one JSON object a build
+    python tests/gpu/builds.py 90 | python tests/gpu/builds.py table     # docs/kernels.md's table of them
 
 The launches are taken from the ops themselves: they are called with small CPU tensors, while Triton's launcher only
-writes down what it would compile. Registers and stack are read from the machine code by the wheel's own cuobjdump.
+writes down what it would compile. Registers and stack are read from the machine code by the wheel's own cuobjdump, the
+bytes of each access of global memory from the PTX.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
@@ -43,6 +46,9 @@ POINTERS = {
     torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 NOT_OPTIONS = {"grid", "warmup"}
+ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+COLUMNS = ["kernel", "warps", "registers", "spills", "shared", "loads", "stores"]
+COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)")
 
 
 class Launches:
@@ -64,7 +70,8 @@ class Launches:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
-                aligned.append(i)
+                if not parameter.do_not_specialize_on_alignment:
+                    aligned.append(i)
             elif parameter.annotation_type:
                 signature[parameter.name] = parameter.annotation_type
             else:
@@ -199,16 +206,44 @@ def build(launch: tuple, capability: int, whole: bool) -> dict:
     used = {
         name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)
     }
+    dtypes = sorted({t for t in signature.values() if t.startswith(("*fp", "*bf"))})
     return {
         "kernel": f"{kernel.module.rsplit('.', 1)[-1]}.{kernel.__name__}",
-        "dtypes": sorted({t for t in signature.values() if t.startswith(("*fp", "*bf"))}),
+        "dtypes": dtypes,
+        "double": "*fp64" in dtypes and "*fp32" not in dtypes,  # sums are float64 also for float32
         "constants": {list(signature)[i]: v for (i,), v in constants.items()},
         "aligned": whole,
         "warps": options.get("num_warps", 4),
         "registers": used["REG"],
         "stack": used["STACK"] + used["LOCAL"],
-        "shared": used["SHARED"],
+        "shared": compiled.metadata.shared,
+        **count_accesses(compiled.asm["ptx"]),
     }
+
+
+def count_accesses(ptx: str) -> dict[str, dict[int, int]]:
+    """Loads (asynchronous copies too) and stores of global memory: bytes of one thread's access -> how many."""
+    found = {"loads": collections.Counter(), "stores": collections.Counter()}
+    for kind, vector, bits in ACCESS.findall(ptx):
+        found["loads" if kind == "ld" else "stores"][int(vector or 1) * int(bits) // 8] += 1
+    found["loads"].update(int(size, 0) for size in COPY.findall(ptx))
+    return {kind: dict(sorted(sizes.items(), reverse=True)) for kind, sizes in found.items()}
+
+
+def make_table(builds: list[dict]) -> list[str]:
+    """A Markdown row a kernel: of its builds without float64 vectors, on aligned pointers, that of most registers."""
+    chosen = {}
+    for build in builds:
+        other = chosen.get(build["kernel"])
+        single = build["aligned"] and not build["double"]
+        if single and (other is None or build["registers"] > other["registers"]):
+            chosen[build["kernel"]] = build
+    rows = [
+        [f"`{name}`", *(str(build[key]) for key in ("warps", "registers", "stack", "shared")),
+         *(", ".join(f"{n} x {size}" for size, n in build[key].items()) for key in ("loads", "stores"))]
+        for name, build in sorted(chosen.items())
+    ]  # fmt: skip
+    return [f"| {' | '.join(cells)} |" for cells in [COLUMNS, ["---"] * len(COLUMNS), *rows]]
 
 
 def main(capability: int) -> None:
@@ -223,11 +258,15 @@ def main(capability: int) -> None:
     launch_layers()
     unaligned = {}  # slices of tensors begin anywhere: one such build for each kernel
     for launch in launches.found.values():
-        unaligned.setdefault(launch[0], launch)
+        if launch[0].module != head.__name__:  # whose rows lie in buffers of its own
+            unaligned.setdefault(launch[0], launch)
         print(json.dumps(build(launch, capability, whole=True), default=str), flush=True)
     for launch in unaligned.values():
         print(json.dumps(build(launch, capability, whole=False), default=str), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if sys.argv[1] == "table":
+        print(*make_table([json.loads(line) for line in sys.stdin]), sep="\n")
+    else:
+        main(int(sys.argv[1]))

@@ -7,7 +7,7 @@ from hiper_fast.ops import reference
 
 pytest.importorskip("triton")
 
-from hiper_fast.kernels import _head, raise_pending
+from hiper_fast.kernels import _head, _launch, raise_pending
 from hiper_fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_backward
 from hiper_fast.kernels.linear_ppo import linear_ppo
 
@@ -191,6 +191,31 @@ def test_linear_ppo(
     assert [len(x) for x in unneeded[3:]] == [0, 0, 0]
 
 
+def test_in_a_capture_all_rows_are_kept_and_give_the_same(device, scratch, dtype, monkeypatch):
+    case = (x.to(device) for x in random_case(9, 5, 17, dtype))
+    hidden, weight, bias, targets = case
+    grads = torch.randn(9, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    grads[::2] = 0
+    arguments = grads, grads[:0], hidden, weight, bias, targets, 1.0, None, True, True, True
+    expected = linear_logprobs_backward(*arguments)
+    monkeypatch.setattr(_head, "is_capturing", lambda tensor: True)
+    for x, y in zip(linear_logprobs_backward(*arguments), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_the_hidden_states_gradient_is_summed_in_float32(device, scratch, monkeypatch):
+    """Parts of a sum over the vocabulary, which a product in half precision may add up as such."""
+    outs, product = [], _head.product
+    monkeypatch.setattr(
+        _head, "product", lambda out, *a, **k: (outs.append(out.dtype), product(out, *a, **k))
+    )
+    hidden, weight, _, targets = (x.to(device) for x in random_case(4, 3, 6, torch.float16))
+    grads = torch.ones(4, device=device)
+    arguments = hidden, weight, None, targets, 1.0, None, True, True, False
+    gradient = linear_logprobs_backward(grads, grads[:0], *arguments)[0]
+    assert gradient.dtype == torch.float16 and set(outs) == {torch.float32}
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_rows_of_gradient_zero_are_left_out(device, softcap, monkeypatch):
     """Half of the rows are clipped: the products of the gradients get the other half."""
@@ -299,6 +324,14 @@ def test_bad_targets_are_reported(device, bad):
     linear_logprobs(hidden, weight, None, targets, 1.0, None, False)
     with pytest.raises(ValueError, match="targets"):
         raise_pending()
+
+
+def test_a_bad_target_is_reported_by_its_own_call_where_asked(device, monkeypatch):
+    monkeypatch.setattr(_launch, "SYNC_ERRORS", True)
+    hidden, weight, _, targets = (x.to(device) for x in random_case(3, 4, 6, torch.float32))
+    linear_logprobs(hidden, weight, None, targets, 1.0, None, False)
+    with pytest.raises(ValueError, match="targets"):
+        linear_logprobs(hidden, weight, None, targets + 6, 1.0, None, False)
 
 
 @pytest.mark.parametrize("v", [50, 32_000, 151_936, 256_000, 2_000_000])

@@ -91,6 +91,20 @@ def test_in_a_cuda_graph(inputs, name):
         torch.testing.assert_close(x, y)
 
 
+def test_a_call_that_leaves_rows_out_compiles_nothing_in_a_cuda_graph(inputs):
+    x = inputs[1]
+    rows = x.hidden, x.weight, x.targets, x.row_old, x.row_advantages
+    call = functools.partial(ops.linear_ppo, *rows, kl_coef=0.0, entropy_coef=0.0)
+    expected = torch.autograd.grad(call()[0], (x.hidden, x.weight))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = torch.autograd.grad(call()[0], (x.hidden, x.weight))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(result, expected)
+
+
 def test_compiled_without_a_break(inputs):
     x = inputs[1]
 

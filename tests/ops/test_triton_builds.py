@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ CEILINGS = {
     "rope._kernel": 96,
 }
 
+# Kernels that move whole rows: least shares of the bytes that their loads and stores move in vectors of 16. The rest
+# are numbers a row. What masks by a size that is not specialised falls to 4 bytes a load, or 2.
+VECTORS = {
+    "_head._statistics_kernel": (0.9, 0.0),
+    "_head._gradient_kernel": (0.6, 0.7),
+    "_total._finish_kernel": (0.9, 0.0),
+    "paged_attention._kernel": (0.8, 0.6),
+    "rms_norm._forward_kernel": (0.9, 0.9),
+    "rms_norm._backward_kernel": (0.9, 0.0),
+    "swiglu._forward_kernel": (0.9, 0.9),
+    "swiglu._backward_kernel": (0.9, 0.9),
+}
+SCRIPT = Path(__file__).parents[1] / "gpu" / "builds.py"
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
 def builds(request, tmp_path_factory):
@@ -42,9 +58,8 @@ def builds(request, tmp_path_factory):
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
         "OMP_NUM_THREADS": "1",
     }
-    script = Path(__file__).parents[1] / "gpu" / "builds.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(request.param)],
+        [sys.executable, str(SCRIPT), str(request.param)],
         env=environment,
         capture_output=True,
         text=True,
@@ -68,10 +83,31 @@ def test_nothing_spills(builds):
 
 @pytest.mark.timeout(1600)
 def test_registers_stay_below_their_ceilings(builds):
-    wide = [b for b in builds if b["registers"] > CEILINGS[b["kernel"]] and not wholly_double(b)]
+    wide = [b for b in builds if b["registers"] > CEILINGS[b["kernel"]] and not b["double"]]
     assert not wide
 
 
-def wholly_double(build):
-    """float64 vectors; sums of blocks are float64 also for float32 vectors."""
-    return "*fp32" not in build["dtypes"] and "*fp64" in build["dtypes"]
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("kind, place", [("loads", 0), ("stores", 1)])
+def test_rows_move_in_vectors(builds, kind, place):
+    moving = [b for b in builds if b["kernel"] in VECTORS and b["aligned"] and not b["double"]]
+    scalar = [b for b in moving if vector_share(b[kind]) < VECTORS[b["kernel"]][place]]
+    assert moving and not scalar
+
+
+@pytest.mark.timeout(1600)
+def test_the_docs_show_what_is_built(request, builds):
+    architecture = request.node.callspec.id
+    text = DOCS.read_text()
+    if f"Triton {version('triton')}, {architecture}:" not in text:
+        pytest.skip("the table is of another Triton or architecture")
+    lines = "".join(json.dumps(build) + "\n" for build in builds)
+    command = [sys.executable, str(SCRIPT), "table"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout in text, f"docs/kernels.md lacks\n{done.stdout}"
+
+
+def vector_share(accesses):
+    """Of {bytes of an access: how many}."""
+    moved = {int(size): int(size) * number for size, number in accesses.items()}
+    return sum(b for size, b in moved.items() if size >= 16) / max(1, sum(moved.values()))

@@ -31,6 +31,25 @@ assert before or "triton" not in sys.modules
     assert python(code).returncode == 0
 
 
+def test_a_kernel_that_cannot_be_loaded_is_told(monkeypatch):
+    from hiper_fast.ops import _library
+
+    def renamed(module):
+        raise AttributeError("module 'triton.language' has no attribute 'load'")
+
+    monkeypatch.setattr(_library.importlib, "import_module", renamed)
+    with pytest.warns(UserWarning, match="ops.hae runs without its Triton kernel.*'load'"):
+        kernel, why = _library.find_triton_kernel.__wrapped__("hae")
+    assert kernel is None and "'load'" in why
+
+
+def test_an_op_without_a_triton_kernel_is_not_worth_a_warning(monkeypatch, recwarn):
+    from hiper_fast.ops import _library
+
+    monkeypatch.setitem(_library.kernel_modules, "hae", "not_written")
+    assert _library.find_triton_kernel.__wrapped__("hae")[0] is None and not recwarn.list
+
+
 def test_the_checkout_shadows_no_package_named_kernels(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
