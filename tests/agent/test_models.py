@@ -166,8 +166,8 @@ def test_ids_beyond_the_tokenizer_have_no_probability():
         model.lm_head.bias[known:] = 50.0
     agent, _ = load(model)
     assert agent.head.vocabulary == known < len(model.lm_head.weight)
-    for ids, logprobs in models.sample(agent, [[5, 6, 7], [8]]):
-        assert max(ids) < known and min(logprobs) > -20
+    for answer in models.sample(models.wake_engine(agent), [[5, 6, 7], [8]]):
+        assert max(answer.ids) < known and min(answer.logprobs) > -20
     hidden = torch.randn(32, dtype=torch.float64).expand(known, -1)
     total = agent.logprobs(hidden, torch.arange(known), 0.7).exp().sum()
     torch.testing.assert_close(total, torch.ones_like(total))

@@ -494,7 +494,9 @@ def test_games_of_a_split(tmp_path, monkeypatch):
 
 
 def test_make_refuses_what_it_does_not_know(monkeypatch):
-    with pytest.raises(ValueError, match="unknown environment 'chess'; known: alfworld, household"):
+    with pytest.raises(
+        ValueError, match="unknown environment 'chess'; known: alfworld, .*household"
+    ):
         envs.make("chess")
     with pytest.raises(
         ValueError, match="unknown option 'splits' for alfworld; known: split, engine"
