@@ -134,7 +134,7 @@ def linear_logprobs(
     softcap: float | None = None,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log_softmax(logits / temperature)[targets], in chunks of rows.
+    """log_softmax(logits / temperature)[targets], without all logits at once.
 
     The logits are x = hidden @ weight.T + bias, or with `softcap` (Gemma 2's final one)
     softcap * tanh(x / softcap). A scale of the logits needs no option: divide the temperature by it, and
@@ -142,8 +142,8 @@ def linear_logprobs(
 
     Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half
     precision are multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its
-    results it holds a chunk of logits, at most 128 MiB (on a GPU 512 MiB) or one row, and 16 MiB
-    where the weight is of half precision.
+    results it holds 4 MiB of logits, and in backward (on a GPU always) a chunk of them, at most 128
+    MiB (on a GPU 512 MiB) or one row; and 16 MiB where the weight is of half precision.
 
     Args:
         hidden: [n, h] float32, float64, bfloat16 or float16.
