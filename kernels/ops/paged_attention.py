@@ -158,7 +158,8 @@ def _tile(
     prompts = half and wide <= 128 and tokens * shared > 16 * sequences
     rows = max(64 if prompts else 16, triton.next_power_of_2(shared))
     warps = 8 if prompts or wide > 128 else 4
-    return {"ROWS": rows, "QUERIES": rows // shared, "KEYS": 64 if half else 32, "num_warps": warps}
+    keys = 64 if half else 32 if wide < 128 else 16
+    return {"ROWS": rows, "QUERIES": rows // shared, "KEYS": keys, "num_warps": warps}
 
 
 def paged_attention(
