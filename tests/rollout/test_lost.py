@@ -1,8 +1,5 @@
 """Runs whose environments fail: what is whole is trained on, what is lost is counted, and too much stops the run."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from helpers import configure
 
@@ -14,13 +11,6 @@ from hiper_fast.runs import checkpoint
 from hiper_fast.runs.metrics import read_metrics
 
 EPISODES = 12
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    yield
-    sys.modules.pop("faulty", None)
 
 
 def settings(folder, faults, **options):
@@ -92,7 +82,6 @@ def test_a_later_loss_leaves_the_updates_before_it(tmp_path, monkeypatch):
     with pytest.raises(TooManyLost):
         train.train(config, ALONE)
     monkeypatch.undo()
-    monkeypatch.syspath_prepend(Path(__file__).parent)
     assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == 1
     config.run.resume = True
     train.train(config, ALONE)
