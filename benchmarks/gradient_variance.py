@@ -30,7 +30,7 @@ from hiper_fast.learn.credit import Targets, give_credit
 from hiper_fast.learn.optim import build_adamw, set_lr
 from hiper_fast.learn.score import score
 from hiper_fast.learn.shaping import shape
-from hiper_fast.learn.update import Step, update
+from hiper_fast.learn.update import Seen, Step, update
 from hiper_fast.learn.warm_start import warm_start
 from hiper_fast.rollout.engines.paged import Engine
 from hiper_fast.rollout.games import Games
@@ -88,8 +88,8 @@ class Bench:
         agent.critic = None
         agent.model.zero_grad()
         every = torch.arange(len(sequences))
-        clipped = torch.empty_like(trajectories.old_logprobs)  # [tokens]
-        step = Step(agent, trajectories, sequences, targets, every, self.config, True, clipped)
+        seen = Seen.nothing(trajectories, agent.device)
+        step = Step(agent, trajectories, sequences, targets, every, self.config, True, seen)
         for batch, rows in step.batches:
             step.add_gradients(batch, rows)
         return torch.cat([p.grad.flatten() for p in agent.model.parameters()])
