@@ -71,10 +71,10 @@ class Mind:
         if self.agent.model is not None and (path / "critic.safetensors").exists():
             checkpoint.load(path, policy=self.agent.model, critic=self.agent.add_critic())
         self.prompter = make_prompter(self.agent.tokenizer, config.agent, games.family)
-        self.temperature, self.seed = temperature, seed
-        self.engine = engines.make(self.agent, config)
-        self.engine.wake()
-        self.engine.update()
+        engine = engines.make(self.agent, config)
+        engine.wake()
+        engine.update()
+        self.voice = Sampled(engine, temperature, seed)
 
     def think(self, play: Play) -> Thought | None:
         """None where the conversation has grown too long for another turn."""
@@ -82,9 +82,8 @@ class Mind:
         play.see(ids, truncated)
         if play.over:
             return None
-        voice = Sampled(self.engine, self.temperature, self.seed)
-        voice.ask(play)
-        while not (answers := voice.hear()):
+        self.voice.ask(play)
+        while not (answers := self.voice.hear()):
             pass
         [(_, answer)] = answers
         text = self.agent.decode(answer.ids)

@@ -53,14 +53,7 @@ class PagedCache:
             return call_whole(model, lambda: self.read_inside(model, head, what))
 
     def read_inside(self, model: PreTrainedModel, head: Head, what: Pass) -> Tensor:
-        hidden = read_hidden(
-            model,
-            what.ids[None],
-            position_ids=what.positions[None],
-            attention_mask=what.cu_query.view(1, 1, 1, -1),  # as of packed sequences
-            longest=what.longest,
-            use_cache=False,
-        )[0]
+        hidden = read_tokens(model, what.ids, what.positions, what.cu_query, what.longest)
         last = hidden.index_select(0, what.cu_query[1:] - 1)
         return head.finish(model.get_output_embeddings()(last))
 
@@ -72,6 +65,20 @@ class PagedCache:
         values.flatten(0, 1).index_copy_(0, what.slots, value)
         paged = what.blocks, what.cu_query, what.lengths
         return ops.paged_attention(query, keys, values, *paged, **options)
+
+
+def read_tokens(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, cu_query: Tensor, longest: int
+) -> Tensor:
+    """What the model's head reads [tokens, h] of packed tokens, within `attention.through` a cache."""
+    return read_hidden(
+        model,
+        ids[None],
+        position_ids=positions[None],
+        attention_mask=cu_query.view(1, 1, 1, -1),  # as of packed sequences
+        longest=longest,
+        use_cache=False,
+    )[0]
 
 
 class _Recorder:
@@ -88,11 +95,10 @@ class _Recorder:
 @torch.no_grad()
 def measure_shapes(model: PreTrainedModel) -> list[Shape]:
     """What a cache of this model holds for a token, found by letting it read one."""
-    recorder, zero = _Recorder(), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    recorder, zero = _Recorder(), torch.zeros(1, dtype=torch.int64, device=model.device)
     cu_query = torch.tensor([0, 1], dtype=torch.int32, device=model.device)
-    options = {"position_ids": zero, "attention_mask": cu_query.view(1, 1, 1, -1), "longest": 1}
     with attention.through(recorder):
-        call_inside(model, lambda: read_hidden(model, zero, use_cache=False, **options))
+        call_inside(model, lambda: read_tokens(model, zero, zero, cu_query, longest=1))
     return recorder.shapes
 
 

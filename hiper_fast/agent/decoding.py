@@ -61,23 +61,23 @@ class Decoder:
         if not entering:
             return self.go_on(going)
         device = self.agent.device
-        new, blocks = self.place(entering)
-        places = [np.arange(one.held, len(one.ids)) for one in entering]
-        unread = [len(place) for place in places]
+        self.place(entering)
+        new = [one.row for one in entering]
+        unread = [len(one.ids) - one.held for one in entering]
         ids = np.concatenate([one.ids[one.held :] for one in entering])
-        places = np.concatenate(places)
-        held_in = blocks[np.repeat(np.arange(len(entering)), unread), places // self.size]
-        slots = held_in.astype(np.int64) * self.size + places % self.size
-        ids, positions, slots = (torch.from_numpy(x).to(device) for x in (ids, places, slots))
+        places = np.concatenate([np.arange(one.held, len(one.ids)) for one in entering])
+        owners = np.repeat(new, unread)
+        ids, places, owners = (torch.from_numpy(x).to(device) for x in (ids, places, owners))
         rows = torch.tensor([*new, *going], device=device)
         old = rows[len(new) :]
         self.length[rows[: len(new)]] = torch.tensor([len(e.ids) for e in entering], device=device)
         before = self.length[old]
         self.length[old] += 1
+        positions = torch.cat([places, before])
         what = Pass(
             ids=torch.cat([ids, self.token[old]]),
-            positions=torch.cat([positions, before]),
-            slots=torch.cat([slots, self.find_slots(old, before)]),
+            positions=positions,
+            slots=self.find_slots(torch.cat([owners, old]), positions),
             blocks=self.blocks[rows],
             cu_query=prefix_sums(unread + [1] * len(going)).to(device),
             lengths=self.length[rows].int(),
@@ -93,20 +93,18 @@ class Decoder:
         else:
             self.step(torch.tensor(going, device=self.agent.device))
 
-    def place(self, entering: Sequence[Entering]) -> tuple[list[int], np.ndarray]:
-        """Gives the sequences their rows; the rows and their blocks, int32 [sequences, most]."""
-        new = [one.row for one in entering]
-        blocks = np.zeros((len(new), self.blocks.shape[1]), dtype=np.int32)
-        uniforms = np.zeros((len(new), self.limit + 1))
+    def place(self, entering: Sequence[Entering]) -> None:
+        """Gives the sequences their rows."""
+        blocks = np.zeros((len(entering), self.blocks.shape[1]), dtype=np.int32)
+        uniforms = np.zeros((len(entering), self.limit + 1))
         for place, one in enumerate(entering):
             blocks[place, : len(one.blocks)] = one.blocks
             uniforms[place, : self.limit] = one.uniforms
-        rows = torch.tensor(new, device=self.agent.device)
+        rows = torch.tensor([one.row for one in entering], device=self.agent.device)
         self.blocks[rows] = torch.from_numpy(blocks).to(rows.device)
         self.uniforms[rows] = torch.from_numpy(uniforms).to(rows.device)
         self.temperature[rows] = torch.tensor([e.temperature for e in entering]).to(rows.device)
         self.drawn[rows], self.ended[rows] = 0, False
-        return new, blocks
 
     def step(self, rows: Tensor) -> None:
         """Another token of each of `rows` int64 [n]; reads nothing back and fits a CUDA graph.
@@ -127,8 +125,7 @@ class Decoder:
         self.draw(rows, self.cache.read(self.agent.model, self.agent.head, what))
 
     def find_slots(self, rows: Tensor, places: Tensor) -> Tensor:
-        held_in = self.blocks[rows].gather(1, places[:, None] // self.size)[:, 0]
-        return held_in.long() * self.size + places % self.size
+        return self.blocks[rows, places // self.size].long() * self.size + places % self.size
 
     def draw(self, rows: Tensor, logits: Tensor) -> None:
         """A token for each row, of its logits [n, v]."""
