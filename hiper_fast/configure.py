@@ -365,10 +365,10 @@ def read_files(files: Sequence[str | Path]) -> list[Setting]:
     return [setting for file in files for setting in read_file(file)]
 
 
-def read_file(path: str | Path) -> Iterator[Setting]:
+def read_file(path: str | Path, hint: str = "") -> Iterator[Setting]:
     """The settings of a YAML file of sections (`env: {size: medium}`), or of the recipe of that name; over those of
-    the recipe that it calls its `base`, if any."""
-    source = f"--config {show_name(path)}"
+    the recipe that it calls its `base`, if any. Errors name the file, and after it the `hint`."""
+    source = f"--config {show_name(path)}{hint}"
     content = load_yaml(path, source)
     if isinstance(content, dict) and (base := content.pop("base", None)) is not None:
         yield from read_file(find_base(base, source))
@@ -377,12 +377,12 @@ def read_file(path: str | Path) -> Iterator[Setting]:
 
 def read_run(folder: Path) -> list[Setting]:
     """The settings of a run's own options."""
-    try:
-        return list(read_file(folder / CONFIG))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}; each of the run's checkpoints has a copy of it, {CHECKPOINT_CONFIG}"
-        ) from None
+    return list(
+        read_file(
+            folder / CONFIG,
+            f" (each of the run's checkpoints has a copy of it, {CHECKPOINT_CONFIG})",
+        )
+    )
 
 
 def read_sections(content: Any, source: str) -> Iterator[Setting]:

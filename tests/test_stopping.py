@@ -556,8 +556,7 @@ def test_another_runs_reference_is_an_error(run, capsys):
 @pytest.mark.parametrize("damage", [Path.unlink, cut, empty, scribble])
 def test_a_broken_config_is_named_with_its_copies(run, capsys, damage):
     damage(run / "config.yaml")
-    err = go_on(run, capsys)
-    assert "hiper_fast.yaml" in err or "there is no run" in err
+    assert "hiper_fast.yaml" in go_on(run, capsys)
     shutil.copy(run / "checkpoints" / "step-000005" / "hiper_fast.yaml", run / "config.yaml")
     assert train.main(resume(run.parent, "whole", "--updates=5")) == 0
 

@@ -40,10 +40,7 @@ def find_run_folder(config: Config) -> Path:
     if config.run.resume:
         taken = [root / n for n in names if (root / n / CONFIG).exists()]
         if not taken:
-            raise ConfigError(
-                f"--resume: there is no run {root / names[0]}; "
-                "leave --resume out to start it, or give --name"
-            )
+            raise ConfigError(f"--resume: {explain_missing(root / names[0])}")
         return taken[-1]
     free = next((root / n for n in names if not (root / n).exists()), None)
     if free is None:
@@ -52,6 +49,13 @@ def find_run_folder(config: Config) -> Path:
             "continue it with --resume, or choose another name"
         )
     return free
+
+
+def explain_missing(folder: Path) -> str:
+    """Why a run cannot be continued whose configuration is not there, and what to do."""
+    if any(folder.glob(f"checkpoints/*/{CHECKPOINT_CONFIG}")):
+        return f"{folder / CONFIG} is missing: copy {CHECKPOINT_CONFIG} of one of the run's checkpoints there"
+    return f"there is no run {folder}; leave --resume out to start it, or give --name"
 
 
 def make_run_folder(config: Config) -> Path:

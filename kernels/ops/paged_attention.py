@@ -157,7 +157,7 @@ def _tile(
     half = dtype != torch.float32
     prompts = half and wide <= 128 and tokens * shared > 16 * sequences
     rows = max(64 if prompts else 16, triton.next_power_of_2(shared))
-    warps = 8 if prompts or wide > 128 else 4
+    warps = 8 if prompts or half and wide > 128 else 4
     keys = 64 if half else 32 if wide < 128 else 16
     return {"ROWS": rows, "QUERIES": rows // shared, "KEYS": keys, "num_warps": warps}
 
