@@ -238,13 +238,24 @@ PYBIND11_MODULE(_C, module) {
   def(module, "check_targets", &check_targets);
   def(module, "bm25_search", &bm25_search);
 
-  // The best there is for this processor under the plain names; all that run on it also by instruction set.
+  // By instruction set all that run on this processor, and under the plain names the best of them.
   py::module_ portable = module.def_submodule("portable");
   def_all<Portable>(portable);
-#if HIPER_FAST_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#if HIPER_FAST_X86
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx2) {
     py::module_ avx2 = module.def_submodule("avx2");
     def_all<Avx2>(avx2);
+  }
+  if (has_avx512) {
+    py::module_ avx512 = module.def_submodule("avx512");
+    def_all<Avx512>(avx512);
+    def_all<Avx512>(module);
+    return;
+  }
+  if (has_avx2) {
     def_all<Avx2>(module);
     return;
   }

@@ -11,6 +11,7 @@ namespace hiper_fast {
 
 struct Portable;
 struct Avx2;  // and FMA
+struct Avx512;  // F, BW, DQ and VL
 
 enum Role : uint8_t { kAction = 1, kSubgoal = 2, kSwitch = 4 };
 

@@ -70,10 +70,20 @@ inline void hold([[maybe_unused]] Vector& x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline __m256 eight(Vector x) {
+  __m256 halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  return halves[0] + halves[1];
+}
+#elif defined(__AVX2__)
+inline __m256 eight(Vector x) { return x; }
+#endif
+
 // totals[i] = the sum of the i-th vector's lanes.
 inline void add_lanes(Vector a, Vector b, Vector c, Vector d, float* totals) {
 #if defined(__AVX2__)
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(eight(a), eight(b)), _mm256_hadd_ps(eight(c), eight(d)));
   _mm_storeu_ps(totals, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 #else
   for (const Vector& x : {a, b, c, d}) *totals++ = float(total(x));

@@ -1,5 +1,5 @@
-// Vec<T>: as many T as a kernel handles at a time, and the few functions it needs of them. Eight floats where
-// the compiler has vectors; else, and for double, a single number with the same functions, exp being that of
+// Vec<T>: as many T as a kernel handles at a time, and the few functions it needs of them. Four to sixteen
+// floats where the compiler has vectors; else, and for double, a single number with the same functions, exp being that of
 // libm. All of it is local to the file that includes it, because such files are compiled once for each
 // instruction set.
 #pragma once
@@ -31,7 +31,9 @@ bool as_mask(const bool* from, T) {
 }
 
 #if defined(__GNUC__)  // and clang
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int kFloats = 16;
+#elif defined(__AVX2__)
 constexpr int kFloats = 8;
 #else
 constexpr int kFloats = 4;
