@@ -212,8 +212,6 @@ void def_all(py::module_& module) {
   def(module, "linear_logprobs_float64", &linear_logprobs<Isa, double>);
   def(module, "linear_logprobs_backward_float32", &linear_logprobs_backward<Isa, float>);
   def(module, "linear_logprobs_backward_float64", &linear_logprobs_backward<Isa, double>);
-  def(module, "linear_ppo_float32", &linear_ppo<Isa, float>);
-  def(module, "linear_ppo_float64", &linear_ppo<Isa, double>);
   def(module, "rms_norm_float32", &rms_norm<Isa, float>);
   def(module, "rms_norm_float64", &rms_norm<Isa, double>);
   def(module, "rms_norm_backward_float32", &rms_norm_backward<Isa, float>);

@@ -25,33 +25,31 @@ void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int6
 }
 
 template <class Isa, class T>
-int64_t linear_logprobs_backward(T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
-                                 double temperature, std::optional<double> softcap, const T* grad_logprobs,
-                                 const T* grad_entropy, int64_t* live, int threads) {
-  in_parallel(rows, rows * vocabulary, threads, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const double of_entropy = grad_entropy ? double(grad_entropy[row]) : 0.0;
-      live[row] = grad_logprobs[row] != 0 || of_entropy != 0;
-      if (!live[row]) continue;
-      T* z = logits + row * vocabulary;
-      Softmax<T> softmax(temperature);
-      softmax.add(z, vocabulary);
-      softmax.gradient(z, vocabulary, targets[row], grad_logprobs[row], of_entropy, softcap, z);
+void linear_logprobs_backward(const T* logits, const int64_t* targets, const int64_t* live, int64_t rows,
+                              int64_t columns, int64_t first, double temperature,
+                              std::optional<double> softcap, const double* sums, const T* grad_logprobs,
+                              const T* grad_entropy, T* gradient, int threads) {
+  in_parallel(rows, rows * columns, threads, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = live ? live[i] : i;
+      const Softmax<T> softmax(temperature, sums + row * 3);
+      softmax.gradient(logits + row * columns, columns, targets[row] - first, grad_logprobs[row],
+                       grad_entropy ? double(grad_entropy[row]) : 0.0, softcap, gradient + i * columns);
     }
   });
-  return keep_live(logits, rows, vocabulary, live);
 }
 
 template void linear_logprobs<HIPER_FAST_ISA>(const float*, const int64_t*, int64_t, int64_t, int64_t,
                                               int64_t, double, double*, float*, float*, int);
 template void linear_logprobs<HIPER_FAST_ISA>(const double*, const int64_t*, int64_t, int64_t, int64_t,
                                               int64_t, double, double*, double*, double*, int);
-template int64_t linear_logprobs_backward<HIPER_FAST_ISA>(float*, const int64_t*, int64_t, int64_t, double,
-                                                          std::optional<double>, const float*, const float*,
-                                                          int64_t*, int);
-template int64_t linear_logprobs_backward<HIPER_FAST_ISA>(double*, const int64_t*, int64_t, int64_t, double,
-                                                          std::optional<double>, const double*, const double*,
-                                                          int64_t*, int);
+template void linear_logprobs_backward<HIPER_FAST_ISA>(const float*, const int64_t*, const int64_t*, int64_t,
+                                                       int64_t, int64_t, double, std::optional<double>,
+                                                       const double*, const float*, const float*, float*, int);
+template void linear_logprobs_backward<HIPER_FAST_ISA>(const double*, const int64_t*, const int64_t*, int64_t,
+                                                       int64_t, int64_t, double, std::optional<double>,
+                                                       const double*, const double*, const double*, double*,
+                                                       int);
 
 template <class Isa>
 void exp(const float* x, int64_t count, float* out) {

@@ -62,13 +62,14 @@ void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int6
                      int64_t vocabulary, double temperature, double* sums, T* logprobs, T* entropy,
                      int threads);
 
-// The logits become their gradient, given that of each row's log-probability and entropy (may be null). Rows
-// whose gradient is zero throughout are left out: the others move up, and `live` [rows] tells which they are.
-// Returns their number. Logits that are soft-capped (softcap tanh(x / softcap)) become the gradient of x.
+// From the same logits, and what is known of all of them, the gradient of these [rows, columns], given those of each
+// row's log-probability and entropy (may be null). `live` [rows] tells which rows of the logits they are (null: all in
+// order). Of logits that are soft-capped (softcap tanh(x / softcap)) it is the gradient of x.
 template <class Isa, class T>
-int64_t linear_logprobs_backward(T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary,
-                                 double temperature, std::optional<double> softcap, const T* grad_logprobs,
-                                 const T* grad_entropy, int64_t* live, int threads);
+void linear_logprobs_backward(const T* logits, const int64_t* targets, const int64_t* live, int64_t rows,
+                              int64_t columns, int64_t first, double temperature,
+                              std::optional<double> softcap, const double* sums, const T* grad_logprobs,
+                              const T* grad_entropy, T* gradient, int threads);
 
 // loss: [1]; metrics: [6], policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy. ref_logprobs,
 // entropy and the gradients may be null; without a denominator it is the number of masked tokens.
@@ -77,16 +78,6 @@ void ppo_loss(const T* logprobs, const T* old_logprobs, const T* advantages, con
               const T* ref_logprobs, const T* entropy, int64_t tokens, double clip_low, double clip_high,
               double dual_clip, double kl_coef, double entropy_coef, std::optional<double> denominator,
               T* loss, T* metrics, T* gradient, T* gradient_entropy);
-
-// The same over every row of logits [rows, vocabulary], added to sums [7] (loss, metrics); the chosen
-// log-probs go to logprobs [rows]. If a gradient is wanted the logits become it, as in
-// linear_logprobs_backward.
-template <class Isa, class T>
-int64_t linear_ppo(T* logits, const int64_t* targets, const T* old_logprobs, const T* advantages,
-                   const T* ref_logprobs, int64_t rows, int64_t vocabulary, double temperature,
-                   std::optional<double> softcap, double clip_low, double clip_high, double dual_clip,
-                   double kl_coef, double entropy_coef, double denominator, bool want_gradient, double* sums,
-                   T* logprobs, int64_t* live, int threads);
 
 // loss: [1]; metrics: [2], value, clip_fraction. gradient may be null.
 template <class Isa, class T>

@@ -22,7 +22,11 @@ class Softmax {
 
   // Goes on from what `save` wrote to sums [3].
   Softmax(double temperature, const double* sums)
-      : scale_(T(1 / temperature)), top_(T(sums[0])), sum_(sums[1]), weighted_(sums[2]) {}
+      : scale_(T(1 / temperature)),
+        top_(T(sums[0])),
+        sum_(sums[1]),
+        weighted_(sums[2]),
+        log_sum_(std::log(sums[1])) {}
 
   void save(double* sums) const {
     sums[0] = top_;
@@ -59,8 +63,8 @@ class Softmax {
 
   double entropy() const { return log_sum_ - weighted_ / sum_; }
 
-  // Given the gradients of the target's log-prob and of the entropy H, that of the logits z (of which it may
-  // take the place): with p = softmax(z / temperature) it is (onehot - p) / temperature and -p (log p + H) /
+  // Given the gradients of the log-prob of a target, which may lie elsewhere, and of the entropy H, that of some of
+  // the logits z: with p = softmax(z / temperature) it is (onehot - p) / temperature and -p (log p + H) /
   // temperature. Where z = softcap tanh(x / softcap) it is that of x: times dz / dx = 1 - (z / softcap)^2.
   void gradient(const T* logits, int64_t size, int64_t target, double of_logprob, double of_entropy,
                 std::optional<double> softcap, T* out) const {
@@ -69,13 +73,13 @@ class Softmax {
     const bool capped = softcap.has_value();
     const T inverse = T(1 / softcap.value_or(1));
     const auto slope = [inverse](auto z) { return T(1) - (z * inverse) * (z * inverse); };
-    const T of_target = T(of_logprob) * scale_ * (capped ? slope(logits[target]) : T(1));
     each_vector<T>(size, [&](int64_t i, int64_t left) {
       const Vec<T> z = load(logits + i, left), d = shifted(z);
       const Vec<T> of_z = exponential(d) * (d * linear + constant);
       store<T>(out + i, left, capped ? of_z * slope(z) : of_z);
     });
-    out[target] += of_target;
+    if (target < 0 || target >= size) return;
+    out[target] += T(of_logprob) * scale_ * (capped ? slope(logits[target]) : T(1));
   }
 
  private:
@@ -109,20 +113,6 @@ class Softmax {
   T scale_, top_ = kLowest;
   double sum_ = 0, weighted_ = 0, log_sum_ = 0;
 };
-
-// Moves the rows that `live` [rows] marks with 1 to the front and lists their numbers there; returns how
-// many.
-template <class T>
-int64_t keep_live(T* matrix, int64_t rows, int64_t columns, int64_t* live) {
-  int64_t kept = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!live[row]) continue;
-    if (kept != row)
-      std::memcpy(matrix + kept * columns, matrix + row * columns, size_t(columns) * sizeof(T));
-    live[kept++] = row;
-  }
-  return kept;
-}
 
 }  // namespace
 }  // namespace hiper_fast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from hiper_fast.ops import _library
 from hiper_fast.ops._library import FLOATS, check_vector
 from hiper_fast.ops._numbers import check_above
 
-# What is held beside arguments, results and gradients: one chunk of logits, which its own gradient
-# replaces, and for a weight of half precision a tile of it in float32.
+# What is held beside arguments, results and gradients: one chunk of logits, and for a weight of half precision a tile
+# of it in float32.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 TILE_BYTES = 2**24
-# Without gradients a block of logits, which stays in the caches between the product and what reads it. More rows
-# would make it too narrow for the product.
+# The C++ kernels read and write logits by blocks, a tile of the vocabulary for some rows, which stay in the caches from
+# one product to the next. More rows would make blocks too narrow for the products.
 BLOCK_BYTES, BLOCK_ROWS = 2**22, 1024
 
 
@@ -50,6 +50,10 @@ class Head:
             weight.new_zeros(weight.shape[0], dtype=self.dtype) if need_bias else None
         )  # [v]
 
+    @property
+    def needs_any(self) -> bool:
+        return any(x is not None for x in (self.grad_hidden, self.grad_weight, self.grad_bias))
+
     def iterate_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows with their logits [rows, v], which the caller may overwrite.
 
@@ -57,44 +61,53 @@ class Head:
         where the sums of the gradients begin: without rows it is empty.
         """
         vocabulary = self.weight.shape[0]
-        allowed = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
-        parts = self._deal_rows(allowed // (vocabulary * self.dtype.itemsize))
-        scratch = self._make_scratch(parts, vocabulary)
+        parts = self._deal_rows(self._count_chunk_rows())
+        scratch = self._make_scratch(count_rows(parts), vocabulary)
         for part in parts:
             logits = reshape(scratch, part, vocabulary)
             rows = cast(take(self.hidden, part), self.dtype)
-            for tile, weight in self._iterate_tiles(vocabulary):
-                self._multiply(rows, tile, weight, take(logits, tile, dim=1))
+            for tile in self.iterate_tiles(vocabulary):
+                self.multiply(rows, tile, take(logits, tile, dim=1))
             yield part, logits
 
-    def iterate_blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Slices of rows and of the vocabulary with their logits [rows, columns], which the caller may
-        overwrite: for some rows all of the vocabulary in order, then for the next rows.
+    def iterate_blocks(self, *, keep: bool) -> Iterator[Blocks]:
+        """Blocks of all logits, some rows after the other.
 
-        All lie in one scratch buffer, of at most BLOCK_BYTES or one column.
+        Where they need not be kept until the next rows they lie in one scratch buffer, of at most BLOCK_BYTES or one
+        column. Else those of all rows lie in the weight's gradient, each where its own is summed to in the end, if that
+        is wanted and has room for them; or in a scratch buffer, of at most CHUNK_BYTES or one row.
         """
-        parts = self._deal_rows(BLOCK_ROWS)
-        most = max(1, parts[-1].stop - parts[-1].start)
-        width = max(1, BLOCK_BYTES // (most * self.dtype.itemsize))
-        scratch = self._make_scratch(parts, min(width, self.weight.shape[0]))
+        (n, h), vocabulary = self.hidden.shape, self.weight.shape[0]
+        inside = keep and self.grad_weight is not None and n <= h
+        most = min(BLOCK_ROWS, self._count_chunk_rows()) if keep else BLOCK_ROWS
+        parts = self._deal_rows(n if inside else most)
+        rows = count_rows(parts)
+        width = min(vocabulary, max(1, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize)))
+        if inside:
+            room, pitch = self.grad_weight.view(-1), h
+        elif keep:
+            room, pitch = self._make_scratch(rows, vocabulary), rows
+        else:
+            room, pitch = self._make_scratch(rows, width), 0
         for part in parts:
-            rows = cast(take(self.hidden, part), self.dtype)
-            for tile, weight in self._iterate_tiles(width):
-                logits = reshape(scratch, part, tile.stop - tile.start)
-                self._multiply(rows, tile, weight, logits)
-                yield part, tile, logits
+            yield Blocks(self, part, width, room, pitch)
+
+    def _count_chunk_rows(self) -> int:
+        allowed = CHUNK_BYTES.get(self.hidden.device.type, CHUNK_BYTES["cpu"])
+        return allowed // (self.weight.shape[0] * self.dtype.itemsize)
 
     def _deal_rows(self, most: int) -> list[slice]:
-        """Slices of at most `most` rows, or one, as even as can be; the last is the longest."""
+        """Slices of at most `most` rows, or one, as even as can be, the last being the longest."""
         rows = self.hidden.shape[0]
         count = max(1, math.ceil(rows / max(1, most)))
         return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
-    def _make_scratch(self, parts: list[slice], columns: int) -> Tensor:
-        size = (parts[-1].stop - parts[-1].start) * columns
-        return self.hidden.new_empty(size, dtype=self.dtype)
+    def _make_scratch(self, rows: int, columns: int) -> Tensor:
+        return self.hidden.new_empty(rows * columns, dtype=self.dtype)
 
-    def _multiply(self, rows: Tensor, tile: slice, weight: Tensor, logits: Tensor) -> None:
+    def multiply(self, rows: Tensor, tile: slice, logits: Tensor) -> None:
+        """rows [rows, h] by a tile of the vocabulary, into `logits` [rows, columns]."""
+        weight = self._take_weight(tile)
         if self.bias is None:
             torch.mm(rows, weight.T, out=logits)
         else:
@@ -102,30 +115,44 @@ class Head:
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def add_gradients(self, part: slice, live: Tensor | None, gradient: Tensor) -> None:
-        """Adds what one chunk gives: `gradient` [k, v] is that of the product, before the cap, of `part`'s
-        rows `live` [k] (None: of all of them); the other rows have none."""
+    def add_gradients(
+        self, part: slice, live: Tensor | None, width: int, differentiate: Callable[[slice], Tensor]
+    ) -> None:
+        """Adds what some rows give: `differentiate` makes the gradient [k, columns] of the product, before the cap, by
+        a tile of up to `width` of the vocabulary, of `part`'s rows `live` [k] (None: of all of them); the other rows
+        have none."""
         rows = cast(take(self.hidden, part), self.dtype)
         if live is not None:
             rows = rows[live]
-        if self.grad_hidden is not None:
-            self._write_grad_hidden(take(self.grad_hidden, part), live, gradient)
-        if self.grad_bias is not None:
-            self.grad_bias += gradient.sum(dim=0)
-        if self.grad_weight is not None:
-            self.grad_weight.addmm_(gradient.T, rows, beta=int(part.start > 0))
-
-    def _write_grad_hidden(self, out: Tensor, live: Tensor | None, gradient: Tensor) -> None:
-        whole = live is None and out.dtype == self.dtype
-        grad_rows = (
-            out if whole else out.new_empty((gradient.shape[0], out.shape[1]), dtype=self.dtype)
-        )  # [k, h]
-        for tile, weight in self._iterate_tiles(self.weight.shape[0]):
-            grad_rows.addmm_(take(gradient, tile, dim=1), weight, beta=int(tile.start > 0))
+        grad_rows = self._find_grad_rows(part, live, rows)
+        for tile in self.iterate_tiles(width):
+            gradient = differentiate(tile)
+            if grad_rows is not None:
+                grad_rows.addmm_(gradient, self._take_weight(tile), beta=int(tile.start > 0))
+            if self.grad_bias is not None:
+                take(self.grad_bias, tile).add_(gradient.sum(dim=0))
+            if self.grad_weight is not None:
+                take(self.grad_weight, tile).addmm_(gradient.T, rows, beta=int(part.start > 0))
+        if grad_rows is None:
+            return
+        out = take(self.grad_hidden, part)
         if live is not None:
             out.zero_()[live] = grad_rows.to(out.dtype)
-        elif not whole:
+        elif out.dtype != self.dtype:
             out.copy_(grad_rows)
+
+    def add_chunk_gradients(self, part: slice, gradient: Tensor) -> None:
+        """The same with the gradient [rows, v] of all of a chunk's logits."""
+        self.add_gradients(
+            part, None, self.weight.shape[0], lambda tile: take(gradient, tile, dim=1)
+        )
+
+    def _find_grad_rows(self, part: slice, live: Tensor | None, rows: Tensor) -> Tensor | None:
+        """Where those rows' gradient is summed: their place in grad_hidden, or a scratch buffer."""
+        if self.grad_hidden is None:
+            return None
+        whole = live is None and self.grad_hidden.dtype == self.dtype
+        return take(self.grad_hidden, part) if whole else torch.empty_like(rows)
 
     def collect_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias; empty where not needed."""
@@ -138,14 +165,43 @@ class Head:
             self.hidden.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in found
         )
 
-    def _iterate_tiles(self, most: int) -> Iterator[tuple[slice, Tensor]]:
-        """Up to `most` rows of the weight at a time, in self.dtype: as they are, or fewer and a copy."""
+    def iterate_tiles(self, most: int) -> Iterator[slice]:
+        """Up to `most` rows of the weight at a time, or fewer where they must be copied to be of self.dtype."""
         v, h = self.weight.shape
         if self.weight.dtype != self.dtype:
             most = max(1, min(most, TILE_BYTES // (max(1, h) * self.dtype.itemsize)))
         for start in range(0, v, most):
-            tile = slice(start, min(start + most, v))
-            yield tile, cast(take(self.weight, tile), self.dtype)
+            yield slice(start, min(start + most, v))
+
+    def _take_weight(self, tile: slice) -> Tensor:
+        return cast(take(self.weight, tile), self.dtype)
+
+
+class Blocks:
+    """The logits of `part`, some rows of a head, by tiles of the vocabulary: each block [rows, columns] contiguous,
+    `pitch` numbers for a column further on in `room` (0: all in one place)."""
+
+    def __init__(self, head: Head, part: slice, width: int, room: Tensor, pitch: int):
+        self.head, self.part, self.width, self.room, self.pitch = head, part, width, room, pitch
+        self.rows = part.stop - part.start
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Makes one after the other."""
+        rows = cast(take(self.head.hidden, self.part), self.head.dtype)
+        for tile in self.head.iterate_tiles(self.width):
+            logits = self.take(tile)
+            self.head.multiply(rows, tile, logits)
+            yield tile, logits
+
+    def take(self, tile: slice) -> Tensor:
+        columns, first = tile.stop - tile.start, tile.start * self.pitch
+        place = slice(first, first + self.rows * columns)
+        return take(self.room, place).view(self.rows, columns)
+
+
+def count_rows(parts: list[slice]) -> int:
+    """The most that a part has: the last one is the longest."""
+    return parts[-1].stop - parts[-1].start
 
 
 def reshape(scratch: Tensor, part: slice, columns: int) -> Tensor:
@@ -163,6 +219,62 @@ def take(tensor: Tensor, part: slice, dim: int = 0) -> Tensor:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """tensor.to(dtype), which takes as long as a view where nothing changes."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def compute_statistics_cpp(
+    blocks: Blocks, targets: Tensor, temperature: float, logprobs: Tensor, entropy: Tensor | None
+) -> Tensor:
+    """Writes each row's log-prob of its target, at most 0, and entropy, block by block; returns what the gradient of
+    its logits needs to know of all of them, float64 [rows, 3]."""
+    sums = logprobs.new_empty((blocks.rows, 3), dtype=torch.float64)
+    kernel = _library.find_kernel("linear_logprobs", blocks.head.dtype)
+    vocabulary, threads = blocks.head.weight.shape[0], torch.get_num_threads()
+    for tile, logits in blocks:
+        kernel(
+            logits.data_ptr(), targets.data_ptr(), *logits.shape, tile.start, vocabulary, temperature, sums.data_ptr(),
+            logprobs.data_ptr(), _library.find_address(entropy), threads,
+        )  # fmt: skip
+    return sums
+
+
+def add_gradients_cpp(
+    blocks: Blocks,
+    targets: Tensor,
+    temperature: float,
+    sums: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Adds to the head's gradients what those of each row's log-prob and entropy [rows] make of them; rows without any
+    are left out of the products."""
+    head, live = blocks.head, None
+    moves = (
+        grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
+    )
+    if not moves.all():
+        live = moves.nonzero().squeeze(1)
+    kept = blocks.rows if live is None else len(live)
+    scratch = sums.new_empty(kept * blocks.width, dtype=head.dtype)
+    kernel = _library.find_kernel("linear_logprobs_backward", head.dtype)
+
+    def differentiate(tile: slice) -> Tensor:
+        columns = tile.stop - tile.start
+        out = take(scratch, slice(0, kept * columns)).view(kept, columns)
+        kernel(
+            blocks.take(tile).data_ptr(), targets.data_ptr(), _library.find_address(live), *out.shape, tile.start,
+            temperature, head.softcap, sums.data_ptr(), grad_logprobs.data_ptr(), _library.find_address(grad_entropy),
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    head.add_gradients(blocks.part, live, blocks.width, differentiate)
+
+
+def check_targets_cpp(targets: Tensor, vocabulary: int) -> Tensor:
+    """Contiguous; all of them lie in [0, vocabulary)."""
+    targets = targets.contiguous()
+    _library.extension.check_targets(targets.data_ptr(), targets.shape[0], vocabulary)
+    return targets
 
 
 def turn_into_gradient(

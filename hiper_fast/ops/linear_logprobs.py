@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hiper_fast.ops import _head, _library
@@ -10,31 +9,14 @@ from hiper_fast.ops._autograd import find_needs, make_recomputing
 from hiper_fast.ops._head import Head, take
 
 
-def _run_backward(
-    compute_rows, grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, softcap, *needs,
-):  # fmt: skip
-    head = Head(hidden, weight, bias, softcap, *needs)
-    for part, logits in head.iterate_chunks():
-        grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
-        live = compute_rows(logits, take(targets, part), temperature, softcap, *grads)
-        head.add_gradients(part, live, logits if live is None else logits[: len(live)])
-    return head.collect_gradients()
-
-
 def _run_cpp(hidden, weight, bias, targets, temperature, softcap, want_entropy):
-    targets = targets.contiguous()
-    (n,), vocabulary = targets.shape, weight.shape[0]
-    _library.extension.check_targets(targets.data_ptr(), n, vocabulary)
+    targets = _head.check_targets_cpp(targets, weight.shape[0])
     head = Head(hidden, weight, bias, softcap)
-    logprobs, entropy = _make_results(head, n, want_entropy)
-    sums = hidden.new_empty((n, 3), dtype=torch.float64)
-    kernel, threads = _library.find_kernel("linear_logprobs", head.dtype), torch.get_num_threads()
-    for part, tile, logits in head.iterate_blocks():
-        wanted = take(entropy, part) if want_entropy else None
-        kernel(
-            logits.data_ptr(), take(targets, part).data_ptr(), *logits.shape, tile.start, vocabulary, temperature,
-            take(sums, part).data_ptr(), take(logprobs, part).data_ptr(), _library.find_address(wanted), threads,
-        )  # fmt: skip
+    logprobs, entropy = _make_results(head, len(targets), want_entropy)
+    for blocks in head.iterate_blocks(keep=False):
+        chosen, into = take(targets, blocks.part), take(logprobs, blocks.part)
+        wanted = take(entropy, blocks.part) if want_entropy else None
+        _head.compute_statistics_cpp(blocks, chosen, temperature, into, wanted)
     return logprobs, entropy
 
 
@@ -43,25 +25,17 @@ def _make_results(head, n, want_entropy):
     return logprobs, logprobs.new_empty(n if want_entropy else 0)
 
 
-def _run_cpp_backward(grad_logprobs, grad_entropy, hidden, weight, bias, targets, *options):
-    tensors = (
-        grad_logprobs.contiguous(),
-        grad_entropy.contiguous(),
-        hidden,
-        weight,
-        bias,
-        targets.contiguous(),
-    )
-    return _run_backward(_differentiate_rows_cpp, *tensors, *options)
-
-
-def _differentiate_rows_cpp(logits, targets, temperature, softcap, grad_logprobs, grad_entropy):
-    live = torch.empty_like(targets)
-    count = _library.find_kernel("linear_logprobs_backward", logits.dtype)(
-        logits.data_ptr(), targets.data_ptr(), *logits.shape, temperature, softcap,
-        grad_logprobs.data_ptr(), _library.find_address(grad_entropy), live.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return None if count == live.shape[0] else live[:count]
+def _run_cpp_backward(
+    grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, softcap, *needs
+):
+    targets, head = targets.contiguous(), Head(hidden, weight, bias, softcap, *needs)
+    grads = grad_logprobs.contiguous(), grad_entropy.contiguous() if len(grad_entropy) else None
+    for blocks in head.iterate_blocks(keep=True):
+        chosen, into = take(targets, blocks.part), grad_logprobs.new_empty(blocks.rows)
+        sums = _head.compute_statistics_cpp(blocks, chosen, temperature, into, None)
+        given = [None if grad is None else take(grad, blocks.part) for grad in grads]
+        _head.add_gradients_cpp(blocks, chosen, temperature, sums, *given)
+    return head.collect_gradients()
 
 
 def _run_torch(hidden, weight, bias, targets, temperature, softcap, want_entropy):
@@ -76,13 +50,17 @@ def _run_torch(hidden, weight, bias, targets, temperature, softcap, want_entropy
     return logprobs, entropy
 
 
-def _run_torch_backward(*arguments):
-    return _run_backward(_differentiate_rows_torch, *arguments)
-
-
-def _differentiate_rows_torch(logits, targets, temperature, softcap, *grads):
-    log_p, _, entropy = _head.compute_statistics(logits, targets, temperature)
-    _head.turn_into_gradient(logits, log_p, targets, temperature, softcap, *grads, entropy)
+def _run_torch_backward(
+    grad_logprobs, grad_entropy, hidden, weight, bias, targets, temperature, softcap, *needs
+):
+    head = Head(hidden, weight, bias, softcap, *needs)
+    for part, logits in head.iterate_chunks():
+        chosen = take(targets, part)
+        log_p, _, entropy = _head.compute_statistics(logits, chosen, temperature)
+        grads = take(grad_logprobs, part), take(grad_entropy, part) if len(grad_entropy) else None
+        _head.turn_into_gradient(logits, log_p, chosen, temperature, softcap, *grads, entropy)
+        head.add_chunk_gradients(part, logits)
+    return head.collect_gradients()
 
 
 def _fake(hidden, weight, bias, targets, temperature, softcap, want_entropy):
@@ -142,8 +120,9 @@ def linear_logprobs(
 
     Differentiable once in hidden, weight and bias, through logprobs and entropy. Inputs of half
     precision are multiplied, summed and returned in float32. A log-prob never exceeds 0. Beside its
-    results it holds 4 MiB of logits, and in backward (on a GPU always) a chunk of them, at most 128
-    MiB (on a GPU 512 MiB) or one row; and 16 MiB where the weight is of half precision.
+    results it holds 4 MiB of logits, and in backward also all those of up to 1,024 rows, at most 128
+    MiB or one row, unless they fit the weight's gradient; on a GPU a chunk of them, at most 512 MiB or
+    one row; and 16 MiB where the weight is of half precision.
 
     Args:
         hidden: [n, h] float32, float64, bfloat16 or float16.

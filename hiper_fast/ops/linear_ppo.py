@@ -8,90 +8,80 @@ from torch import Tensor
 from hiper_fast.ops import _head, _library
 from hiper_fast.ops._autograd import find_needs, make_differentiable
 from hiper_fast.ops._head import Head, take
-from hiper_fast.ops._library import check_vector, find_address
+from hiper_fast.ops._library import check_vector
 from hiper_fast.ops._ppo import METRICS, check_options, name_metrics, ppo_terms
 
 
-def _run(
-    compute_rows, hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, temperature,
-    softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator, *needs,
-):  # fmt: skip
-    """A chunk of logits at a time: `compute_rows` adds to the sums and turns the logits into their
-    gradient, from which come those of hidden, weight and bias. A row's gradient needs nothing of
-    the other rows, so it need not wait for backward and the product is not made twice."""
-    head = Head(hidden, weight, bias, softcap, *needs)
-    sums = hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)  # [loss and METRICS]
-    logprobs = hidden.new_empty(hidden.shape[0], dtype=head.dtype)  # [n]
-    options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef
-    options = *options, float(targets.shape[0] or 1) if denominator is None else denominator
-    want_gradient = any(needs)
-    for part, logits in head.iterate_chunks():
-        given = (targets, old_logprobs, advantages, ref_logprobs)
-        data = (None if tensor is None else take(tensor, part) for tensor in given)
-        results = sums, take(logprobs, part)
-        live = compute_rows(logits, *data, temperature, softcap, *options, want_gradient, *results)
-        if want_gradient:
-            head.add_gradients(part, live, logits if live is None else logits[: len(live)])
-    sums = sums.to(head.dtype)
-    return sums[0].clone(), sums[1:].clone(), logprobs, *head.collect_gradients()
+class _Rows:
+    """What linear_ppo gives, of some rows after others: their log-probs, and sums of the loss and METRICS.
+
+    A row's gradient needs nothing of the other rows, so it need not wait for backward, and the product is not made
+    twice.
+    """
+
+    def __init__(
+        self, make_terms, head, old_logprobs, advantages, ref_logprobs,
+        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator,
+    ):  # fmt: skip
+        n = head.hidden.shape[0]
+        self.make_terms, self.head = make_terms, head
+        self.data = old_logprobs, advantages, ref_logprobs
+        denominator = float(n or 1) if denominator is None else denominator
+        self.options = clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator
+        self.with_entropy = entropy_coef != 0
+        self.logprobs = head.hidden.new_empty(n, dtype=head.dtype)  # [n]
+        self.sums = head.hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)
+
+    def add(self, part: slice, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of `part`, whose log-probs are in; the gradients of these and of the entropy [rows], if any."""
+        old, advantages, ref = (None if x is None else take(x, part) for x in self.data)
+        logprobs, entropy = take(self.logprobs, part), entropy if self.with_entropy else None
+        every = torch.ones_like(logprobs, dtype=torch.bool)
+        given = logprobs, old, advantages, every, ref, entropy
+        loss, metrics, grad, grad_entropy = self.make_terms(*given, *self.options, True)
+        self.sums += torch.cat([loss[None], metrics])
+        return grad, grad_entropy if self.with_entropy else None
+
+    def collect(self) -> tuple[Tensor, ...]:
+        sums = self.sums.to(self.head.dtype)
+        return sums[0].clone(), sums[1:].clone(), self.logprobs, *self.head.collect_gradients()
 
 
-def _run_cpp(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
-    targets, old_logprobs, advantages = (
-        targets.contiguous(),
-        old_logprobs.contiguous(),
-        advantages.contiguous(),
-    )
-    ref_logprobs = ref_logprobs if ref_logprobs is None else ref_logprobs.contiguous()
-    _library.extension.check_targets(targets.data_ptr(), targets.shape[0], weight.shape[0])
-    return _run(
-        _compute_rows_cpp,
-        hidden,
-        weight,
-        bias,
-        targets,
-        old_logprobs,
-        advantages,
-        ref_logprobs,
-        *options,
-    )
+def _run_cpp(hidden, weight, bias, targets, *others):
+    *data, temperature, softcap = map(_library.make_plain, others[:5])
+    *options, need_hidden, need_weight, need_bias = others[5:]
+    targets = _head.check_targets_cpp(targets, weight.shape[0])
+    head = Head(hidden, weight, bias, softcap, need_hidden, need_weight, need_bias)
+    rows = _Rows(_make_terms_cpp, head, *data, *options)
+    for blocks in head.iterate_blocks(keep=head.needs_any):
+        chosen, into = take(targets, blocks.part), take(rows.logprobs, blocks.part)
+        entropy = torch.empty_like(into)
+        sums = _head.compute_statistics_cpp(blocks, chosen, temperature, into, entropy)
+        grads = rows.add(blocks.part, entropy)
+        if head.needs_any:
+            _head.add_gradients_cpp(blocks, chosen, temperature, sums, *grads)
+    return rows.collect()
 
 
-def _compute_rows_cpp(
-    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, softcap, *options_and_results,
-):  # fmt: skip
-    *options, sums, out_logprobs = options_and_results
-    live = torch.empty_like(targets)
-    count = _library.find_kernel("linear_ppo", logits.dtype)(
-        logits.data_ptr(), targets.data_ptr(), old_logprobs.data_ptr(), advantages.data_ptr(),
-        find_address(ref_logprobs), *logits.shape, temperature, softcap, *options, sums.data_ptr(),
-        out_logprobs.data_ptr(), live.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return None if count == live.shape[0] else live[:count]
+def _make_terms_cpp(*arguments):
+    return _library.extension.ppo_loss(torch.get_num_threads(), *arguments)
 
 
 def _run_torch(hidden, weight, bias, targets, *others):
+    *data, temperature, softcap = others[:5]
+    *options, need_hidden, need_weight, need_bias = others[5:]
     _head.check_targets(targets, len(weight))
-    return _run(_compute_rows_torch, hidden, weight, bias, targets, *others)
-
-
-def _compute_rows_torch(
-    logits, targets, old_logprobs, advantages, ref_logprobs, temperature, softcap, *options_and_results,
-):  # fmt: skip
-    *options, want_gradient, sums, out_logprobs = options_and_results
-    log_p, logprobs, entropy = _head.compute_statistics(logits, targets, temperature)
-    out_logprobs.copy_(logprobs)
-    every = torch.ones_like(targets, dtype=torch.bool)
-    with_entropy = options[4] != 0
-    loss, metrics, grad, grad_entropy = ppo_terms(
-        logprobs, old_logprobs, advantages, every, ref_logprobs, entropy if with_entropy else None,
-        *options, want_gradient,
-    )  # fmt: skip
-    sums += torch.cat([loss[None], metrics])
-    if want_gradient:
-        grad_entropy = grad_entropy if with_entropy else None
-        grads = grad, grad_entropy, entropy
-        _head.turn_into_gradient(logits, log_p, targets, temperature, softcap, *grads)
+    head = Head(hidden, weight, bias, softcap, need_hidden, need_weight, need_bias)
+    rows = _Rows(ppo_terms, head, *data, *options)
+    for part, logits in head.iterate_chunks():
+        chosen = take(targets, part)
+        log_p, logprobs, entropy = _head.compute_statistics(logits, chosen, temperature)
+        take(rows.logprobs, part).copy_(logprobs)
+        grads = rows.add(part, entropy)
+        if head.needs_any:
+            _head.turn_into_gradient(logits, log_p, chosen, temperature, softcap, *grads, entropy)
+            head.add_chunk_gradients(part, logits)
+    return rows.collect()
 
 
 def _check(hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, *options):
@@ -148,7 +138,7 @@ def linear_ppo(
     Three matrix products instead of the four of the two ops: the gradients are made with the loss,
     from the same logits. Rows whose loss does not depend on their log-prob and entropy (clipped, or
     of advantage 0, with entropy_coef 0) are left out of the two products of the gradients. Beside
-    the gradients it holds a chunk of logits, as `linear_logprobs` does.
+    the gradients it holds logits as the backward of `linear_logprobs` does.
 
     Args:
         hidden: [n, h] and weight: [v, h], targets: int64 [n], temperature, bias, softcap: as in

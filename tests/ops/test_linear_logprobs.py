@@ -111,25 +111,42 @@ def test_chunks_share_one_scratch_buffer(monkeypatch, rows, count, held):
         storage = logits.untyped_storage()
         buffers.add((storage.data_ptr(), storage.nbytes()))
         torch.testing.assert_close(logits, hidden[part] @ weight.T)
-        head.add_gradients(part, None, logits)
+        head.add_chunk_gradients(part, logits)
         count -= 1
     assert count == 0 and parts == list(range(rows))
     assert [size for _, size in buffers] == [held * 7 * 8]
     torch.testing.assert_close(head.grad_weight, (hidden @ weight.T).T @ hidden)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 10])
-def test_blocks_cover_all_logits_in_order(monkeypatch, rows):
+def test_blocks_cover_all_logits_in_order(monkeypatch, rows, keep):
     monkeypatch.setattr(_head, "BLOCK_BYTES", 4 * 3 * 8)  # 3 columns of 4 rows
     monkeypatch.setattr(_head, "BLOCK_ROWS", 4)
     hidden, weight, _, bias = random_case(rows, 5, 7)
-    found, seen = torch.zeros(rows, 7, dtype=torch.float64), []
-    for part, tile, logits in _head.Head(hidden, weight, bias).iterate_blocks():
-        assert logits.is_contiguous() and logits.untyped_storage().nbytes() <= 4 * 3 * 8
-        found[part, tile] += logits
-        seen.append((part.start, tile.start))
+    expected, seen = hidden @ weight.T + bias, []
+    for blocks in _head.Head(hidden, weight, bias).iterate_blocks(keep=keep):
+        assert blocks.room.nbytes <= 4 * (7 if keep else 3) * 8
+        for tile, logits in blocks:
+            assert logits.is_contiguous()
+            torch.testing.assert_close(logits, expected[blocks.part, tile])
+            seen.append((blocks.part.start, blocks.part.stop, tile.start))
+        for tile in blocks.head.iterate_tiles(blocks.width) if keep else []:
+            torch.testing.assert_close(blocks.take(tile), expected[blocks.part, tile])
     assert seen == sorted(seen)
-    torch.testing.assert_close(found, hidden @ weight.T + bias)
+    assert {row for begin, end, _ in seen for row in range(begin, end)} == set(range(rows))
+
+
+@pytest.mark.parametrize("rows, inside", [(5, True), (6, False)])
+def test_logits_lie_in_the_gradient_of_the_weight_where_there_is_room(monkeypatch, rows, inside):
+    monkeypatch.setattr(_head, "BLOCK_BYTES", rows * 3 * 8)  # 3 columns
+    hidden, weight, *_ = random_case(rows, 5, 7)
+    head = _head.Head(hidden, weight, None, need_weight=True)
+    (blocks,) = head.iterate_blocks(keep=True)
+    logits = torch.cat([block.clone() for _, block in blocks], dim=1)
+    assert (blocks.room.data_ptr() == head.grad_weight.data_ptr()) == inside
+    head.add_gradients(blocks.part, None, blocks.width, lambda tile: logits[:, tile])
+    torch.testing.assert_close(head.grad_weight, logits.T @ hidden)
 
 
 def test_a_later_tile_with_a_far_larger_logit(monkeypatch):
