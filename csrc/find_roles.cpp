@@ -95,6 +95,7 @@ struct Response {
 
 // Ids are fetched so far ahead, since a processor by itself looks no further than a page: 512 of them.
 constexpr int64_t kAhead = 1024;
+constexpr int64_t kEight = 8;  // flags that are written at a time
 
 void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
@@ -102,21 +103,37 @@ void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
+// The flags of kCount tokens to `flags`; returns all of them together.
+template <int64_t kCount, class Id>
+uint64_t look_up(const Id* ids, const uint8_t* piece_flags, int64_t vocabulary, uint8_t* flags) {
+  bool outside = false;  // as unsigned numbers, in which the negative ones are large
+  for (int64_t k = 0; k < kCount; ++k) outside |= uint64_t(int64_t(ids[k])) >= uint64_t(vocabulary);
+  if (outside) {
+    const Id* const id = std::find_if(ids, ids + kCount, [=](Id x) { return x < 0 || x >= vocabulary; });
+    throw std::invalid_argument("token_ids: " + std::to_string(*id) + " is not in the vocabulary of " +
+                                std::to_string(vocabulary) + " pieces");
+  }
+  uint8_t found[kCount];
+  for (int64_t k = 0; k < kCount; ++k) found[k] = piece_flags[ids[k]];
+  std::memcpy(flags, found, kCount);
+  uint64_t together = 0;
+  std::memcpy(&together, found, kCount);
+  return together;
+}
+
 // The tokens' flags to `flags` [count]; returns all of them together.
 template <class Id>
-uint8_t look_up(const Id* ids, int64_t count, const uint8_t* piece_flags, int64_t vocabulary,
-                uint8_t* flags) {
-  uint8_t seen = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Id id = ids[i];
-    if (id < 0 || id >= vocabulary) {
-      throw std::invalid_argument("token_ids: " + std::to_string(id) + " is not in the vocabulary of " +
-                                  std::to_string(vocabulary) + " pieces");
-    }
+uint8_t look_up_all(const Id* ids, int64_t count, const uint8_t* piece_flags, int64_t vocabulary,
+                    uint8_t* flags) {
+  uint64_t seen = 0;
+  int64_t i = 0;
+  for (; i + kEight <= count; i += kEight) {
     prefetch(ids + i + kAhead);
-    seen |= flags[i] = piece_flags[id];
+    seen |= look_up<kEight>(ids + i, piece_flags, vocabulary, flags + i);
   }
-  return seen;
+  for (; i < count; ++i) seen |= look_up<1>(ids + i, piece_flags, vocabulary, flags + i);
+  for (int64_t bits = 32; bits >= 8; bits /= 2) seen |= seen >> bits;
+  return uint8_t(seen);
 }
 
 // The first token from `token` on whose flags have kHasAngle, or `count`.
@@ -200,7 +217,7 @@ void find_roles(const Id* token_ids, const int32_t* cu_tokens, const uint8_t* pi
 
       // First the flags of all tokens, kept where their roles will be; then the few tokens that hold a '<'.
       uint8_t* const flags = roles + base;
-      const uint8_t seen = look_up(response.ids, response.count, piece_flags, vocabulary, flags);
+      const uint8_t seen = look_up_all(response.ids, response.count, piece_flags, vocabulary, flags);
       for (int64_t i = find_angle(flags, 0, response.count); i < response.count;
            i = find_angle(flags, i + 1, response.count)) {
         response.read_tags(i, blocks);
