@@ -161,16 +161,15 @@ def test_affine_maps_compose_associatively():
     assert compose(2, 3, 5, 7) == (10, 5 * 3 + 7)
 
 
-def test_moments_merge_associatively():
+def test_moments_merge_associatively(monkeypatch):
+    monkeypatch.setattr(_moments, "about", _moments.about.fn)
     merge = _moments.merge.fn
-    parts = [
-        (Fraction(2), Fraction(3), Fraction(1)),
-        (Fraction(1), Fraction(-4), Fraction(0)),
-        (Fraction(5), Fraction(2), Fraction(7)),
-    ]
-    a, b, c = parts
+    # (count, a mean that is not exact, what is left of the deviations from it, their squares)
+    a, b, c = (
+        tuple(map(Fraction, part)) for part in ((2, 3, 1, 3), (1, -4, -1, 1), (5, 2, 0, 7))
+    )
     assert merge(*merge(*a, *b), *c) == merge(*a, *merge(*b, *c))
-    empty = (Fraction(0), Fraction(0), Fraction(0))
+    empty = (Fraction(0),) * 4
     assert merge(*empty, *a) == a == merge(*a, *empty) and merge(*empty, *empty) == empty
 
 
