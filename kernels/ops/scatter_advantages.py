@@ -109,6 +109,8 @@ def _scatter_kernel(
     tokens, turns, number, eps: tl.float64,
     SLOT: tl.constexpr, NORMALIZE: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    if NORMALIZE:
+        mean, rest, scale = pooled(parts, number, eps, _LEVELS)
     turn = tl.program_id(0) * TURNS + tl.arange(0, TURNS)
     there = turn < turns
     begin, end = bounds(cu_tokens, turn, turns, tokens, flags, SLOT)
@@ -117,7 +119,6 @@ def _scatter_kernel(
     a_high = tl.load(high + turn, mask=there, other=0.0)
     a_switch = tl.load(switch + turn, mask=there, other=0.0)
     if NORMALIZE:
-        mean, rest, scale = pooled(parts, number, eps, _LEVELS)
         carried = tl.load(trained + turn, mask=there, other=0).to(tl.int32)
         a_low = _standardise(a_low, carried, 0, mean, rest, scale)
         a_high = _standardise(a_high, carried, 1, mean, rest, scale)
