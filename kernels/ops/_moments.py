@@ -1,8 +1,9 @@
 """Mean and deviations of masked values in parts that can be merged (after Chan, Golub, LeVeque 1979).
 
-A part is (count, mean, residual, squares): its rounded mean, the sum of the deviations from that, which is what rounding
-left, and the sum of their squares. Deviations are small where values are not, so that the values' own dtype holds all
-of it: float32 needs no float64, of which consumer cards have a 64th of the rate. Its squares overflow past 1e19.
+A part is (count, mean, residual, squares): its mean, rounded, the sum of the deviations from that, which is what the
+rounding left, and the sum of their squares. Deviations are small where values are not, so that the values' own dtype
+holds all of it: float32 needs no float64, of which consumer cards have a 64th of the rate. Squares of float32 overflow
+from deviations of 1e19 on.
 
 Tiles are of levels, which have moments of their own, by values or parts. Parts are merged in the order of their
 indices, so a result never changes from run to run.
@@ -46,9 +47,7 @@ def merge(count, mean, residual, squares, more_count, more_mean, more_residual, 
     total = count + more_count
     middle = (count * mean + more_count * more_mean) / (total + (total == 0))
     residual, squares = about(middle, count, mean, residual, squares)
-    more_residual, more_squares = about(
-        middle, more_count, more_mean, more_residual, more_squares
-    )
+    more_residual, more_squares = about(middle, more_count, more_mean, more_residual, more_squares)
     return total, middle, residual + more_residual, squares + more_squares
 
 
