@@ -14,31 +14,33 @@ from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device
 from hiper_fast.kernels._total import BLOCK, store_part
+from hiper_fast.kernels._vectors import are_aligned, read, write
 
 METRICS = 6  # policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy
 
 
 # Parts of vectors begin anywhere: nothing is to be compiled for where they do.
 @triton.jit(
-    do_not_specialize=["tokens"],
+    do_not_specialize=["tokens", "aligned"],
     do_not_specialize_on_alignment=[
         "logprobs", "old_logprobs", "advantages", "loss_mask", "ref_logprobs", "entropy",
         "gradient", "gradient_entropy",
     ],
 )  # fmt: skip
 def _terms_kernel(
-    logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient, gradient_entropy, tokens,
-    clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
-    scale: tl.float64,
+    logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient, gradient_entropy,
+    tokens, aligned, clip_low: tl.float64, clip_high: tl.float64, dual_clip: tl.float64, kl_coef: tl.float64,
+    entropy_coef: tl.float64, scale: tl.float64,
     HAS_REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     t = program * BLOCK + tl.arange(0, BLOCK)
-    counted = tl.load(loss_mask + t, mask=t < tokens, other=0) != 0
+    whole = (aligned != 0) & ((program + 1) * BLOCK <= tokens)
+    counted = read(loss_mask, t, tokens, whole) != 0
     dtype: tl.constexpr = logprobs.dtype.element_ty
-    logprob = tl.load(logprobs + t, mask=counted, other=0.0)
-    old = tl.load(old_logprobs + t, mask=counted, other=0.0)
-    gain = tl.load(advantages + t, mask=counted, other=0.0)
+    logprob = tl.where(counted, read(logprobs, t, tokens, whole), 0.0)
+    old = tl.where(counted, read(old_logprobs, t, tokens, whole), 0.0)
+    gain = tl.where(counted, read(advantages, t, tokens, whole), 0.0)
 
     log_ratio = logprob - old
     ratio = tl.exp(tl.where(log_ratio > 20, 20.0, log_ratio))
@@ -51,32 +53,29 @@ def _terms_kernel(
     policy = tl.where(single > bound, bound, single)
     slope = tl.where((clipped > plain) | (single > bound) | (log_ratio > 20), 0.0, plain)
     loss = policy
-    store_part(parts, program, 1, policy)
-    store_part(parts, program, 2, -log_ratio)
-    store_part(parts, program, 3, tl.where(clipped > plain, 1.0, 0.0))
-    store_part(parts, program, 4, tl.where(single > bound, 1.0, 0.0))
+    nothing = tl.zeros([BLOCK], dtype)
+    kl, spread = nothing, nothing
     if HAS_REF:
-        d = tl.load(ref_logprobs + t, mask=counted, other=0.0) - logprob
+        d = tl.where(counted, read(ref_logprobs, t, tokens, whole), 0.0) - logprob
         far = d > 20
         d = tl.where(far, 20.0, d)
         kl = tl.exp(d) - d - 1
         slope += tl.full([], kl_coef, dtype) * tl.where(far | (kl > 10), 0.0, 1 - tl.exp(d))
         kl = tl.where(kl > 10, 10.0, kl)
         loss += tl.full([], kl_coef, dtype) * kl
-        store_part(parts, program, 5, kl)
     if HAS_ENTROPY:
-        spread = tl.load(entropy + t, mask=counted, other=0.0)
+        spread = tl.where(counted, read(entropy, t, tokens, whole), 0.0)
         loss -= tl.full([], entropy_coef, dtype) * spread
-        store_part(parts, program, 6, spread)
-    store_part(parts, program, 0, loss)
-    store_part(parts, program, 7, tl.where(counted, 1.0, 0.0))
-
-    tl.store(
-        gradient + t, tl.where(counted, slope * tl.full([], scale, dtype), 0.0), mask=t < tokens
-    )
+    one = tl.full([], 1.0, dtype)
+    store_part(
+        parts, program, loss, policy, -log_ratio, tl.where(clipped > plain, one, 0.0),
+        tl.where(single > bound, one, 0.0), kl, spread, tl.where(counted, one, 0.0),
+    )  # fmt: skip
+    slope = tl.where(counted, slope * tl.full([], scale, dtype), 0.0)
+    write(gradient, t, slope, tokens, whole)
     if HAS_ENTROPY:
         push = tl.where(counted, tl.full([], -entropy_coef * scale, dtype), 0.0)
-        tl.store(gradient_entropy + t, push, mask=t < tokens)
+        write(gradient_entropy, t, push, tokens, whole)
 
 
 def terms(
@@ -89,12 +88,14 @@ def terms(
     Tensors are contiguous and of one dtype, float32 or float64.
     """
     tokens = logprobs.shape[0]
+    given = logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy
+    made = gradient, gradient_entropy
     if tokens:
         # With the limit named, ptxas does not spill a register or two to fit one program more.
         with on_device(logprobs):
             _terms_kernel[(triton.cdiv(tokens, BLOCK),)](
-                logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, entropy, parts, gradient,
-                gradient_entropy, tokens, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
+                *given, parts, *made, tokens, are_aligned(*given, *made),
+                clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
                 HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK,
                 maxnreg=128, enable_fp_fusion=True,
             )  # fmt: skip

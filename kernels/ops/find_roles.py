@@ -103,7 +103,10 @@ def _walk(token_ids, position, steps, count, bytes, offsets, vocabulary):
     return token, at, end
 
 
-@triton.jit(do_not_specialize=["tokens", "turns", "vocabulary"])
+@triton.jit(
+    do_not_specialize=["tokens", "turns", "vocabulary"],
+    do_not_specialize_on_alignment=["token_ids", "cu_tokens", "bytes", "offsets", "piece_flags"],
+)
 def _kernel(
     token_ids, cu_tokens, bytes, offsets, piece_flags, roles, switch, value_index, valid, flags,
     tokens, turns, vocabulary, TOKENS_SLOT: tl.constexpr, IDS_SLOT: tl.constexpr, BLOCK: tl.constexpr,

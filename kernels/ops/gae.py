@@ -21,7 +21,10 @@ from hiper_fast.kernels._scan import (
 )
 
 
-@triton.jit(do_not_specialize=["turns", "trajectories", "final_values"])
+@triton.jit(
+    do_not_specialize=["turns", "trajectories", "final_values"],
+    do_not_specialize_on_alignment=["rewards", "values", "terminated", "cu_turns", "bootstrap"],
+)
 def _kernel(
     rewards, values, terminated, cu_turns, bootstrap, out, flags,
     turns, trajectories, final_values, gamma: tl.float64, decay: tl.float64,

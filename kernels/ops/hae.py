@@ -28,8 +28,12 @@ from hiper_fast.kernels._scan import (
 
 
 @triton.jit(
-    do_not_specialize=["turns", "trajectories", "switch_values", "low_values", "high_values"]
-)
+    do_not_specialize=["turns", "trajectories", "switch_values", "low_values", "high_values"],
+    do_not_specialize_on_alignment=[
+        "rewards", "values_low", "values_high", "values_switch", "switch", "terminated", "cu_turns",
+        "bootstrap_low", "bootstrap_high",
+    ],
+)  # fmt: skip
 def _kernel(
     rewards, values_low, values_high, values_switch, switch, terminated, cu_turns, bootstrap_low, bootstrap_high,
     levels, boundary, flags,

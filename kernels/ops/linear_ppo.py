@@ -36,7 +36,8 @@ def linear_ppo(
     given = old_logprobs.contiguous(), advantages.contiguous(), every, buffer(ref_logprobs)
 
     blocks = triton.cdiv(head.chunk, BLOCK)
-    parts = part_sums(head.logits, triton.cdiv(rows, head.chunk) * blocks * BLOCK)
+    # A last chunk may have fewer blocks.
+    parts = part_sums(head.logits, triton.cdiv(rows, head.chunk) * blocks * BLOCK).zero_()
     for number, part in enumerate(head.chunks()):
         head.statistics(part, logprobs, entropy)
         vectors = (slope, entropy_slope, logprobs, *given, entropy)

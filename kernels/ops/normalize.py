@@ -6,58 +6,61 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels._launch import buffer, on_device
-from hiper_fast.kernels._moments import MOST_PARTS, merge, moments, part_block, pooled, store_part
+from hiper_fast.kernels._moments import MOST_PARTS, merge, moments, new_parts, pooled, store_part
+from hiper_fast.kernels._vectors import are_aligned, read, write
 
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["turns", "steps"])
-def _moments_kernel(values, mask, parts, turns, steps, BLOCK: tl.constexpr):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    count = tl.full([], 0.0, tl.float64)
-    mean = tl.full([], 0.0, tl.float64)
-    squares = tl.full([], 0.0, tl.float64)
+@triton.jit(
+    do_not_specialize=["turns", "aligned", "steps"],
+    do_not_specialize_on_alignment=["values", "mask"],
+)
+def _moments_kernel(values, mask, parts, turns, aligned, steps, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    nothing = tl.zeros([1], values.dtype.element_ty)
+    count, mean, residual, squares = nothing, nothing, nothing, nothing
     for step in range(0, steps):
-        t = (program * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        chosen = tl.load(mask + t, mask=t < turns, other=0) != 0
-        x = tl.load(values + t, mask=chosen, other=0.0).to(tl.float64)
-        more_count, more_mean, more_squares = moments(x, chosen)
-        count, mean, squares = merge(count, mean, squares, more_count, more_mean, more_squares)
-    store_part(parts, programs, program, count, mean, squares)
+        start = (program * steps + step) * BLOCK
+        t = start + tl.arange(0, BLOCK)
+        whole = (aligned != 0) & (start + BLOCK <= turns)
+        chosen = read(mask, t, turns, whole) != 0
+        x = read(values, t, turns, whole)
+        more_count, more_mean, more_residual, more_squares = moments(x[None, :], chosen[None, :])
+        count, mean, residual, squares = merge(
+            count, mean, residual, squares, more_count, more_mean, more_residual, more_squares
+        )
+    store_part(parts, program, count, mean, residual, squares, 1)
 
 
-@triton.jit(do_not_specialize=["turns", "number"])
+@triton.jit(
+    do_not_specialize=["turns", "aligned", "number"],
+    do_not_specialize_on_alignment=["values", "mask"],
+)
 def _normalize_kernel(
-    values,
-    mask,
-    parts,
-    out,
-    turns,
-    number,
-    eps: tl.float64,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    values, mask, parts, out, turns, aligned, number, eps: tl.float64, BLOCK: tl.constexpr
 ):
-    mean, scale = pooled(parts, number, number, eps, PARTS)
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    chosen = tl.load(mask + t, mask=t < turns, other=0) != 0
-    x = tl.load(values + t, mask=chosen, other=0.0).to(tl.float64)
-    tl.store(out + t, tl.where(chosen, (x - mean) * scale, 0.0), mask=t < turns)
+    mean, rest, scale = pooled(parts, number, eps, 1)
+    start = tl.program_id(0) * BLOCK
+    t = start + tl.arange(0, BLOCK)
+    whole = (aligned != 0) & (start + BLOCK <= turns)
+    chosen = read(mask, t, turns, whole) != 0
+    x = read(values, t, turns, whole)
+    write(out, t, tl.where(chosen, (x - mean - rest) * scale, 0.0), turns, whole)
 
 
 def normalize(values: Tensor, mask: Tensor, eps: float) -> Tensor:
     values, mask, turns = buffer(values), mask.contiguous(), values.shape[0]
-    out = torch.empty_like(values)
+    out, parts = torch.empty_like(values), new_parts(values, 1)
     if turns:
-        steps = triton.cdiv(turns, _BLOCK * MOST_PARTS)
+        steps = triton.cdiv(turns, _BLOCK * MOST_PARTS.value)
         number = triton.cdiv(turns, _BLOCK * steps)
-        parts = values.new_empty(3, number, dtype=torch.float64)
+        aligned = are_aligned(values, mask)
         with on_device(values):
             _moments_kernel[(number,)](
-                values, mask, parts, turns, steps, BLOCK=_BLOCK, enable_fp_fusion=True
+                values, mask, parts, turns, aligned, steps, BLOCK=_BLOCK, enable_fp_fusion=True
             )
             _normalize_kernel[(triton.cdiv(turns, _BLOCK),)](
-                values, mask, parts, out, turns, number, eps,
-                PARTS=part_block(number), BLOCK=_BLOCK, enable_fp_fusion=True,
+                values, mask, parts, out, turns, aligned, number, eps, BLOCK=_BLOCK, enable_fp_fusion=True
             )  # fmt: skip
     return out

@@ -4,6 +4,7 @@
 
 A tile is TURNS turns by TOKENS tokens and goes along its turns' tokens. To normalise, the first launch finds which
 turns carry which role and the moments of each level over those; the second pools the moments, in every program alike.
+What the moments are of is a tile of levels by turns, whose fourth row is empty.
 """
 
 import torch
@@ -13,15 +14,21 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import buffer, on_device
-from hiper_fast.kernels._moments import MOST_PARTS, merge, moments, part_block, pooled, store_part
+from hiper_fast.kernels._moments import (
+    MOST_PARTS,
+    merge,
+    moments,
+    new_parts,
+    pooled,
+    store_part,
+)
 from hiper_fast.kernels._scan import bounds
 
-_ACTION, _SUBGOAL, _SWITCH = (tl.constexpr(bit) for bit in (1, 2, 4))
+_ACTION, _SUBGOAL, _SWITCH = (tl.constexpr(bit) for bit in (1, 2, 4))  # 1 << level
+_LEVELS = tl.constexpr(4)
 _TOKENS = 128
-_TURNS = 16  # of a tile that scatters
-_MOMENT_TURNS = (
-    32  # of one that finds moments: all of them are read again by every tile that scatters
-)
+_TURNS = 8  # of a tile that scatters
+_MOMENT_TURNS = 32  # of one that finds moments
 
 
 @triton.jit
@@ -36,100 +43,96 @@ def _training(opens):
 
 
 @triton.jit
-def _moment(level, turn, chosen):
-    return moments(tl.load(level + turn, mask=chosen, other=0.0).to(tl.float64), chosen)
+def _load_levels(low, high, switch, turn, carried):
+    """[levels, turns] and whether the turn carries the level, whose values elsewhere are not read."""
+    level = tl.arange(0, _LEVELS)[:, None]
+    first = tl.where(level == 0, low, tl.where(level == 1, high, switch))
+    chosen = ((carried[None, :] >> level) & 1) != 0
+    return tl.load(first + turn[None, :], mask=chosen, other=0.0), chosen
 
 
-@triton.jit(do_not_specialize=["tokens", "turns", "steps"])
+@triton.jit
+def _carried(roles, begin, end, TURNS: tl.constexpr, TOKENS: tl.constexpr):
+    """The roles of each turn's tokens, together."""
+    found = tl.zeros([TURNS, TOKENS], tl.int32)
+    longest = tl.max(end - begin, axis=0)
+    start = 0
+    while start < longest:
+        token = begin[:, None] + start + tl.arange(0, TOKENS)[None, :]
+        found |= tl.load(roles + token, mask=token < end[:, None], other=0).to(tl.int32)
+        start += TOKENS
+    return tl.reduce(found, 1, _either)
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "turns", "steps"],
+    do_not_specialize_on_alignment=["low", "high", "switch", "boundary", "roles", "cu_tokens", "trained"],
+)  # fmt: skip
 def _moments_kernel(
     low, high, switch, boundary, roles, cu_tokens, parts, trained, flags, tokens, turns, steps,
     SLOT: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    zero = tl.full([], 0.0, tl.float64)
-    low_count, low_mean, low_squares = zero, zero, zero
-    high_count, high_mean, high_squares = zero, zero, zero
-    switch_count, switch_mean, switch_squares = zero, zero, zero
+    program = tl.program_id(0)
+    nothing = tl.zeros([_LEVELS], low.dtype.element_ty)
+    count, mean, residual, squares = nothing, nothing, nothing, nothing
     for step in range(0, steps):
         turn = (program * steps + step) * TURNS + tl.arange(0, TURNS)
+        there = turn < turns
         begin, end = bounds(cu_tokens, turn, turns, tokens, flags, SLOT)
-        carried = tl.zeros([TURNS], tl.int32)
-        longest = tl.max(end - begin, axis=0)
-        start = 0
-        while start < longest:
-            token = begin[:, None] + start + tl.arange(0, TOKENS)[None, :]
-            role = tl.load(roles + token, mask=token < end[:, None], other=0).to(tl.int32)
-            carried |= tl.reduce(role, 1, _either)
-            start += TOKENS
-        opens = tl.load(boundary + turn, mask=turn < turns, other=0) != 0
-        carried &= _training(opens)
-        tl.store(trained + turn, carried.to(tl.uint8), mask=turn < turns)
-        count, mean, squares = _moment(low, turn, (carried & _ACTION) != 0)
-        low_count, low_mean, low_squares = merge(
-            low_count, low_mean, low_squares, count, mean, squares
+        opens = tl.load(boundary + turn, mask=there, other=0) != 0
+        carried = _carried(roles, begin, end, TURNS, TOKENS) & _training(opens)
+        tl.store(trained + turn, carried.to(tl.uint8), mask=there)
+        levels, chosen = _load_levels(low, high, switch, turn, carried)
+        more_count, more_mean, more_residual, more_squares = moments(levels, chosen)
+        count, mean, residual, squares = merge(
+            count, mean, residual, squares, more_count, more_mean, more_residual, more_squares
         )
-        count, mean, squares = _moment(high, turn, (carried & _SUBGOAL) != 0)
-        high_count, high_mean, high_squares = merge(
-            high_count, high_mean, high_squares, count, mean, squares
-        )
-        count, mean, squares = _moment(switch, turn, (carried & _SWITCH) != 0)
-        switch_count, switch_mean, switch_squares = merge(
-            switch_count, switch_mean, switch_squares, count, mean, squares
-        )
-    store_part(parts, programs, program, low_count, low_mean, low_squares)
-    store_part(parts + 3 * programs, programs, program, high_count, high_mean, high_squares)
-    store_part(parts + 6 * programs, programs, program, switch_count, switch_mean, switch_squares)
+    store_part(parts, program, count, mean, residual, squares, _LEVELS)
 
 
 @triton.jit
-def _level(
-    level,
-    turn,
-    there,
-    parts,
-    number,
-    eps,
-    dtype: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    x = tl.load(level + turn, mask=there, other=0.0)
-    if NORMALIZE:
-        mean, scale = pooled(parts, number, number, eps, PARTS)
-        x = (x.to(tl.float64) - mean) * scale
-    return x.to(dtype)
+def _standardise(x, carried, level: tl.constexpr, mean, rest, scale):
+    """The level's values by its own of [levels] moments, 0 at turns that do not carry it."""
+    own = tl.arange(0, _LEVELS) == level
+    mean = tl.sum(tl.where(own, mean, 0.0), axis=0)
+    rest = tl.sum(tl.where(own, rest, 0.0), axis=0)
+    scale = tl.sum(tl.where(own, scale, 0.0), axis=0)
+    return tl.where((carried & (1 << level)) != 0, (x - mean - rest) * scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "turns", "number"])
+@triton.jit(
+    do_not_specialize=["tokens", "turns", "number"],
+    do_not_specialize_on_alignment=["low", "high", "switch", "boundary", "roles", "cu_tokens", "trained"],
+)  # fmt: skip
 def _scatter_kernel(
     low, high, switch, boundary, roles, cu_tokens, parts, trained, advantages, loss_mask, levels, flags,
     tokens, turns, number, eps: tl.float64,
-    SLOT: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr,
+    SLOT: tl.constexpr, NORMALIZE: tl.constexpr, TURNS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    if NORMALIZE:
+        mean, rest, scale = pooled(parts, number, eps, _LEVELS)
     turn = tl.program_id(0) * TURNS + tl.arange(0, TURNS)
     there = turn < turns
     begin, end = bounds(cu_tokens, turn, turns, tokens, flags, SLOT)
     opens = tl.load(boundary + turn, mask=there, other=0) != 0
-    dtype: tl.constexpr = advantages.dtype.element_ty
-    a_low = _level(low, turn, there, parts, number, eps, dtype, NORMALIZE, PARTS)
-    a_high = _level(high, turn, there, parts + 3 * number, number, eps, dtype, NORMALIZE, PARTS)
-    a_switch = _level(switch, turn, there, parts + 6 * number, number, eps, dtype, NORMALIZE, PARTS)
+    a_low = tl.load(low + turn, mask=there, other=0.0)
+    a_high = tl.load(high + turn, mask=there, other=0.0)
+    a_switch = tl.load(switch + turn, mask=there, other=0.0)
     if NORMALIZE:
         carried = tl.load(trained + turn, mask=there, other=0).to(tl.int32)
-        tl.store(levels + turn, tl.where((carried & _ACTION) != 0, a_low, 0.0), mask=there)
-        tl.store(
-            levels + turns + turn, tl.where((carried & _SUBGOAL) != 0, a_high, 0.0), mask=there
-        )
-        tl.store(
-            levels + 2 * turns + turn, tl.where((carried & _SWITCH) != 0, a_switch, 0.0), mask=there
-        )
-    training = _training(opens)
+        a_low = _standardise(a_low, carried, 0, mean, rest, scale)
+        a_high = _standardise(a_high, carried, 1, mean, rest, scale)
+        a_switch = _standardise(a_switch, carried, 2, mean, rest, scale)
+        tl.store(levels + turn, a_low, mask=there)
+        tl.store(levels + turns + turn, a_high, mask=there)
+        tl.store(levels + 2 * turns + turn, a_switch, mask=there)
+    training = _training(opens)[:, None]
     longest = tl.max(end - begin, axis=0)
     start = 0
     while start < longest:
         token = begin[:, None] + start + tl.arange(0, TOKENS)[None, :]
         inside = token < end[:, None]
-        role = tl.load(roles + token, mask=inside, other=0).to(tl.int32) & training[:, None]
+        role = tl.load(roles + token, mask=inside, other=0).to(tl.int32) & training
         advantage = tl.where((role & _ACTION) != 0, a_low[:, None], 0.0)
         advantage += tl.where((role & _SUBGOAL) != 0, a_high[:, None], 0.0)
         advantage += tl.where((role & _SWITCH) != 0, a_switch[:, None], 0.0)
@@ -138,20 +141,17 @@ def _scatter_kernel(
         start += TOKENS
 
 
-def _scatter(low, high, switch, boundary, roles, cu_tokens, parts, trained, levels, eps):
+def _scatter(given, parts, trained, levels, number, eps):
+    low, boundary, roles = given[0], given[3], given[4]
     turns, tokens = boundary.shape[0], roles.shape[0]
     advantages = low.new_empty(tokens)
     loss_mask = torch.empty(tokens, dtype=torch.bool, device=roles.device)
-    normalizes = parts is not None
-    number = parts.shape[1] if normalizes else 0
     if turns:
         with on_device(low):
             _scatter_kernel[(triton.cdiv(turns, _TURNS),)](
-                low, high, switch, boundary, roles, cu_tokens, parts if normalizes else low,
-                trained if normalizes else roles, advantages, loss_mask, levels if normalizes else advantages,
-                _errors.flags(), tokens, turns, number, eps,
-                SLOT=_errors.SCATTER_TOKENS, NORMALIZE=normalizes, PARTS=part_block(number),
-                TURNS=_TURNS, TOKENS=_TOKENS, num_warps=8, enable_fp_fusion=True,
+                *given, parts, trained, advantages, loss_mask, levels, _errors.flags(), tokens, turns, number, eps,
+                SLOT=_errors.SCATTER_TOKENS, NORMALIZE=parts is not None, TURNS=_TURNS, TOKENS=_TOKENS,
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return advantages, loss_mask
 
@@ -161,16 +161,8 @@ def scatter_advantages(
     cu_tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     levels = buffer(advantages_low), buffer(advantages_high), buffer(advantages_switch)
-    return _scatter(
-        *levels,
-        boundary.contiguous(),
-        roles.contiguous(),
-        cu_tokens.contiguous(),
-        None,
-        None,
-        None,
-        0.0,
-    )
+    given = *levels, boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()
+    return _scatter(given, None, None, None, 0, 0.0)
 
 
 def normalize_and_scatter(
@@ -187,18 +179,17 @@ def normalize_and_scatter(
     """
     low, high, switch = buffer(advantages_low), buffer(advantages_high), buffer(advantages_switch)
     boundary, roles, cu_tokens = boundary.contiguous(), roles.contiguous(), cu_tokens.contiguous()
+    given = low, high, switch, boundary, roles, cu_tokens
     turns, tokens = boundary.shape[0], roles.shape[0]
-    levels = low.new_empty(3, turns)
-    steps = max(1, triton.cdiv(turns, _MOMENT_TURNS * MOST_PARTS))
-    parts = low.new_empty(9, triton.cdiv(turns, _MOMENT_TURNS * steps), dtype=torch.float64)
-    trained = roles.new_empty(turns)
+    levels, trained = low.new_empty(3, turns), roles.new_empty(turns)
+    parts = new_parts(low, _LEVELS.value)
+    steps = triton.cdiv(turns, _MOMENT_TURNS * MOST_PARTS.value)
+    number = triton.cdiv(turns, _MOMENT_TURNS * max(1, steps))
     if turns:
         with on_device(low):
-            _moments_kernel[(parts.shape[1],)](
-                low, high, switch, boundary, roles, cu_tokens, parts, trained, _errors.flags(), tokens, turns, steps,
+            _moments_kernel[(number,)](
+                *given, parts, trained, _errors.flags(), tokens, turns, steps,
                 SLOT=_errors.SCATTER_TOKENS, TURNS=_MOMENT_TURNS, TOKENS=_TOKENS,
-                num_warps=8, enable_fp_fusion=True,
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-    return *_scatter(
-        low, high, switch, boundary, roles, cu_tokens, parts, trained, levels, eps
-    ), levels
+    return *_scatter(given, parts, trained, levels, number, eps), levels

@@ -10,20 +10,25 @@ from torch import Tensor
 
 from hiper_fast.kernels._launch import buffer, on_device
 from hiper_fast.kernels._total import BLOCK, finish, part_sums, store_part
+from hiper_fast.kernels._vectors import are_aligned, read, write
 
 
-@triton.jit(do_not_specialize=["turns"])
+@triton.jit(
+    do_not_specialize=["turns", "aligned"],
+    do_not_specialize_on_alignment=["values", "old_values", "returns", "mask"],
+)
 def _kernel(
-    values, old_values, returns, mask, parts, gradient, turns, clip: tl.float64, scale: tl.float64,
+    values, old_values, returns, mask, parts, gradient, turns, aligned, clip: tl.float64, scale: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     t = program * BLOCK + tl.arange(0, BLOCK)
-    counted = tl.load(mask + t, mask=t < turns, other=0) != 0
+    whole = (aligned != 0) & ((program + 1) * BLOCK <= turns)
+    counted = read(mask, t, turns, whole) != 0
     dtype: tl.constexpr = values.dtype.element_ty
-    value = tl.load(values + t, mask=counted, other=0.0)
-    old = tl.load(old_values + t, mask=counted, other=0.0)
-    target = tl.load(returns + t, mask=counted, other=0.0)
+    value = tl.where(counted, read(values, t, turns, whole), 0.0)
+    old = tl.where(counted, read(old_values, t, turns, whole), 0.0)
+    target = tl.where(counted, read(returns, t, turns, whole), 0.0)
     reach = tl.full([], clip, dtype)
     near = tl.where(
         value < old - reach, old - reach, tl.where(value > old + reach, old + reach, value)
@@ -31,12 +36,13 @@ def _kernel(
     plain, clipped = (value - target) * (value - target), (near - target) * (near - target)
     worse = clipped > plain
     loss = tl.where(worse, clipped, plain)
-    store_part(parts, program, 0, loss)
-    store_part(parts, program, 1, loss)
-    store_part(parts, program, 2, tl.where(worse, 1.0, 0.0))
-    store_part(parts, program, 7, tl.where(counted, 1.0, 0.0))
+    one, nothing = tl.full([], 1.0, dtype), tl.zeros([BLOCK], dtype)
+    store_part(
+        parts, program, loss, loss, tl.where(worse, one, 0.0), nothing, nothing, nothing, nothing,
+        tl.where(counted, one, 0.0),
+    )  # fmt: skip
     slope = tl.where(worse, 0.0, 2 * (value - target)) * tl.full([], scale, dtype)
-    tl.store(gradient + t, slope, mask=t < turns)
+    write(gradient, t, slope, turns, whole)
 
 
 def value_loss(
@@ -55,6 +61,7 @@ def value_loss(
         with on_device(values):
             _kernel[(triton.cdiv(turns, BLOCK),)](
                 values, old_values, returns, mask, parts, gradient, turns,
+                are_aligned(values, old_values, returns, mask),
                 clip, 1.0 if denominator is None else 1.0 / denominator, BLOCK=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
     gradient = gradient if want_gradient else values.new_empty(0)

@@ -130,3 +130,14 @@ def test_value_loss(device, turns, dtype, denominator):
     torch.testing.assert_close(loss.cpu().double(), expected, **tolerance)
     torch.testing.assert_close(gradient.cpu().double(), wanted, **tolerance)
     assert metrics[0] == loss and (metrics[1] > 0 or turns < 2)
+
+
+def test_slices_may_begin_anywhere(device):
+    case = [x.to(device) for x in random_case(1100, torch.float32)]
+    slices, copies = [x[1:] for x in case], [x[1:].clone() for x in case]
+    for run in (
+        lambda given: ppo_loss(*given, *PPO, None, True),
+        lambda given: value_loss(*given[:4], 0.25, None, True),
+    ):
+        for x, y in zip(run(slices), run(copies), strict=True):
+            assert torch.equal(x, y)

@@ -9,6 +9,8 @@ from hiper_fast.ops import reference
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from hiper_fast.kernels import _moments, _scan, raise_pending
 from hiper_fast.kernels.gae import gae
 from hiper_fast.kernels.hae import hae
@@ -161,16 +163,13 @@ def test_affine_maps_compose_associatively():
     assert compose(2, 3, 5, 7) == (10, 5 * 3 + 7)
 
 
-def test_moments_merge_associatively():
+def test_moments_merge_associatively(monkeypatch):
+    monkeypatch.setattr(_moments, "about", _moments.about.fn)
     merge = _moments.merge.fn
-    parts = [
-        (Fraction(2), Fraction(3), Fraction(1)),
-        (Fraction(1), Fraction(-4), Fraction(0)),
-        (Fraction(5), Fraction(2), Fraction(7)),
-    ]
-    a, b, c = parts
+    # (count, a mean that is not exact, what is left of the deviations from it, their squares)
+    a, b, c = (tuple(map(Fraction, part)) for part in ((2, 3, 1, 3), (1, -4, -1, 1), (5, 2, 0, 7)))
     assert merge(*merge(*a, *b), *c) == merge(*a, *merge(*b, *c))
-    empty = (Fraction(0), Fraction(0), Fraction(0))
+    empty = (Fraction(0),) * 4
     assert merge(*empty, *a) == a == merge(*a, *empty) and merge(*empty, *empty) == empty
 
 
@@ -185,6 +184,33 @@ def test_normalize(device, turns, dtype):
         mask = torch.rand(turns, generator=g) < share
         result = normalize(torch.where(mask, values, torch.nan).to(device), mask.to(device), 1e-8)
         assert_close(result, reference.normalize(values.double(), mask), dtype)
+
+
+def test_more_blocks_than_parts_are_merged(device, monkeypatch):
+    monkeypatch.setattr("hiper_fast.kernels.normalize.MOST_PARTS", tl.constexpr(2))
+    g = torch.Generator().manual_seed(0)
+    values = 1000 + torch.randn(5000, generator=g)
+    mask = torch.rand(5000, generator=g) < 0.6
+    result = normalize(values.to(device), mask.to(device), 1e-8)
+    assert_close(result, reference.normalize(values.double(), mask), torch.float32)
+
+    given = [x.to(device) for x in tokens([3] * 70)]
+    expected = normalize_and_scatter(*given)
+    monkeypatch.setattr("hiper_fast.kernels.scatter_advantages.MOST_PARTS", tl.constexpr(1))
+    torch.testing.assert_close(normalize_and_scatter(*given), expected)
+
+
+def test_equal_values_are_normalised_to_zero(device):
+    values, mask = torch.full((2000,), 0.1), torch.ones(2000, dtype=torch.bool)
+    assert normalize(values.to(device), mask.to(device), 1e-8).abs().max() < 1e-6
+
+
+def test_slices_may_begin_anywhere(device):
+    x = torch.randn(1100, device=device)
+    mask = x > -0.5
+    assert torch.equal(
+        normalize(x[1:], mask[1:], 1e-8), normalize(x[1:].clone(), mask[1:].clone(), 1e-8)
+    )
 
 
 def tokens(lengths, seed=0):
