@@ -229,6 +229,7 @@ void def_all(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   load_torch();
+  module.attr("sources") = HIPER_FAST_SOURCES;
   module.def("hae", &run_hae<float>);
   module.def("hae", &run_hae<double>);
   module.def("find_roles", &run_find_roles<int64_t>);

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from hiper_fast.ops._numbers import check_above, check_divisor, is_readable
 
-try:
-    from hiper_fast import _C as extension
+SOURCES = Path(__file__).parents[2] / "csrc"  # only in a checkout
 
-    why_no_extension = ""
-except ImportError as error:
-    extension = None
-    why_no_extension = (
-        f"the C++ kernels cannot be loaded ({error}); install a C++17 compiler and run "
-        "`pip install -e .` (or reinstall hiper_fast) to build them"
-    )
+
+def load_extension(sources: Path = SOURCES) -> tuple[ModuleType | None, str]:
+    """The compiled kernels; or None, and why. Those of other sources than `sources` may take other arguments."""
+    try:
+        from hiper_fast import _C
+    except ImportError as error:
+        return None, (
+            f"the C++ kernels cannot be loaded ({error}); install a C++17 compiler and run "
+            "`pip install -e .` (or reinstall hiper_fast) to build them"
+        )
+    if sources.is_dir() and getattr(_C, "sources", "") != fingerprint(sources):
+        return None, f"the C++ kernels are not built from {sources}; run `pip install -e .` again"
+    return _C, ""
+
+
+def fingerprint(sources: Path) -> str:
+    """As CMakeLists.txt makes it."""
+    files = sorted(file for file in sources.iterdir() if file.suffix in (".cpp", ".h"))
+    hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+extension, why_no_extension = load_extension()
+if extension is None:
     warnings.warn(f"hiper_fast runs on the slow torch reference: {why_no_extension}", stacklevel=2)
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -1,6 +1,7 @@
 """The C++ kernels by instruction set: all that run here agree with the references; threads change nothing."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,17 @@ if _library.extension is None:
     pytest.skip(_library.why_no_extension, allow_module_level=True)
 
 SETS = [s for s in ("portable", "avx2", "avx512") if hasattr(_library.extension, s)]
+
+
+def test_kernels_of_other_sources_are_not_used(tmp_path):
+    """Those of a checkout since changed, that is; an installed package has none beside it."""
+    assert _library.load_extension() == (_library.extension, "")
+    assert _library.load_extension(tmp_path / "csrc") == (_library.extension, "")
+    sources = shutil.copytree(_library.SOURCES, tmp_path / "csrc")
+    assert _library.load_extension(sources) == (_library.extension, "")
+    (sources / "hae.cpp").write_text("")
+    extension, why = _library.load_extension(sources)
+    assert extension is None and "run `pip install -e .` again" in why
 
 
 @pytest.fixture(params=SETS)
