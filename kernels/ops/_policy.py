@@ -97,5 +97,5 @@ def terms(
                 *given, parts, *made, tokens, are_aligned(*given, *made),
                 clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
                 HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK,
-                maxnreg=128, enable_fp_fusion=True,
+                maxnreg=168, enable_fp_fusion=True,
             )  # fmt: skip
