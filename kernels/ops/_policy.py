@@ -99,5 +99,5 @@ def terms(
                 clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
                 HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK,
                 **constants("_policy._terms_kernel", logprobs.device, num_warps=4),
-                maxnreg=128, enable_fp_fusion=True,
+                maxnreg=168, enable_fp_fusion=True,
             )  # fmt: skip

@@ -19,7 +19,7 @@ CEILINGS = {
     "normalize._moments_kernel": 64,
     "normalize._normalize_kernel": 48,
     "scatter_advantages._moments_kernel": 128,
-    "scatter_advantages._scatter_kernel": 96,
+    "scatter_advantages._scatter_kernel": 128,
     "find_roles._kernel": 128,
     "_policy._terms_kernel": 112,
     "_total._finish_kernel": 64,
@@ -42,7 +42,7 @@ VECTORS = {
     "_head._gradient_kernel": (0.6, 0.7),
     "_total._finish_kernel": (0.9, 0.0),
     # These have every access twice: in vectors, and number by number for a block that is not whole or not aligned.
-    "_policy._terms_kernel": (0.45, 0.45),
+    "_policy._terms_kernel": (0.45, 0.4),
     "value_loss._kernel": (0.45, 0.4),
     "normalize._moments_kernel": (0.4, 0.0),
     "normalize._normalize_kernel": (0.4, 0.4),
