@@ -30,12 +30,10 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import is_capturing, on_device, wide
+from hiper_fast.kernels._tuning import constants
 
-SCRATCH_BYTES = (
-    480_000_000  # both buffers together; a third of it for logits, or all of it without gradients
-)
-_BLOCK_BYTES = 16_384
-_STAGES = tl.constexpr(3)  # blocks of a row on their way at once
+SCRATCH_BYTES = 480_000_000  # both buffers together
+_SHARE = 3  # one in so many of them for logits, where there are gradients
 _LOWEST = tl.constexpr(
     -1e30
 )  # stands for minus infinity, so that no infinity is subtracted from another
@@ -89,6 +87,7 @@ def _statistics_kernel(
     logits, bias, targets, peaks, log_sums, logprobs, entropies, flags, first, vocabulary, pitch,
     inverse_temperature: tl.float64, softcap: tl.float64,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * pitch
@@ -101,7 +100,7 @@ def _statistics_kernel(
     # From the last column to the first: the product wrote the last ones last, and the gradient begins with the first,
     # so that both find a part of their logits in the cache.
     blocks = tl.cdiv(vocabulary, BLOCK)
-    for i in tl.range(0, blocks, num_stages=_STAGES):
+    for i in tl.range(0, blocks, num_stages=STAGES):
         column = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
         x = _logits(logits, bias, column, vocabulary, pitch, softcap, HAS_BIAS, CAPPED)
         step = x - peak
@@ -200,10 +199,10 @@ class Head:
         if bias is not None:
             self.bias = bias.new_zeros(self.pitch, dtype=wide(dtype))
             self.bias[: self.vocabulary] = bias
-        self.chunk, capacity = row_counts(self.count, self.pitch, dtype, any(needs))
+        share = constants("_head.scratch", hidden.device, SHARE=_SHARE)["SHARE"]
+        self.chunk, capacity = row_counts(self.count, self.pitch, dtype, any(needs), share)
         self.logits = hidden.new_empty(self.chunk, self.pitch, dtype=wide(dtype))
         self.logits[:, self.vocabulary :] = 0  # read, though nothing depends on it
-        self.block = _BLOCK_BYTES // self.logits.element_size()
         self.peaks, self.log_sums = self.logits.new_empty(2, self.chunk).unbind(0)
         self.begun = False  # grad_weight holds a sum
         self.first = 0  # row of hidden of the first pending row
@@ -232,12 +231,14 @@ class Head:
 
     def statistics(self, part: slice, logprobs: Tensor, entropy: Tensor | None) -> None:
         """Writes logprobs[part] and entropy[part]."""
+        # STAGES: blocks of a row on their way at once.
+        tile = self._tile("_head._statistics_kernel", BLOCK=4096, STAGES=3, num_warps=8)
         with on_device(self.logits):
             _statistics_kernel[(part.stop - part.start,)](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, logprobs, entropy, _errors.flags(),
                 part.start, self.vocabulary, self.pitch, self.sharpness, self.softcap or 0.0,
                 HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=entropy is not None,
-                SLOT=_errors.TARGETS, BLOCK=self.block, num_warps=8, enable_fp_fusion=True,
+                SLOT=_errors.TARGETS, **tile, enable_fp_fusion=True,
             )  # fmt: skip
 
     def gradient(
@@ -257,14 +258,15 @@ class Head:
             self.places = torch.cumsum(grad_logprobs[part] != 0, 0, dtype=torch.int32).add_(
                 self.places[-1]
             )
+        tile = self._tile("_head._gradient_kernel", BLOCK=4096, num_warps=8)
         with on_device(self.logits):
-            _gradient_kernel[(rows, triton.cdiv(self.vocabulary, self.block))](
+            _gradient_kernel[(rows, triton.cdiv(self.vocabulary, tile["BLOCK"]))](
                 self.logits, self.bias, self.targets, self.peaks, self.log_sums, entropy, grad_logprobs, grad_entropy,
                 self.places, self.index, self.rows, _errors.flags(),
                 int(self.compact), part.start, self.pending, self.vocabulary, self.pitch,
                 self.sharpness, self.softcap or 0.0,
                 HAS_BIAS=self.bias is not None, CAPPED=self.softcap is not None, ENTROPY=grad_entropy is not None,
-                SLOT=_errors.TARGETS, BLOCK=self.block, num_warps=8, enable_fp_fusion=True,
+                SLOT=_errors.TARGETS, **tile, enable_fp_fusion=True,
             )  # fmt: skip
         self.pending += rows
 
@@ -277,6 +279,11 @@ class Head:
             self.grad_weight if self.begun else self.grad_weight.zero_(),
             self.grad_bias,
         )
+
+    def _tile(self, kernel: str, **defaults: int) -> dict[str, int]:
+        """The kernel's constants; BLOCK is float32 logits, or as many bytes of float64 ones."""
+        tile = constants(kernel, self.logits.device, **defaults)
+        return tile | {"BLOCK": 4 * tile["BLOCK"] // self.logits.element_size()}
 
     def _pending(self) -> int:
         return int(self.places[-1]) if self.compact else self.pending
@@ -307,7 +314,9 @@ class Head:
         self.places = torch.zeros_like(self.places[-1:])
 
 
-def row_counts(rows: int, pitch: int, dtype: torch.dtype, gradients: bool) -> tuple[int, int]:
+def row_counts(
+    rows: int, pitch: int, dtype: torch.dtype, gradients: bool, share: int = _SHARE
+) -> tuple[int, int]:
     """(rows of a chunk of logits, rows of the buffer of gradients): as many as SCRATCH_BYTES hold, at least one."""
 
     def fitting(room: int, row: int, step: int) -> int:
@@ -315,7 +324,7 @@ def row_counts(rows: int, pitch: int, dtype: torch.dtype, gradients: bool) -> tu
         return most - most % step if most > step else most
 
     logits = pitch * wide(dtype).itemsize
-    chunk = fitting(SCRATCH_BYTES // 3 if gradients else SCRATCH_BYTES, logits, 128)
+    chunk = fitting(SCRATCH_BYTES // share if gradients else SCRATCH_BYTES, logits, 128)
     capacity = (
         fitting(SCRATCH_BYTES - chunk * logits, pitch * dtype.itemsize, chunk) if gradients else 0
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device
 from hiper_fast.kernels._total import BLOCK, store_part
+from hiper_fast.kernels._tuning import constants
 from hiper_fast.kernels._vectors import are_aligned, read, write
 
 METRICS = 6  # policy, approx_kl, clip_fraction, dual_clip_fraction, kl, entropy
@@ -97,5 +98,6 @@ def terms(
                 *given, parts, *made, tokens, are_aligned(*given, *made),
                 clip_low, clip_high, dual_clip, kl_coef, entropy_coef, scale,
                 HAS_REF=ref_logprobs is not None, HAS_ENTROPY=entropy is not None, BLOCK=BLOCK,
+                **constants("_policy._terms_kernel", logprobs.device, num_warps=4),
                 maxnreg=168, enable_fp_fusion=True,
             )  # fmt: skip

@@ -5,8 +5,11 @@ j of block c of a trajectory is its turn `end - 1 - c * BLOCK - j`: time runs ba
 over the columns is the recurrence, and what the last column holds is carried into the next block.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from hiper_fast.kernels._tuning import constants
 
 
 @triton.jit
@@ -61,9 +64,11 @@ def block_of_turns(begin, end, start, column):
     return t, t >= begin[:, None], t == end[:, None] - 1
 
 
-def tile(turns: int, trajectories: int) -> dict[str, int]:
+def tile(kernel: str, device: torch.device, turns: int, trajectories: int) -> dict[str, int]:
     """The tile's shape, from what the host knows: the mean length, and whether there are more rows than processors."""
     mean = turns / trajectories
     block = 64 if mean <= 64 else 256 if mean <= 256 else 1024
     rows = 4 if trajectories > 1024 and block == 64 else 1
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 128)}
+    warps = max(1, rows * block // 128)
+    shape = constants(f"{kernel} {rows} x {block}", device, num_warps=warps)
+    return {"ROWS": rows, "BLOCK": block, **shape}

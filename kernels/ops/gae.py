@@ -62,7 +62,7 @@ def gae(
     terminated, cu_turns = terminated.contiguous(), cu_turns.contiguous()
     out = rewards.new_empty(2, turns)
     if trajectories:
-        shape = tile(turns, trajectories)
+        shape = tile("gae._kernel", rewards.device, turns, trajectories)
         # With the limit named, ptxas does not spill a register or two to fit one program more.
         with on_device(rewards):
             _kernel[(triton.cdiv(trajectories, shape["ROWS"]),)](

@@ -115,7 +115,7 @@ def hae(
     levels = rewards.new_empty(6, turns)
     boundary = torch.empty_like(switch)
     if trajectories:
-        shape = tile(turns, trajectories)
+        shape = tile("hae._kernel", rewards.device, turns, trajectories)
         with on_device(rewards):
             _kernel[(triton.cdiv(trajectories, shape["ROWS"]),)](
                 rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,

@@ -18,6 +18,7 @@ from hiper_fast.kernels import _errors
 from hiper_fast.kernels._head import tanh
 from hiper_fast.kernels._launch import on_device
 from hiper_fast.kernels._scan import bounds
+from hiper_fast.kernels._tuning import constants
 
 _LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, so that none is subtracted from another
 _LEAST_KEYS, _MOST_SPLITS = 256, 32  # for a split to be worth its merging
@@ -150,16 +151,20 @@ def _count_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tile(
-    tokens: int, sequences: int, shared: int, wide: int, dtype: torch.dtype
-) -> dict[str, int]:
+def _tile(query: Tensor, sequences: int, shared: int, wide: int) -> dict[str, int]:
     """By the mean number of queries: more rows for prompts, where tensor cores multiply them and registers allow."""
-    half = dtype != torch.float32
-    prompts = half and wide <= 128 and tokens * shared > 16 * sequences
-    rows = max(64 if prompts else 16, triton.next_power_of_2(shared))
-    warps = 8 if prompts or wide > 128 else 4
-    keys = 64 if half else 32 if wide < 128 else 16
-    return {"ROWS": rows, "QUERIES": rows // shared, "KEYS": keys, "num_warps": warps}
+    half = query.dtype != torch.float32
+    prompts = half and wide <= 128 and len(query) * shared > 16 * sequences
+    shape = {
+        "ROWS": 64 if prompts else 16,
+        "KEYS": 64 if half else 32 if wide < 128 else 16,
+        "num_warps": 8 if prompts or wide > 128 else 4,
+    }
+    if half and wide <= 128:  # as most models, and as what is measured
+        case = "prompts" if prompts else "steps"
+        shape = constants(f"paged_attention._kernel {case}", query.device, **shape)
+    rows = max(shape["ROWS"], triton.next_power_of_2(shared))
+    return shape | {"ROWS": rows, "QUERIES": rows // shared}
 
 
 def paged_attention(
@@ -172,10 +177,11 @@ def paged_attention(
     if not out.numel():
         return out
     wide, wide_v = (max(16, triton.next_power_of_2(size)) for size in (d, d_v))
-    shape = _tile(tokens, sequences, shared, max(wide, wide_v), query.dtype)
+    shape = _tile(query, sequences, shared, max(wide, wide_v))
     programs = tokens // shape["QUERIES"] + sequences
     idle = triton.cdiv(2 * _count_processors(query.device), programs * kv_heads)
-    splits = max(1, min(idle, triton.cdiv(most * block, _LEAST_KEYS), _MOST_SPLITS))
+    least = constants("paged_attention.splits", query.device, LEAST_KEYS=_LEAST_KEYS)["LEAST_KEYS"]
+    splits = max(1, min(idle, triton.cdiv(most * block, least), _MOST_SPLITS))
     parts, tops, totals = out, out, out
     if splits > 1:
         parts = query.new_empty(splits, tokens, heads, d_v, dtype=torch.float32)

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device, wide
+from hiper_fast.kernels._tuning import constants
 
-_TILE = 2048  # elements of a tile, at least one row
+# Elements of a tile, which is at least one row, and of a row those that a warp takes.
+_TILE, _OF_WARP = 2048, 512
 _PROGRAMS = 512  # of a backward pass
 
 
@@ -74,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     if x.numel():
-        rows, options = _shape(x)
+        rows, options = _shape(x, "rms_norm._forward_kernel")
         with on_device(x):
             _forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
                 x, weight, out, rows, x.shape[-1], eps, **options
@@ -89,7 +91,7 @@ def rms_norm_backward(
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     if not x.numel():
         return grad_x, torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    rows, options = _shape(x)
+    rows, options = _shape(x, "rms_norm._backward_kernel")
     programs = min(triton.cdiv(rows, options["ROWS"]), _PROGRAMS)
     steps = triton.cdiv(rows, options["ROWS"] * programs)
     sums = x.new_empty((programs, x.shape[-1]) if need_weight else 0, dtype=wide(x.dtype))
@@ -101,16 +103,14 @@ def rms_norm_backward(
     return grad_x, sums.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
 
 
-def _shape(x: Tensor) -> tuple[int, dict]:
+def _shape(x: Tensor, kernel: str) -> tuple[int, dict]:
     """The number of rows, and a tile's constants."""
-    width = x.shape[-1]
+    width, sizes = x.shape[-1], constants(kernel, x.device, TILE=_TILE, OF_WARP=_OF_WARP)
     block = max(16, triton.next_power_of_2(width))
-    constants = {"ROWS": max(1, _TILE // block), "BLOCK": block}
-    dtype = tl.float64 if x.dtype == torch.float64 else tl.float32
-    warps = min(16, max(4, block // 512))
     return x.numel() // width, {
-        **constants,
-        "DTYPE": dtype,
-        "num_warps": warps,
+        "ROWS": max(1, sizes["TILE"] // block),
+        "BLOCK": block,
+        "DTYPE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "num_warps": min(16, max(4, block // sizes["OF_WARP"])),
         "enable_fp_fusion": True,
     }

@@ -9,8 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device
-
-_HEADS = 16  # of a tile
+from hiper_fast.kernels._tuning import constants
 
 
 @triton.jit
@@ -63,16 +62,17 @@ def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tu
     batch, heads, tokens, d = query.shape
     outs = [x.new_empty(batch, tokens, x.shape[1], d) for x in (query, key)]
     if batch * tokens * d:
+        tile = constants("rope._kernel", query.device, HEADS=16, num_warps=4)
         with on_device(query):
             _kernel[(batch * tokens,)](
                 query, key, cos, sin, *outs, heads, key.shape[1], tokens, d // 2,
                 *query.stride()[:3], *key.stride()[:3], SHARED=len(cos) < batch, BACK=back,
-                HEADS=_heads_block(heads), KEY_HEADS=_heads_block(key.shape[1]),
-                HALF=triton.next_power_of_2(d // 2),
+                HEADS=_heads_block(heads, tile["HEADS"]), KEY_HEADS=_heads_block(key.shape[1], tile["HEADS"]),
+                HALF=triton.next_power_of_2(d // 2), num_warps=tile["num_warps"],
                 DTYPE=tl.float64 if query.dtype == torch.float64 else tl.float32, enable_fp_fusion=True,
             )  # fmt: skip
     return tuple(out.transpose(1, 2) for out in outs)
 
 
-def _heads_block(heads: int) -> int:
-    return min(_HEADS, triton.next_power_of_2(max(1, heads)))
+def _heads_block(heads: int, most: int) -> int:
+    return min(most, triton.next_power_of_2(max(1, heads)))

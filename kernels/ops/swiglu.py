@@ -9,8 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device
-
-_BLOCK = 1024
+from hiper_fast.kernels._tuning import constants
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def _backward_kernel(
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _launch(_forward_kernel, gate, up, out)
+    _launch(_forward_kernel, "swiglu._forward_kernel", gate, up, out)
     return out
 
 
@@ -56,15 +55,16 @@ def swiglu_backward(
     """Both, whichever is needed: what they have in common is nearly all of it."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)
-    _launch(_backward_kernel, grad, gate, up, *grads)
+    _launch(_backward_kernel, "swiglu._backward_kernel", grad, gate, up, *grads)
     return grads
 
 
-def _launch(kernel, *tensors: Tensor) -> None:
+def _launch(kernel, name: str, *tensors: Tensor) -> None:
     first, dtype = tensors[0], tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
     if not first.numel():
         return
+    tile = constants(name, first.device, BLOCK=1024, num_warps=4)
     with on_device(first):
-        kernel[(triton.cdiv(first.numel(), _BLOCK),)](
-            *tensors, first.numel(), DTYPE=dtype, BLOCK=_BLOCK, enable_fp_fusion=True
+        kernel[(triton.cdiv(first.numel(), tile["BLOCK"]),)](
+            *tensors, first.numel(), DTYPE=dtype, **tile, enable_fp_fusion=True
         )

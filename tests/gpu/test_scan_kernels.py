@@ -115,7 +115,9 @@ def test_several_trajectories_in_a_tile(device, interpreted, monkeypatch):
     monkeypatch.setattr(
         "hiper_fast.kernels.hae.tile", lambda *_: {"ROWS": 4, "BLOCK": 64, "num_warps": 2}
     )
-    assert _scan.tile(1200, 1200)["ROWS"] == 4  # what is launched for so many
+    assert (
+        _scan.tile("hae._kernel", device, 1200, 1200)["ROWS"] == 4
+    )  # what is launched for so many
     case = trajectories(lengths, torch.float32)
     rewards, low, high, values_switch, switch, ended, cu, boot_low, boot_high = double(case)
     levels, boundary = hae(*(x.to(device) for x in case), 0.75, 0.5, 0.25)
