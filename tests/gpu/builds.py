@@ -11,6 +11,7 @@ bytes of each access of global memory from the PTX.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -86,6 +88,21 @@ class Launches:
                     aligned.append(i)
         key = f"{kernel.module}.{kernel.__name__} {list(signature.values())} {constants} {options}"
         self.found[key] = (kernel, signature, constants, aligned, options)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Launches]:
+    """Within, ops launch nothing and multiply nothing: what they would launch is written down."""
+    launches, found = Launches(), (JITFunction.run, head.product, head.Head._multiply)
+    JITFunction.run = lambda self, *arguments, **keywords: launches.run(
+        self, *arguments, **keywords
+    )
+    head.product = lambda *arguments, **keywords: None
+    head.Head._multiply = lambda self: None
+    try:
+        yield launches
+    finally:
+        JITFunction.run, head.product, head.Head._multiply = found
 
 
 def launch_all() -> None:
@@ -248,14 +265,9 @@ def make_table(builds: list[dict]) -> list[str]:
 
 def main(capability: int) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
-    launches = Launches()
-    JITFunction.run = lambda self, *arguments, **keywords: launches.run(
-        self, *arguments, **keywords
-    )
-    head.product = lambda *arguments, **keywords: None
-    head.Head._multiply = lambda self: None
-    launch_all()
-    launch_layers()
+    with recording() as launches:
+        launch_all()
+        launch_layers()
     unaligned = {}  # slices of tensors begin anywhere: one such build for each kernel
     for launch in launches.found.values():
         if launch[0].module != head.__name__:  # whose rows lie in buffers of its own

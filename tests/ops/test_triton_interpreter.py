@@ -19,6 +19,7 @@ FILES = (
     "test_roles_kernel",
     "test_attention_kernel",
     "test_layer_kernels",
+    "test_tuning_kernels",
 )
 
 
