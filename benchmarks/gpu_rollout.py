@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from gpu_timing import attempt, count_launches, milliseconds
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from hiper_fast import estimators
+from hiper_fast import estimators, plan
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.decoding import Entering
 from hiper_fast.agent.footprint import find_architecture
@@ -35,6 +36,7 @@ from hiper_fast.rollout.engines.paged import Engine
 from hiper_fast.rollout.play import Draw, Rollouts
 
 LARGE = 120e9  # bytes of a GPU that keeps all layers' activations
+GIB = 2**30
 
 
 class Size(NamedTuple):
@@ -71,23 +73,60 @@ class EndlessFamily(Family):
     environment = Endless
 
 
-def run(name: str, device: str, milliseconds: Callable[..., float]) -> dict[str, object]:
-    """Seconds of a rollout and of an update's parts, milliseconds of a step, prompt tokens a second."""
-    size = SIZES[name]
+def run(name: str, device: str) -> dict[str, object]:
+    """Prompt tokens a second, milliseconds and launches of a step; seconds and memory of a step's stages."""
+    size, memory = SIZES[name], Memory(device)
     config = configure(size, device)
     agent = build_agent(size, config)
     engine = Engine(agent, config)
     result: dict[str, object] = {"size": size._asdict()}
     with contextlib.closing(engine):
         engine.wake()
-        result["prompt_tokens_per_second"] = measure_prompts(engine, size, milliseconds)
-        result["milliseconds_a_step"] = measure_steps(engine, size, milliseconds)
+        result["prompt_tokens_per_second"] = attempt(lambda: measure_prompts(engine, size))
+        result["decoding"] = attempt(lambda: measure_steps(engine, size))
         engine.sleep()
         family = EndlessFamily(EnvConfig())
         rollouts = Rollouts(agent, engine, (), family, Prompts(size), config)
-        result["rollout"] = time_rollout(rollouts, size.episodes, device)[1]
-        result["update"] = time_update(rollouts, size, config)
+        optimizers = build_optimizers(agent, config)  # whose states are there from the update on
+        result["update"] = attempt(lambda: time_update(rollouts, optimizers, size, config, memory))
+        with memory.of(plan.ROLLOUT):
+            result["rollout"] = attempt(lambda: time_rollout(rollouts, size.episodes, device)[1])
+    result["step_seconds"] = attempt(lambda: add_stages(result))
+    result["gib"] = attempt(lambda: compare_memory(config, memory))
     return result
+
+
+class Memory:
+    """The most bytes that torch held of a GPU in each stage."""
+
+    def __init__(self, device: str):
+        self.counts, self.peaks = device == "cuda", {}
+
+    @contextlib.contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        if self.counts:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if self.counts:
+            self.peaks[stage] = torch.cuda.max_memory_allocated()
+
+
+def compare_memory(config: Config, memory: Memory) -> dict[str, dict[str, float]]:
+    """Of each stage what the plan says, without CUDA's own, and what torch held."""
+    config.plan.tflops = config.plan.gb_per_s = 1.0  # no rates are needed
+    planned = plan.sum_stages(plan.list_parts(config, plan.find_machine(config)))
+    return {
+        stage: {"planned": size / GIB}
+        | ({"measured": memory.peaks[stage] / GIB} if stage in memory.peaks else {})
+        for stage, size in planned.items()
+    }
+
+
+def add_stages(result: dict) -> float:
+    """Of a whole step: the rollout, and scoring and update of all episodes at the rate of those that were timed."""
+    learned = result["update"]
+    part = sum(learned[name] for name in ("scoring_seconds", "credit_seconds", "update_seconds"))
+    return result["rollout"]["seconds"] + part / learned["share"]
 
 
 def configure(size: Size, device: str) -> Config:
@@ -99,6 +138,7 @@ def configure(size: Size, device: str) -> Config:
     if device == "cpu":
         return resolve(["alfworld"], given | {"model.dtype": "float32"})
     memory = torch.cuda.get_device_properties(0).total_memory
+    given |= {"plan.gpu": "here"}
     return resolve(["alfworld", f"qwen2.5-1.5b-1x{141 if memory > LARGE else 80}gb"], given)
 
 
@@ -150,7 +190,7 @@ def enter(engine: Engine, prompts: list[list[int]], first: int = 0) -> list[Ente
     return entering
 
 
-def measure_prompts(engine: Engine, size: Size, milliseconds: Callable[..., float]) -> float:
+def measure_prompts(engine: Engine, size: Size) -> float:
     """Tokens a second of a pass over as many prompts as one takes, a token of each drawn."""
     prompts = Prompts(size)
     count = max(1, min(engine.budget // size.prompts[1], size.episodes))
@@ -163,21 +203,20 @@ def measure_prompts(engine: Engine, size: Size, milliseconds: Callable[..., floa
     return 1e3 * sum(len(one.ids) - one.held for one in entering) / spent
 
 
-def measure_steps(
-    engine: Engine, size: Size, milliseconds: Callable[..., float]
-) -> dict[str, dict[int, float]]:
-    """Of each batch, with CUDA graphs where there are any, and without."""
+def measure_steps(engine: Engine, size: Size) -> dict[str, dict]:
+    """Milliseconds of a step of each batch, and launches of the largest one's, with CUDA graphs and without."""
     decoder, kind = engine.decoder, engine.agent.device.type
     prompts = Prompts(size)
     for row in range(max(size.batches)):
         decoder.read(enter(engine, [prompts.draw()], row), [])
-    graphs, found = decoder.graphs, {}
-    for name, used in {"graphs": graphs, "operations": None}.items():
+    found, largest = {}, range(size.batches[-1])
+    for name, used in {"graphs": decoder.graphs, "operations": None}.items():
+        if name == "graphs" and used is None:
+            continue
         decoder.graphs = used
-        if name == "operations" or graphs is not None:
-            found[name] = {
-                n: milliseconds(lambda n=n: decoder.go_on(range(n)), kind) for n in size.batches
-            }
+        times = {n: milliseconds(lambda n=n: decoder.go_on(range(n)), kind) for n in size.batches}
+        launched = attempt(lambda: count_launches(lambda: decoder.go_on(largest), kind))
+        found[name] = {"milliseconds": times, "launches": launched}
     return found
 
 
@@ -189,22 +228,33 @@ def time_rollout(rollouts: Rollouts, episodes: int, device: str) -> tuple[object
     return t, {"seconds": seconds, **counts, "response_tokens": t.response_ids.numel()}
 
 
-def time_update(rollouts: Rollouts, size: Size, config: Config) -> dict[str, object]:
-    """Scoring and update of a part of the step's episodes, as training does them."""
-    agent, device = rollouts.agent, config.model.device
-    optimizers = build_optimizers(agent, config)
-    estimate = estimators.find(config.advantage.estimator)
-    t, _ = time_rollout(rollouts, size.learned, device)
+def time_update(
+    rollouts: Rollouts, optimizers: dict, size: Size, config: Config, memory: Memory
+) -> dict[str, object]:
+    """Scoring, credit and update of a part of the step's episodes, as training does them: the second of two."""
+    t, _ = time_rollout(rollouts, size.learned, config.model.device)
     shape(t, config)
-    scores, scoring = timed(lambda: score(agent, t, config), device)
-    targets = give_credit(t, scores, estimate, config.advantage)
-    generator = torch.Generator().manual_seed(0)
-    losses, learning = timed(
-        lambda: update(agent, optimizers, t, targets, config, generator), device
+    learn(
+        rollouts.agent, optimizers, t, config, memory
+    )  # compiles, and makes the optimisers' states
+    return {"share": size.learned / size.episodes} | learn(
+        rollouts.agent, optimizers, t, config, memory
     )
+
+
+def learn(agent: Agent, optimizers: dict, t, config: Config, memory: Memory) -> dict[str, object]:
+    device, estimate = config.model.device, estimators.find(config.advantage.estimator)
+    with memory.of(plan.SCORING):
+        scores, scoring = timed(lambda: score(agent, t, config), device)
+    targets, crediting = timed(lambda: give_credit(t, scores, estimate, config.advantage), device)
+    generator = torch.Generator().manual_seed(0)
+    with memory.of(plan.UPDATE):
+        losses, learning = timed(
+            lambda: update(agent, optimizers, t, targets, config, generator), device
+        )
     return {
-        "share": size.learned / size.episodes,
         "scoring_seconds": scoring,
+        "credit_seconds": crediting,
         "update_seconds": learning,
         "skipped_steps": losses["optim/skipped_steps"],
     }

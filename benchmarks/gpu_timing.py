@@ -1,15 +1,41 @@
-"""Times of calls on a device, as benchmarks/gpu.py and tune.py take them."""
+"""How benchmarks/gpu.py and tune.py measure: times of calls, cases behind a check, kernels launched."""
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from hiper_fast import bench
 
 PER_GRAPH = 20  # calls in a CUDA graph
+
+
+class Case(NamedTuple):
+    """One figure: a call, a check that raises if its results are wrong, and the least work it must do."""
+
+    name: str
+    implementation: str
+    call: Callable[[], object]
+    check: Callable[[], None] = lambda: None
+    bytes: int = 0
+    flops: int = 0
+    graph: bool = False
+    compared_with: str = ""  # the name of our case that this is a peer of
+
+
+def attempt(call: Callable[[], object]) -> object:
+    """What a call gives, or {"error": why it gave nothing}: a part that fails must not take the rest with it."""
+    try:
+        return call()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def milliseconds(
@@ -44,3 +70,90 @@ def time_once(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """GB/s of a large copy and TFLOP/s of a large bfloat16 product: what the shares are of."""
+    n = 8192 if device == "cuda" else 64
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(n * n * 8, device=device)
+    target = torch.empty_like(source)
+    copied = milliseconds(lambda: target.copy_(source), device)
+    return {
+        "gigabytes_per_second": 2 * source.nbytes / copied / 1e6,
+        "teraflops": 2 * n**3 / milliseconds(lambda: a @ b, device) / 1e9,
+    }
+
+
+def measure(case: Case, device: str, ceiling: dict[str, float]) -> dict[str, object]:
+    """A row of the result: its time and shares of the ceilings, or why there is none."""
+    row = {"name": case.name, "implementation": case.implementation}
+
+    def checked() -> dict[str, object]:
+        case.check()
+        return {"milliseconds": milliseconds(case.call, device, graph=case.graph)}
+
+    row |= attempt(checked)
+    if "error" in row:
+        return row
+    spent = row["milliseconds"]
+    if case.bytes:
+        row["share_of_bandwidth"] = case.bytes / spent / 1e6 / ceiling["gigabytes_per_second"]
+    if case.flops:
+        row["teraflops"] = case.flops / spent / 1e9
+        row["share_of_matmul"] = row["teraflops"] / ceiling["teraflops"]
+    return row
+
+
+def add_ratios(rows: list[dict], cases: list[Case]) -> None:
+    """Each peer's time over ours."""
+    ours = {row["name"]: row.get("milliseconds") for row in rows if row["implementation"] == "ours"}
+    for row, case in zip(rows, cases, strict=True):
+        if case.compared_with and ours.get(case.compared_with) and "milliseconds" in row:
+            row["times_ours"] = row["milliseconds"] / ours[case.compared_with]
+
+
+def assert_near(result, expected, tolerance: float = 1e-4) -> None:
+    for x, y in zip(result, expected, strict=True):
+        torch.testing.assert_close(
+            x.cpu().double(), y.cpu().double(), rtol=tolerance, atol=tolerance
+        )
+
+
+def assert_near_in_norm(result, expected, tolerance: float = 0.03) -> None:
+    """By the norm of the difference: for implementations that round where others do not."""
+    for x, y in zip(result, expected, strict=True):
+        x, y = x.float(), y.float()
+        error = (x - y).norm() / y.norm().clamp(min=1e-9)
+        assert error < tolerance, f"{error:.3g} away from torch"
+
+
+def count_launches(call: Callable[[], object], device: str) -> dict[str, int]:
+    """What torch's profiler sees of a call: kernels and copies on the GPU, launches of the host, operations."""
+    call()
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as found:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    counts = Counter(classify(event.name, event.device_type) for event in found.events())
+    return {kind: count for kind, count in counts.items() if kind}
+
+
+def classify(name: str, device: DeviceType) -> str:
+    if device == DeviceType.CUDA:
+        return "on_gpu"
+    if "LaunchKernel" in name:
+        return "launches"
+    if "GraphLaunch" in name:
+        return "graphs"
+    return "operations" if name.startswith(("aten::", "hiper_fast::")) else ""
+
+
+def differentiate(function: Callable, grads, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """Results and gradients of `leaves`, which require them, for the results' `grads`."""
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return *(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)

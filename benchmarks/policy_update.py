@@ -53,9 +53,24 @@ class Update:
     advantages: Tensor
     ref_logprobs: Tensor
 
+    @property
+    def wide(self) -> torch.dtype:
+        """Of log-probs: at least float32."""
+        return torch.promote_types(self.model.dtype, torch.float32)
+
 
 def inputs(size: Size, dtype: torch.dtype = torch.float32) -> Update:
-    """Turns of random tokens whose old and reference log-probs are near those of the untrained model."""
+    """Turns of random tokens and a random model."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=11 * size.hidden // 4,
+        num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return draw_turns(Qwen2ForCausalLM(config).to(dtype), size, dtype)
+
+
+def draw_turns(model: Qwen2ForCausalLM, size: Size, dtype: torch.dtype) -> Update:
+    """Turns of random tokens whose old and reference log-probs are near those of an untrained model."""
     g = torch.Generator().manual_seed(0)
 
     def ids(mean: int, spread: int, most: int) -> list[int]:
@@ -73,12 +88,7 @@ def inputs(size: Size, dtype: torch.dtype = torch.float32) -> Update:
     t = pack(episodes, roles_of_nothing)
     near = (torch.randn(3, t.response_ids.numel(), generator=g) * 0.3).to(dtype)
     t.old_logprobs, ref_logprobs = near[:2] - torch.log(torch.tensor(size.vocabulary))
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=11 * size.hidden // 4,
-        num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return Update(Qwen2ForCausalLM(config).to(dtype), t, near[2], ref_logprobs)
+    return Update(model, t, near[2], ref_logprobs)
 
 
 def roles_of_nothing(ids: Tensor, cu_tokens: Tensor):
@@ -90,14 +100,17 @@ def roles_of_nothing(ids: Tensor, cu_tokens: Tensor):
 def packed(x: Update, size: Size) -> tuple[float, int]:
     """Gradients of the update; (loss, tokens computed)."""
     attention.use(x.model)
+    device = x.model.device
     sequences, every = x.t.sequences(), torch.ones_like(x.t.roles, dtype=torch.bool)
     total = computed = 0
     for batch in microbatches(sequences.ids, sequences.cu_seqlens, size.budget):
         rows = Rows(sequences, batch, every)
-        data = (v[rows.tokens] for v in (x.t.response_ids, x.t.old_logprobs, x.advantages))
+        values = x.t.response_ids, x.t.old_logprobs, x.advantages, x.ref_logprobs
+        *data, ref_logprobs = (v[rows.tokens].to(device) for v in values)
+        hidden = run_trunk(x.model.base_model, batch.to(device))[rows.token_rows.to(device)]
         loss, _ = ops.linear_ppo(
-            run_trunk(x.model.base_model, batch)[rows.token_rows], x.model.lm_head.weight, *data,
-            ref_logprobs=x.ref_logprobs[rows.tokens], denominator=len(every),
+            hidden, x.model.lm_head.weight, *data,
+            ref_logprobs=ref_logprobs, denominator=len(every),
         )  # fmt: skip
         loss.backward()
         total, computed = total + loss.item(), computed + batch.input_ids.numel()
@@ -106,18 +119,19 @@ def packed(x: Update, size: Size) -> tuple[float, int]:
 
 def padded(x: Update, size: Size) -> tuple[float, int]:
     """The same in the reference's layout."""
-    lengths = x.t.cu_tokens.diff().tolist()
+    device, lengths = x.model.device, x.t.cu_tokens.diff().tolist()
     prompts = x.t.prompt_ids.split(x.t.cu_prompts.diff().tolist())
 
     def right(values: Tensor) -> Tensor:
-        return torch.stack([pad(v, (0, size.response - len(v))) for v in values.split(lengths)])
+        each = [pad(v, (0, size.response - len(v))) for v in values.split(lengths)]
+        return torch.stack(each).to(device)
 
     responses, mask = right(x.t.response_ids), right(torch.ones_like(x.t.response_ids))
-    inputs = torch.stack([pad(p, (size.prompt - len(p), 0)) for p in prompts])
-    attended = torch.cat(
-        [torch.stack([pad(torch.ones_like(p), (size.prompt - len(p), 0)) for p in prompts]), mask],
-        1,
+    inputs, attended = (
+        torch.stack([pad(p, (size.prompt - len(p), 0)) for p in each]).to(device)
+        for each in (prompts, [torch.ones_like(p) for p in prompts])
     )
+    attended = torch.cat([attended, mask], 1)
     inputs, positions = torch.cat([inputs, responses], 1), (attended.cumsum(1) - 1).clamp(min=0)
     data = [right(v) for v in (x.t.old_logprobs, x.advantages, x.ref_logprobs)]
     total = 0.0
@@ -125,7 +139,7 @@ def padded(x: Update, size: Size) -> tuple[float, int]:
         out = x.model(
             input_ids=inputs[part], attention_mask=attended[part], position_ids=positions[part]
         )
-        log_p = torch.log_softmax(out.logits[:, size.prompt - 1 : -1], -1)
+        log_p = torch.log_softmax(out.logits[:, size.prompt - 1 : -1], -1, dtype=x.wide)
         logprobs = log_p.gather(-1, responses[part, :, None])[..., 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
         each = ppo_terms(logprobs, *(v[part] for v in data), entropy)

@@ -2,7 +2,8 @@
 
 On a GPU machine, once for each change of a kernel, also `compute-sanitizer --tool memcheck python -m pytest tests/gpu
 -k "not compiled"`, then with `--tool racecheck` and `--tool initcheck`: out-of-bounds reads and races go unseen
-elsewhere. PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes every tensor an allocation of its own, so that none is out of sight.
+elsewhere, and benchmarks/gpu.py runs but the first two, over the scans. PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes every
+tensor an allocation of its own, so that none is out of sight.
 """
 
 import os
