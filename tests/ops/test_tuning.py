@@ -164,6 +164,19 @@ def test_what_was_found_is_read_again(tables):
     assert json.loads(own.read_text())[NAME] == {}
 
 
+def test_a_run_keeps_what_it_found_when_a_kernel_fails(tables, capsys, monkeypatch):
+    good, bad = Fake(1024, 2048), Fake(8192, 1024)
+    cases = [good.case, bad.case._replace(kernel="b._kernel")]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    screened = {"a._kernel": {}, "b._kernel": {"BLOCK 8192": "spill"}}
+    monkeypatch.setattr(tune, "screen", lambda cases, capability, jobs: screened)
+    monkeypatch.setattr(tune, "milliseconds", lambda call, *_, **__: good.clock(call))
+    assert tune.run(cases, tables[1], 1) == 1
+    assert json.loads(tables[1].read_text()) == {NAME: {"a._kernel": {"BLOCK": 2048}}}
+    assert "b._kernel" in (out := capsys.readouterr().out) and "the defaults spill" in out
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
 @pytest.mark.parametrize("warps, reason", [(8, ""), (4, "spill")])
 def test_spills_are_found_without_a_gpu(warps, reason):
