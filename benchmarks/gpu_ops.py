@@ -48,34 +48,37 @@ def step_cases(size: bench.Size, device: str) -> list[Case]:
     turns, tokens = len(x.rewards), len(x.token_ids)
     calls, calls_on_cpu = bench.make_calls(x), bench.make_calls(cpu)
 
-    def ours(name: str, least_bytes: int = 0, graph: bool = False) -> Case:
+    def ours(name: str, least_bytes: int = 0) -> Case:
         def check():
             assert_near(calls[name](ops), calls_on_cpu[name](ops))
 
-        return Case(name, "ours", lambda: calls[name](ops), check, bytes=least_bytes, graph=graph)
+        return Case(name, "ours", lambda: calls[name](ops), check, bytes=least_bytes, graph=True)
 
-    def peer(name: str, call: Callable, least_bytes: int, graph: bool = True) -> Case:
+    def peer(name: str, which: str, call: Callable, least_bytes: int) -> Case:
         def check():
             assert_near(call(), calls_on_cpu[name](ops))
 
-        return Case(name, "torch", call, check, least_bytes, graph=graph, compared_with=name)
+        return Case(name, which, call, check, least_bytes, graph=True, compared_with=name)
 
-    pools = x.key_pool.nbytes + x.value_pool.nbytes
+    pools, compiled = x.key_pool.nbytes + x.value_pool.nbytes, torch.compile(ppo_terms)
     return [
         ours("find_roles"),
-        ours("hae", 12 * 4 * turns, graph=True),
-        ours("gae", 4 * 4 * turns, graph=True),
-        peer("gae", lambda: loop_gae(x), 4 * 4 * turns),
-        ours("scatter_advantages", 6 * tokens, graph=True),
+        ours("hae", 12 * 4 * turns),
+        ours("gae", 4 * 4 * turns),
+        peer("gae", "torch", lambda: loop_gae(x), 4 * 4 * turns),
+        ours("scatter_advantages", 6 * tokens),
+        peer("scatter_advantages", "torch", lambda: scatter_by_masks(x), 6 * tokens),
         Case(
             "hae + normalise + scatter", "ours", lambda: fused_credit(x),
             lambda: assert_near(fused_credit(x), normalised_credit(cpu)),
             bytes=10 * 4 * turns + 6 * tokens, graph=True,
         ),
-        ours("paged_attention", pools, graph=True),
-        peer("paged_attention", lambda: attend_to_gathered(x), pools),
+        ours("paged_attention", pools),
+        peer("paged_attention", "torch", lambda: attend_to_gathered(x), pools),
         ours("ppo_loss", 27 * tokens),
-        peer("ppo_loss", lambda: torch_ppo(x), 27 * tokens, graph=False),
+        peer("ppo_loss", "torch", lambda: torch_ppo(x, ppo_terms), 27 * tokens),
+        peer("ppo_loss", "torch.compile", lambda: torch_ppo(x, compiled), 27 * tokens),
+        ours("value_loss", 17 * turns),
     ]  # fmt: skip
 
 
@@ -93,6 +96,16 @@ def loop_gae(x: SimpleNamespace) -> tuple[Tensor, Tensor]:
     return advantages.flatten(), (advantages + values).flatten()
 
 
+def scatter_by_masks(x: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Each level gathered to the tokens, and added where the token has its role."""
+    places = torch.arange(len(x.roles), device=x.roles.device, dtype=torch.int32)
+    turn = torch.searchsorted(x.cu_tokens[1:], places, right=True)
+    roles = x.roles & torch.where(x.levels.boundary[turn], 7, 5).to(x.roles.dtype)
+    levels = x.levels.advantages_low, x.levels.advantages_high, x.levels.advantages_switch
+    parts = [torch.where((roles & 1 << i) > 0, x[turn], 0.0) for i, x in enumerate(levels)]
+    return sum(parts), roles > 0
+
+
 def attend_to_gathered(x: SimpleNamespace) -> Tensor:
     """Blocks gathered into sequences, of one length, and scaled_dot_product_attention."""
     length = x.blocks.shape[1] * x.key_pool.shape[1]
@@ -101,8 +114,8 @@ def attend_to_gathered(x: SimpleNamespace) -> Tensor:
     return scaled_dot_product_attention(x.asked[:, :, None], key, value, attn_mask=seen)[:, :, 0]
 
 
-def torch_ppo(x: SimpleNamespace) -> tuple[Tensor, ...]:
-    loss = ppo_terms(
+def torch_ppo(x: SimpleNamespace, terms: Callable) -> tuple[Tensor, ...]:
+    loss = terms(
         x.logprobs, x.old_logprobs, x.advantages, x.loss_mask, x.ref_logprobs, x.entropy,
         0.2, 0.2, 3.0, 0.01, 0.001, None, False,
     )[0]  # fmt: skip
@@ -139,7 +152,7 @@ def layer_cases(tokens: int, width: int, device: str) -> list[Case]:
 
     return [
         Case(
-            name, which, call(name, which), check(name, which), moved[name], graph=which != "torch.compile",
+            name, which, call(name, which), check(name, which), moved[name], graph=True,
             compared_with="" if which == "ours" else name,
         )
         for name, implementations in functions.items()

@@ -21,7 +21,15 @@ sys.modules["gpu_script"] = script
 specification.loader.exec_module(script)
 
 TRY = ["--device", "cpu", "--size", "tiny", "--no-tests"]
-OPS = {"find_roles", "hae", "gae", "scatter_advantages", "paged_attention", "ppo_loss"}
+OPS = {
+    "find_roles",
+    "hae",
+    "gae",
+    "scatter_advantages",
+    "paged_attention",
+    "ppo_loss",
+    "value_loss",
+}
 ANYWHERE = {"ours", "torch", "torch.compile", "torch in groups"}
 
 
