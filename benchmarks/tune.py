@@ -143,13 +143,10 @@ def try_values(
 
 
 def write_table(path: Path, device: str, found: list[Found]) -> None:
-    """Into the device's part of a file, in one move; ValueError if there is another file. Defaults take no place."""
+    """Into the device's part of a file, in one move, defaults too: they go before what is shipped."""
     table = _tuning.read_table(path, device)
     content = json.loads(path.read_text()) if path.exists() else {}
-    for one in found:
-        table.pop(one.kernel, None)
-        if one.chosen != one.default:
-            table[one.kernel] = one.chosen
+    table |= {one.kernel: one.chosen for one in found}
     content[device] = dict(sorted(table.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
@@ -157,17 +154,15 @@ def write_table(path: Path, device: str, found: list[Found]) -> None:
     os.replace(beside, path)
 
 
-def screen(cases: list[Case], capability: int, jobs: int) -> dict[str, dict[str, str]]:
-    """Of each kernel: the candidates, as `describe` has them, and why they do not fit; built in so many processes."""
-    found: dict[str, dict[str, str]] = {}
+def screen(cases: list[Case], capability: int, jobs: int) -> Iterator[tuple[str, str, str]]:
+    """Kernel, candidate as `describe` has it, and why it does not fit; built in so many processes."""
     tasks = [
         (case.kernel, values, capability) for case in cases for values in list_candidates(case)
     ]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         reasons = pool.map(screen_one, tasks)
         for (kernel, values, _), reason in zip(tasks, reasons, strict=True):
-            found.setdefault(kernel, {})[describe(values)] = reason
-    return found
+            yield kernel, describe(values), reason
 
 
 def screen_one(task: tuple[str, Values, int]) -> str:
@@ -177,24 +172,26 @@ def screen_one(task: tuple[str, Values, int]) -> str:
         return find_misfit(case, capability)
 
 
-def show_fitting(screened: dict[str, dict[str, str]]) -> None:
-    for kernel, misfits in screened.items():
+def show_fitting(screened: Iterator[tuple[str, str, str]]) -> None:
+    for kernel, candidates in itertools.groupby(screened, key=lambda one: one[0]):
         print(kernel)
-        for candidate, reason in misfits.items():
-            print(f"  {candidate:<44} {reason and f'would {reason}'}".rstrip())
+        for _, candidate, reason in candidates:
+            print(f"  {candidate:<44} {reason and f'would {reason}'}".rstrip(), flush=True)
 
 
 def run(cases: list[Case], path: Path, jobs: int) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     name = _tuning.describe_device(device)
-    screened = screen(cases, 10 * major + minor, jobs)
+    misfits: dict[str, dict[str, str]] = {case.kernel: {} for case in cases}
+    for kernel, candidate, reason in screen(cases, 10 * major + minor, jobs):
+        misfits[kernel][candidate] = reason
     print(f"{name}; the table is {path}", flush=True)
     failed = 0
     for case in cases:
         try:
             found = tune(
-                case, device, torch.bfloat16, screened[case.kernel],
+                case, device, torch.bfloat16, misfits[case.kernel],
                 lambda call: milliseconds(call, "cuda", graph=True, repeats=9),
             )  # fmt: skip
         except Exception as error:

@@ -161,7 +161,7 @@ def test_what_was_found_is_read_again(tables):
     assert read() == DEFAULTS | {"BLOCK": 2048}
     assert json.loads(own.read_text())["Another"] == {"a._kernel": {"BLOCK": 32}}
     tune.write_table(own, NAME, [Fake(1024, 512).tune()])
-    assert json.loads(own.read_text())[NAME] == {}
+    assert json.loads(own.read_text())[NAME] == {"a._kernel": {"BLOCK": 1024}}
 
 
 def test_a_run_keeps_what_it_found_when_a_kernel_fails(tables, capsys, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_run_keeps_what_it_found_when_a_kernel_fails(tables, capsys, monkeypat
     cases = [good.case, bad.case._replace(kernel="b._kernel")]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    screened = {"a._kernel": {}, "b._kernel": {"BLOCK 8192": "spill"}}
+    screened = [("a._kernel", "BLOCK 1024", ""), ("b._kernel", "BLOCK 8192", "spill")]
     monkeypatch.setattr(tune, "screen", lambda cases, capability, jobs: screened)
     monkeypatch.setattr(tune, "milliseconds", lambda call, *_, **__: good.clock(call))
     assert tune.run(cases, tables[1], 1) == 1
@@ -195,9 +195,11 @@ def test_shared_memory_is_held_to_the_card(monkeypatch):
 
 
 def test_a_dry_run_lists_candidates(capsys, monkeypatch):
-    monkeypatch.setattr(tune, "screen", lambda cases, capability, jobs: {
-        case.kernel: {"BLOCK 1": "", "BLOCK 2": "spill"} for case in cases
-    })  # fmt: skip
+    screened = [
+        ("swiglu._forward_kernel", "BLOCK 1", ""),
+        ("swiglu._forward_kernel", "BLOCK 2", "spill"),
+    ]
+    monkeypatch.setattr(tune, "screen", lambda cases, capability, jobs: screened)
     assert tune.main(["--dry-run", "--kernels", "swiglu._forward"]) == 0
     assert capsys.readouterr().out.split("\n")[:3] == [
         "swiglu._forward_kernel", "  BLOCK 1", f"  {'BLOCK 2':<44} would spill",
