@@ -123,7 +123,7 @@ class Session:
         step = bench.Size(size.trajectories, size.turns, size.tokens, 8, 8, 50)
         yield self.figures("ops", 20, lambda: gpu_ops.step_cases(step, device))
         yield self.head_figures("linear_ppo", 0.01, 0.001, 0.0)
-        yield Stage("rollout", 120, lambda: gpu_rollout.run(self.name, device))
+        yield Stage("rollout", 100, lambda: gpu_rollout.run(self.name, device, self.left))
         yield Stage("update", 40, lambda: gpu_update.run(self.name, device, self.ceiling))
         if on_gpu:
             yield Stage("linear_ppo, memory and parts", 15, self.inspect_head)

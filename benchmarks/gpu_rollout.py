@@ -37,6 +37,7 @@ from hiper_fast.rollout.play import Draw, Rollouts
 
 LARGE = 120e9  # bytes of a GPU that keeps all layers' activations
 GIB = 2**30
+MORE = 3  # times as long as that of the update's episodes the whole rollout may take
 
 
 class Size(NamedTuple):
@@ -73,8 +74,11 @@ class EndlessFamily(Family):
     environment = Endless
 
 
-def run(name: str, device: str) -> dict[str, object]:
-    """Prompt tokens a second, milliseconds and launches of a step; seconds and memory of a step's stages."""
+def run(name: str, device: str, left: Callable[[], float]) -> dict[str, object]:
+    """Prompt tokens a second, milliseconds and launches of a step; seconds and memory of a step's stages.
+
+    `left`: seconds that it may take still; without enough for the whole rollout that is left out.
+    """
     size, memory = SIZES[name], Memory(device)
     config = configure(size, device)
     agent = build_agent(size, config)
@@ -89,6 +93,10 @@ def run(name: str, device: str) -> dict[str, object]:
         rollouts = Rollouts(agent, engine, (), family, Prompts(size), config)
         optimizers = build_optimizers(agent, config)  # whose states are there from the update on
         result["update"] = attempt(lambda: time_update(rollouts, optimizers, size, config, memory))
+        needed = MORE * result["update"].get("rollout_seconds", 0)
+        if left() < needed:
+            result["skipped"] = f"the rollout: it may take {needed:.0f} s"
+            return result
         with memory.of(plan.ROLLOUT):
             result["rollout"] = attempt(lambda: time_rollout(rollouts, size.episodes, device)[1])
     result["step_seconds"] = attempt(lambda: add_stages(result))
@@ -232,14 +240,13 @@ def time_update(
     rollouts: Rollouts, optimizers: dict, size: Size, config: Config, memory: Memory
 ) -> dict[str, object]:
     """Scoring, credit and update of a part of the step's episodes, as training does them: the second of two."""
-    t, _ = time_rollout(rollouts, size.learned, config.model.device)
+    t, played = time_rollout(rollouts, size.learned, config.model.device)
     shape(t, config)
     learn(
         rollouts.agent, optimizers, t, config, memory
     )  # compiles, and makes the optimisers' states
-    return {"share": size.learned / size.episodes} | learn(
-        rollouts.agent, optimizers, t, config, memory
-    )
+    found = {"share": size.learned / size.episodes, "rollout_seconds": played["seconds"]}
+    return found | learn(rollouts.agent, optimizers, t, config, memory)
 
 
 def learn(agent: Agent, optimizers: dict, t, config: Config, memory: Memory) -> dict[str, object]:

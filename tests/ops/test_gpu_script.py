@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gpu_checks
 import gpu_head
+import gpu_rollout
 import gpu_timing
 import pytest
 import torch
@@ -81,6 +82,12 @@ def test_a_step(whole):
     assert {stage: set(sizes) for stage, sizes in played["gib"].items()} == {
         "in rollout": {"planned"}, "in scoring": {"planned"}, "in update": {"planned"},
     }  # fmt: skip
+
+
+def test_a_rollout_that_would_take_too_long_is_left_out():
+    played = gpu_rollout.run("tiny", "cpu", lambda: 0.0)
+    assert "rollout" not in played and "the rollout" in played["skipped"]
+    assert played["update"]["update_seconds"] > 0
 
 
 def test_an_update_packed_and_padded(whole):
