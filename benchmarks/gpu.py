@@ -95,7 +95,7 @@ def find_version(name: str) -> str | None:
 
 
 class Stage(NamedTuple):
-    """A part of the script; it begins only with so many seconds left, also for what must still come."""
+    """A part of the script, which begins only with so many seconds left."""
 
     name: str
     seconds: float
@@ -108,7 +108,7 @@ class Session:
     def __init__(self, size: str, device: str, minutes: float, show: Callable[[str], None]):
         self.name, self.size, self.device, self.show = size, SIZES[size], device, show
         self.ends = time.monotonic() + 60 * minutes
-        self.ceiling: dict[str, float] = {}
+        self.ceiling: dict[str, float] = {}  # empty: not found
         self.left_out: list[str] = []
 
     def left(self) -> float:

@@ -97,12 +97,16 @@ def measure(case: Case, device: str, ceiling: dict[str, float]) -> dict[str, obj
     if "error" in row:
         return row
     spent = row["milliseconds"]
-    if case.bytes:
+    if case.bytes and ceiling:
         row["share_of_bandwidth"] = case.bytes / spent / 1e6 / ceiling["gigabytes_per_second"]
     if case.flops:
         row["teraflops"] = case.flops / spent / 1e9
-        row["share_of_matmul"] = row["teraflops"] / ceiling["teraflops"]
+        row |= share_of_matmul(row["teraflops"], ceiling)
     return row
+
+
+def share_of_matmul(teraflops: float, ceiling: dict[str, float]) -> dict[str, float]:
+    return {"share_of_matmul": teraflops / ceiling["teraflops"]} if ceiling else {}
 
 
 def add_ratios(rows: list[dict], cases: list[Case]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import policy_update
 import torch
-from gpu_timing import attempt, count_launches
+from gpu_timing import attempt, count_launches, share_of_matmul
 from policy_update import Update, draw_turns, packed, padded
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -83,7 +83,7 @@ def time_layout(
         seconds = time.perf_counter() - began
     found = {"seconds": seconds, "computed_tokens": computed, "loss": loss}
     teraflops = count_flops(x, size) / seconds / 1e12
-    found |= {"teraflops": teraflops, "share_of_matmul": teraflops / ceiling["teraflops"]}
+    found |= {"teraflops": teraflops} | share_of_matmul(teraflops, ceiling)
     peak = find_peak(device)
     return found | ({"mfu": teraflops / peak} if peak else {})
 

@@ -130,6 +130,12 @@ def test_a_wrong_result_has_no_time():
     assert "milliseconds" not in row and "0.5 away" in row["error"]
 
 
+def test_without_ceilings_there_are_times_still():
+    case = gpu_timing.Case("x", "ours", lambda: None, bytes=8, flops=8)
+    row = gpu_timing.measure(case, "cpu", {})
+    assert row["milliseconds"] > 0 and not [key for key in row if key.startswith("share")]
+
+
 def test_half_of_the_rows_are_clipped():
     rows = gpu_head.Rows(16, 8, 50, "cpu", clipped=0.5)
     _, metrics = ops.linear_ppo(
