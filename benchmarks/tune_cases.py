@@ -20,8 +20,9 @@ from hiper_fast.kernels.paged_attention import paged_attention
 from hiper_fast.kernels.ppo_loss import ppo_loss
 from hiper_fast.kernels.rms_norm import rms_norm, rms_norm_backward
 from hiper_fast.kernels.rope import rope
+from hiper_fast.kernels.scatter_advantages import normalize_and_scatter
 from hiper_fast.kernels.swiglu import swiglu, swiglu_backward
-from hiper_fast.ops import reference
+from hiper_fast.ops import HAE, reference
 
 HIDDEN, INNER, VOCABULARY = 1536, 8960, 151_936  # of Qwen2.5-1.5B
 HEADS, KV_HEADS, HEAD_SIZE = 12, 2, 128
@@ -241,6 +242,20 @@ def prepare_scan(which: str, turns: int) -> Callable[..., Launch]:
     return prepare
 
 
+def prepare_scatter(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
+    draw, turns, tokens = Draw(device, torch.float32), 20 if few else 6400, 150 if few else 281
+    levels, opens = draw.normal(3, turns), draw.normal(turns) > 1
+    roles = 2 ** draw.below(3, turns * tokens).to(torch.uint8)
+    rest = opens, roles, draw.prefix_sum(turns, tokens)
+
+    def expected():
+        low, high, switch = levels.double().unbind(0)
+        credit = HAE(low, low, high, high, switch, switch, opens)
+        return (reference.normalize_and_scatter(credit, *rest[1:])[0],)
+
+    return Launch(lambda: (normalize_and_scatter(*levels, *rest)[0],), expected)
+
+
 def double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
@@ -301,6 +316,16 @@ CASES = [
         prepare_attention(128, 1),
     ),
     Case("paged_attention.splits", {"LEAST_KEYS": (256, 128, 512)}, prepare_attention(8, 1)),
+    Case(
+        "scatter_advantages._moments_kernel",
+        {"TURNS": (32, 16, 64), "TOKENS": (128, 64, 256), "num_warps": (4, 2, 8)},
+        prepare_scatter,
+    ),
+    Case(
+        "scatter_advantages._scatter_kernel",
+        {"TURNS": (8, 4, 16), "TOKENS": (128, 64, 256), "num_warps": (4, 2, 8)},
+        prepare_scatter,
+    ),
     Case("_policy._terms_kernel", {"num_warps": (4, 2, 8)}, prepare_loss),
     *(
         Case(f"{which}._kernel {tile}", {"num_warps": warps}, prepare_scan(which, turns))

@@ -23,12 +23,10 @@ from hiper_fast.kernels._moments import (
     store_part,
 )
 from hiper_fast.kernels._scan import bounds
+from hiper_fast.kernels._tuning import constants
 
 _ACTION, _SUBGOAL, _SWITCH = (tl.constexpr(bit) for bit in (1, 2, 4))  # 1 << level
 _LEVELS = tl.constexpr(4)
-_TOKENS = 128
-_TURNS = 8  # of a tile that scatters
-_MOMENT_TURNS = 32  # of one that finds moments
 
 
 @triton.jit
@@ -146,12 +144,15 @@ def _scatter(given, parts, trained, levels, number, eps):
     turns, tokens = boundary.shape[0], roles.shape[0]
     advantages = low.new_empty(tokens)
     loss_mask = torch.empty(tokens, dtype=torch.bool, device=roles.device)
+    tile = constants(
+        "scatter_advantages._scatter_kernel", low.device, TURNS=8, TOKENS=128, num_warps=4
+    )
     if turns:
         with on_device(low):
-            _scatter_kernel[(triton.cdiv(turns, _TURNS),)](
+            _scatter_kernel[(triton.cdiv(turns, tile["TURNS"]),)](
                 *given, parts, trained, advantages, loss_mask, levels, _errors.flags(), tokens, turns, number, eps,
-                SLOT=_errors.SCATTER_TOKENS, NORMALIZE=parts is not None, TURNS=_TURNS, TOKENS=_TOKENS,
-                num_warps=4, enable_fp_fusion=True,
+                SLOT=_errors.SCATTER_TOKENS, NORMALIZE=parts is not None, **tile,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return advantages, loss_mask
 
@@ -183,13 +184,15 @@ def normalize_and_scatter(
     turns, tokens = boundary.shape[0], roles.shape[0]
     levels, trained = low.new_empty(3, turns), roles.new_empty(turns)
     parts = new_parts(low, _LEVELS.value)
-    steps = triton.cdiv(turns, _MOMENT_TURNS * MOST_PARTS.value)
-    number = triton.cdiv(turns, _MOMENT_TURNS * max(1, steps))
+    tile = constants(
+        "scatter_advantages._moments_kernel", low.device, TURNS=32, TOKENS=128, num_warps=4
+    )
+    steps = triton.cdiv(turns, tile["TURNS"] * MOST_PARTS.value)
+    number = triton.cdiv(turns, tile["TURNS"] * max(1, steps))
     if turns:
         with on_device(low):
             _moments_kernel[(number,)](
                 *given, parts, trained, _errors.flags(), tokens, turns, steps,
-                SLOT=_errors.SCATTER_TOKENS, TURNS=_MOMENT_TURNS, TOKENS=_TOKENS,
-                num_warps=4, enable_fp_fusion=True,
+                SLOT=_errors.SCATTER_TOKENS, **tile, enable_fp_fusion=True,
             )  # fmt: skip
     return *_scatter(given, parts, trained, levels, number, eps), levels
