@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from hiper_fast.ops._scale import scale_gradients
+
 
 def find_needs(op: str, *tensors: Tensor | None) -> tuple[bool, ...]:
     """Which of the op's differentiable arguments need a gradient; an error where one has a tangent."""
@@ -30,11 +32,12 @@ def refuse_forward_mode(op: str) -> None:
     )
 
 
-def make_differentiable(op: str, run: Callable, places: Sequence[int]) -> Callable:
-    """A call of `run`, of (loss, what has no gradient, the loss's gradients by its arguments at `places`),
-    once differentiable.
+def make_differentiable(op: str, run: Callable, places: Sequence[int], *, tensors: int) -> Callable:
+    """A call of `run`, of `tensors` tensors and then options, which gives (loss, what has no gradient, the loss's
+    gradients by its arguments at `places`), once differentiable.
 
-    The gradients are made with the loss; backward only scales them.
+    The gradients are made with the loss; backward scales them in place and hands them over. From then on the graph has
+    none: only a second backward over it makes them anew, which takes as long as the loss.
     """
 
     class Loss(torch.autograd.Function):
@@ -45,22 +48,35 @@ def make_differentiable(op: str, run: Callable, places: Sequence[int]) -> Callab
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            loss, *others = output
+            _, *others = output
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(loss, *others[-len(places) :])
+            ctx.save_for_backward(*inputs[:tensors])
             ctx.mark_non_differentiable(*others)
+            ctx.options = inputs[tensors:]
+            ctx.gradients = others[-len(places) :]
 
         @staticmethod
         def backward(ctx, gradient, *_):
             if gradient is None:
                 return (None,) * len(ctx.needs_input_grad)
-            loss, *saved = ctx.saved_tensors
-            scaled = scale(gradient, refuse_twice(op, saved, loss))
-            found = dict(zip(places, scaled, strict=True))
+            found = dict(zip(places, scale(ctx, gradient), strict=True))
             return tuple(
                 found.get(place) if need else None
                 for place, need in enumerate(ctx.needs_input_grad)
             )
+
+    def scale(ctx, gradient: Tensor) -> Sequence[Tensor]:
+        """The loss's gradients times `gradient`; with create_graph differentiable in that."""
+        gradients = ctx.gradients
+        if gradients is None:
+            with torch.no_grad():
+                gradients = run(*ctx.saved_tensors, *ctx.options)[-len(places) :]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            constants = refuse_twice(op, gradients, *ctx.saved_tensors)
+            return [constant * gradient.to(constant.dtype) for constant in constants]
+        ctx.gradients = None
+        scale_gradients(gradients, gradient)
+        return gradients
 
     return refuse_forward_over_reverse(op, Loss)
 
@@ -101,18 +117,6 @@ def make_recomputing(
             return *named, *(None,) * (tensors - wanted + len(ctx.options))
 
     return refuse_forward_over_reverse(op, Recomputed)
-
-
-def scale(gradient: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The saved gradients times that of the loss; with create_graph differentiable in the latter."""
-    if (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and gradient.is_cpu
-        and gradient.item() == 1
-    ):
-        return saved
-    return [tensor * gradient.to(tensor.dtype) for tensor in saved]
 
 
 def refuse_twice(op: str, gradients: Sequence[Tensor], *roots: Tensor | None) -> Sequence[Tensor]:

@@ -112,7 +112,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_call = make_differentiable("linear_ppo", _op, places=(0, 1, 2))
+_call = make_differentiable("linear_ppo", _op, places=(0, 1, 2), tensors=7)
 
 
 def linear_ppo(

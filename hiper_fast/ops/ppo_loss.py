@@ -39,7 +39,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_call = make_differentiable("ppo_loss", _op, places=(0, 5))
+_call = make_differentiable("ppo_loss", _op, places=(0, 5), tensors=6)
 
 
 def ppo_loss(

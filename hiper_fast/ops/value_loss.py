@@ -51,7 +51,7 @@ _op = _library.define(
     cuda=True,
     fake=_fake,
 )
-_call = make_differentiable("value_loss", _op, places=(0,))
+_call = make_differentiable("value_loss", _op, places=(0,), tensors=4)
 
 
 def value_loss(

@@ -39,6 +39,7 @@ from hiper_fast.kernels.paged_attention import paged_attention
 from hiper_fast.kernels.ppo_loss import ppo_loss
 from hiper_fast.kernels.rms_norm import rms_norm, rms_norm_backward
 from hiper_fast.kernels.rope import rope
+from hiper_fast.kernels.scale_gradients import scale_gradients
 from hiper_fast.kernels.scatter_advantages import normalize_and_scatter, scatter_advantages
 from hiper_fast.kernels.swiglu import swiglu, swiglu_backward
 from hiper_fast.kernels.value_loss import value_loss
@@ -130,6 +131,7 @@ def launch_all() -> None:
             y, terms = x[:tokens], (x[:tokens] if ref else None, x[:tokens] if entropy else None)
             ppo_loss(y, y, y, mask[:tokens], *terms, 0.2, 0.2, 3.0, 0.01, 0.01, denominator, True)
         value_loss(x[:3], x[:3], x[:3], mask[:3], 0.5, None, True)
+        scale_gradients([x[:16]], x[0])
 
     for dtype, with_bias, softcap in itertools.product(
         (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False), (None, 30.0)
@@ -160,6 +162,8 @@ def launch_all() -> None:
                 head = (hidden, weight, bias, targets, x, x, ref, 1.0, softcap)
                 options = (0.2, 0.2, 3.0, kl_coef, 0.01 if entropy else 0.0, None)
                 linear_ppo(*head, *options, True, True, with_bias)
+    halves = [torch.zeros(16, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
+    scale_gradients(halves, torch.zeros(()))
     for ids in (torch.int32, torch.int64):
         cu_tokens, offsets = (
             torch.tensor([0, 3], dtype=torch.int32),

@@ -7,6 +7,7 @@ from hiper_fast.ops import reference
 
 pytest.importorskip("triton")
 
+from hiper_fast.kernels import scale_gradients as scale
 from hiper_fast.kernels.ppo_loss import ppo_loss
 from hiper_fast.kernels.value_loss import value_loss
 
@@ -141,3 +142,18 @@ def test_slices_may_begin_anywhere(device):
     ):
         for x, y in zip(run(slices), run(copies), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, -0.375, float("nan")])
+def test_scale_gradients(device, dtype, factor, monkeypatch):
+    """Two programs, of which one has two blocks; and what lies behind the last stays as it is."""
+    monkeypatch.setattr(scale, "_PROGRAMS", 2)
+    kept = [torch.randn(n, dtype=dtype, device=device) for n in (0, 1, 2 * scale._BLOCK + 77)]
+    made = [x.clone() for x in kept]
+    by = torch.tensor(factor, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    scale.scale_gradients([made[0], made[1], made[2][:-7]], by)
+    for x, y in zip(made[:2], kept[:2], strict=True):
+        torch.testing.assert_close(x, y * by.to(dtype), equal_nan=True)
+    torch.testing.assert_close(made[2][:-7], kept[2][:-7] * by.to(dtype), equal_nan=True)
+    assert torch.equal(made[2][-7:], kept[2][-7:])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hiper_fast import bench, ops
 
@@ -56,6 +57,7 @@ def constants(x):
 
 LAYERS = ("rms_norm", "swiglu", "rope")
 LOSSES = ("linear_logprobs", "linear_ppo", "ppo_loss", "value_loss", *LAYERS)
+MADE_WITH_THE_LOSS = ("linear_ppo", "ppo_loss", "value_loss")
 CONSTANTS = ("hae", "gae", "normalize", "scatter_advantages", "normalize_and_scatter")
 for_every_loss = pytest.mark.parametrize("op", LOSSES)
 for_every_constant = pytest.mark.parametrize("op", CONSTANTS)
@@ -138,7 +140,7 @@ def test_a_gradient_with_a_graph_can_be_used_as_a_constant(x, op):
     torch.testing.assert_close(leaf.grad, differentiate(loss, value))
 
 
-@pytest.mark.parametrize("op", ["linear_ppo", "ppo_loss", "value_loss"])
+@pytest.mark.parametrize("op", MADE_WITH_THE_LOSS)
 def test_a_gradient_can_be_differentiated_in_what_multiplies_the_loss(x, op):
     """Also where that is 1, which backward need not multiply by."""
     loss, value = losses(x)[op]
@@ -160,6 +162,53 @@ def test_backward_twice_over_one_graph_adds_the_same_again(x, op):
     total.backward()
     torch.testing.assert_close(leaf.grad, 3 * once)
     assert not leaf.grad.requires_grad
+
+
+@pytest.mark.parametrize("op", MADE_WITH_THE_LOSS)
+@pytest.mark.parametrize("factor", [1.0, 1 / 3])
+def test_backward_hands_over_what_was_made_with_the_loss(x, op, factor):
+    """Scaled where it lies: a copy of a head's gradient would be most of what a step holds."""
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if f"hiper_fast.{op}." in str(function):
+                self.addresses = {tensor.data_ptr() for tensor in result}
+            return result
+
+    loss, value = losses(x)[op]
+    leaf = value.clone().requires_grad_()
+    with Made() as made:
+        total = loss(leaf)
+    (factor * total).backward()
+    assert leaf.grad.data_ptr() in made.addresses
+    torch.testing.assert_close(leaf.grad, factor * differentiate(loss, value))
+
+
+@for_every_loss
+def test_a_gradient_that_was_handed_over_may_be_overwritten(x, op):
+    """The graph, where it is kept, gives the right one again."""
+    loss, value = losses(x)[op]
+    leaf, expected = value.clone().requires_grad_(), differentiate(loss, value)
+    total = loss(leaf)
+    for factor in (1.0, 3.0, 1.0):
+        (gradient,) = torch.autograd.grad(factor * total, leaf, retain_graph=True)
+        torch.testing.assert_close(gradient, factor * expected)
+        gradient.zero_()
+    total.backward()
+    torch.testing.assert_close(leaf.grad, expected)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        total.backward()
+
+
+def test_gradients_are_scaled_by_what_only_the_device_knows():
+    gradients = [torch.ones(3, 2), torch.ones(0), torch.ones(2, dtype=torch.float16)]
+    for factor, expected in ((1.0, 1.0), (-0.5, -0.5), (0.0, 0.0)):
+        torch.ops.hiper_fast.scale_gradients(gradients, torch.tensor(factor))
+        assert [g.tolist() for g in gradients] == [[[expected] * 2] * 3, [], [expected] * 2]
+    torch.library.opcheck(
+        torch.ops.hiper_fast.scale_gradients.default, (gradients, torch.tensor(2.0))
+    )
 
 
 @for_every_constant

@@ -24,6 +24,7 @@ CEILINGS = {
     "_policy._terms_kernel": 112,
     "_total._finish_kernel": 64,
     "value_loss._kernel": 64,
+    "scale_gradients._kernel": 64,
     "paged_attention._kernel": 255,  # as much where a pool is not aligned; else 193
     "paged_attention._merge_kernel": 128,
     "_head._statistics_kernel": 128,
@@ -46,6 +47,7 @@ VECTORS = {
     "value_loss._kernel": (0.45, 0.4),
     "normalize._moments_kernel": (0.4, 0.0),
     "normalize._normalize_kernel": (0.4, 0.4),
+    "scale_gradients._kernel": (0.8, 0.9),
     "paged_attention._kernel": (0.8, 0.6),
     "rms_norm._forward_kernel": (0.9, 0.9),
     "rms_norm._backward_kernel": (0.9, 0.0),
