@@ -199,18 +199,10 @@ class Head:
         if bias is not None:
             self.bias = bias.new_zeros(self.pitch, dtype=wide(dtype))
             self.bias[: self.vocabulary] = bias
-        share = constants("_head.scratch", hidden.device, SHARE=_SHARE)["SHARE"]
-        self.chunk, capacity = row_counts(self.count, self.pitch, dtype, any(needs), share)
-        self.logits = hidden.new_empty(self.chunk, self.pitch, dtype=wide(dtype))
-        self.logits[:, self.vocabulary :] = 0  # read, though nothing depends on it
-        self.peaks, self.log_sums = self.logits.new_empty(2, self.chunk).unbind(0)
+        self._make_room(compact)
         self.begun = False  # grad_weight holds a sum
         self.first = 0  # row of hidden of the first pending row
         self.pending = 0  # rows that wait for the products; with compact at most so many
-        self.rows = hidden.new_empty(capacity, self.pitch, dtype=dtype)
-        self.index = torch.empty(
-            capacity if compact else 0, dtype=torch.int64, device=hidden.device
-        )
         self.places = torch.zeros(
             1, dtype=torch.int32, device=hidden.device
         )  # its last: how many are pending
@@ -220,6 +212,17 @@ class Head:
         self.grad_hidden = new(self.hidden if need_hidden else hidden[:0, 0])
         self.grad_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=wide(dtype))
         self.grad_bias = weight.new_zeros(self.vocabulary if need_bias else 0, dtype=wide(dtype))
+
+    def _make_room(self, compact: bool) -> None:
+        """For a chunk's logits, for its rows' numbers, and for the gradients that wait."""
+        dtype = self.hidden.dtype
+        share = constants("_head.scratch", self.hidden.device, SHARE=_SHARE)["SHARE"]
+        self.chunk, capacity = row_counts(self.count, self.pitch, dtype, any(self.needs), share)
+        self.logits = self.hidden.new_empty(self.chunk, self.pitch, dtype=wide(dtype))
+        self.logits[:, self.vocabulary :] = 0  # read, though nothing depends on it
+        self.peaks, self.log_sums = self.logits.new_empty(2, self.chunk).unbind(0)
+        self.rows = self.hidden.new_empty(capacity, self.pitch)
+        self.index = self.targets.new_empty(capacity if compact else 0)
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows, each after its logits were made."""
@@ -298,9 +301,7 @@ class Head:
             chosen = self.index[:count]
         if need_hidden:
             # Sums over the whole vocabulary, perhaps in several parts: those too are added in float32.
-            grad_hidden = self.hidden.new_empty(
-                count, self.hidden.shape[1], dtype=self.logits.dtype
-            )
+            grad_hidden = self.hidden.new_empty(count, self.hidden.shape[1], dtype=self.peaks.dtype)
             product(grad_hidden, rows, self.weight, alpha=self.scale)
             self.grad_hidden[chosen] = grad_hidden.to(self.grad_hidden.dtype)
         if need_weight:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hiper_fast.kernels._head import Head
+from hiper_fast.kernels._tiles import make_head
 
 
 @torch.no_grad()
@@ -16,9 +16,9 @@ def linear_logprobs(
     softcap: float | None,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    head = Head(hidden, weight, bias, targets, temperature, softcap)
-    logprobs = head.logits.new_empty(len(targets))
-    entropy = head.logits.new_empty(len(targets) if want_entropy else 0)
+    head = make_head(hidden, weight, bias, targets, temperature, softcap)
+    logprobs = head.peaks.new_empty(len(targets))
+    entropy = head.peaks.new_empty(len(targets) if want_entropy else 0)
     for part in head.chunks():
         head.statistics(part, logprobs, entropy if want_entropy else None)
     return logprobs, entropy
@@ -33,9 +33,9 @@ def linear_logprobs_backward(
     through_entropy = len(grad_entropy) > 0
     needs = (need_hidden, need_weight, need_bias)
     compact = not through_entropy
-    head = Head(hidden, weight, bias, targets, temperature, softcap, needs, compact=compact)
-    logprobs = head.logits.new_empty(len(targets))
-    entropy = head.logits.new_empty(len(targets)) if through_entropy else None
+    head = make_head(hidden, weight, bias, targets, temperature, softcap, needs, compact=compact)
+    logprobs = head.peaks.new_empty(len(targets))
+    entropy = head.peaks.new_empty(len(targets)) if through_entropy else None
     grad_logprobs = grad_logprobs.contiguous()
     grad_entropy = grad_entropy.contiguous() if through_entropy else None
     for part in head.chunks():

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from hiper_fast.kernels import _policy
-from hiper_fast.kernels._head import Head
 from hiper_fast.kernels._launch import buffer
+from hiper_fast.kernels._tiles import make_head
 from hiper_fast.kernels._total import BLOCK, finish, part_sums
 
 
@@ -25,11 +25,11 @@ def linear_ppo(
     denominator = float(rows or 1) if denominator is None else denominator
     # Only the ratio's term can have a gradient of exactly 0: by its clips, or for advantage 0.
     compact = entropy_coef == 0 and (ref_logprobs is None or kl_coef == 0)
-    head = Head(
+    head = make_head(
         hidden, weight, bias, targets, temperature, softcap, needs, 1.0 / denominator, compact
     )
-    logprobs = head.logits.new_empty(rows)
-    slope, entropy, entropy_slope = head.logits.new_empty(3, rows).unbind(0)
+    logprobs = head.peaks.new_empty(rows)
+    slope, entropy, entropy_slope = head.peaks.new_empty(3, rows).unbind(0)
     if entropy_coef == 0:
         entropy = entropy_slope = None
     every = torch.ones_like(targets, dtype=torch.bool)
@@ -37,7 +37,7 @@ def linear_ppo(
 
     blocks = triton.cdiv(head.chunk, BLOCK)
     # A last chunk may have fewer blocks.
-    parts = part_sums(head.logits, triton.cdiv(rows, head.chunk) * blocks * BLOCK).zero_()
+    parts = part_sums(head.peaks, triton.cdiv(rows, head.chunk) * blocks * BLOCK).zero_()
     for number, part in enumerate(head.chunks()):
         head.statistics(part, logprobs, entropy)
         vectors = (slope, entropy_slope, logprobs, *given, entropy)

@@ -27,8 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hiper_fast.kernels._head as head
+import hiper_fast.kernels._tiles as tiles
 from hiper_fast.kernels.find_roles import find_roles
 from hiper_fast.kernels.gae import gae
 from hiper_fast.kernels.hae import hae
@@ -71,6 +73,9 @@ class Launches:
             value = bound[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                element = POINTERS[value.base.dtype].removeprefix("*")
+                signature[parameter.name] = f"tensordesc<{element}{value.block_shape}>"
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
                 if not parameter.do_not_specialize_on_alignment:
@@ -210,6 +215,18 @@ def launch_layers() -> None:
             rope(*(x.transpose(1, 2) for x in states), *angles, back)
 
 
+def launch_tiles() -> None:
+    """The tiled head over a usual vocabulary, with gradients and without."""
+    tiles.HEAD = "tma"
+    targets, grads = torch.zeros(3).long(), torch.zeros(3)
+    for dtype in (torch.bfloat16, torch.float16):
+        hidden, weight = (torch.zeros(n, 16, dtype=dtype) for n in (3, 151_936))
+        given = hidden, weight, None, targets, 1.0, None
+        linear_logprobs(*given, False)
+        linear_logprobs_backward(grads, grads, *given, True, True, False)
+    tiles.HEAD = "cublas"
+
+
 def build(launch: tuple, capability: int, whole: bool) -> dict:
     """Compile one launch; `whole`: with all pointers aligned to 16 bytes, as whole tensors are, else with none."""
     kernel, signature, constants, aligned, options = launch
@@ -227,7 +244,7 @@ def build(launch: tuple, capability: int, whole: bool) -> dict:
     used = {
         name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)
     }
-    dtypes = sorted({t for t in signature.values() if t.startswith(("*fp", "*bf"))})
+    dtypes = sorted({t for t in signature.values() if t.startswith(("*fp", "*bf", "tensordesc"))})
     return {
         "kernel": f"{kernel.module.rsplit('.', 1)[-1]}.{kernel.__name__}",
         "dtypes": dtypes,
@@ -239,6 +256,8 @@ def build(launch: tuple, capability: int, whole: bool) -> dict:
         "stack": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
         **count_accesses(compiled.asm["ptx"]),
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "tma": compiled.asm["ptx"].count("cp.async.bulk.tensor"),
     }
 
 
@@ -272,9 +291,11 @@ def main(capability: int) -> None:
     with recording() as launches:
         launch_all()
         launch_layers()
+        if capability >= 90:
+            launch_tiles()
     unaligned = {}  # slices of tensors begin anywhere: one such build for each kernel
     for launch in launches.found.values():
-        if launch[0].module != head.__name__:  # whose rows lie in buffers of its own
+        if launch[0].module not in (head.__name__, tiles.__name__):  # of rows in their own buffers
             unaligned.setdefault(launch[0], launch)
         print(json.dumps(build(launch, capability, whole=True), default=str), flush=True)
     for launch in unaligned.values():

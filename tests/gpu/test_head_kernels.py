@@ -7,7 +7,7 @@ from hiper_fast.ops import reference
 
 pytest.importorskip("triton")
 
-from hiper_fast.kernels import _head, _launch, raise_pending
+from hiper_fast.kernels import _head, _launch, _tiles, raise_pending
 from hiper_fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_backward
 from hiper_fast.kernels.linear_ppo import linear_ppo
 
@@ -332,6 +332,120 @@ def test_a_bad_target_is_reported_by_its_own_call_where_asked(device, monkeypatc
     linear_logprobs(hidden, weight, None, targets, 1.0, None, False)
     with pytest.raises(ValueError, match="targets"):
         linear_logprobs(hidden, weight, None, targets + 6, 1.0, None, False)
+
+
+@pytest.fixture
+def tiles(device, interpreted, monkeypatch):
+    """HIPER_FAST_HEAD=tma; interpreted in small tiles and chunks, of which there are then several."""
+    if not interpreted and torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip("the tiled head is for compute capability 9")
+    monkeypatch.setattr(_tiles, "HEAD", "tma")
+    if interpreted:
+        monkeypatch.setattr(_tiles, "_TILE", {"ROWS": 16, "COLUMNS": 32, "DEPTH": 16})
+        monkeypatch.setattr(_tiles, "_MOST_ROWS", 32)
+        monkeypatch.setattr(_tiles, "_TILES", 2)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
+def half(request, interpreted):
+    if interpreted and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    return request.param
+
+
+HALF_FLOORS = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # rounded twice
+
+
+@pytest.mark.parametrize("n, h, v", [(0, 8, 5), (1, 8, 1), (37, 24, 150)])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_tiled_head(device, tiles, half, n, h, v, temperature):
+    case = random_case(n, h, v, half)
+    grads = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    hidden, weight, _, targets = (x.to(device) for x in case)
+    given = hidden, weight, None, targets, temperature, None
+    assert isinstance(_tiles.make_head(*given), _tiles.TiledHead) == (n > 0)
+    results = linear_logprobs(*given, True)
+    assert torch.equal(linear_logprobs(*given, False)[0], results[0])
+    gradients = linear_logprobs_backward(*grads.float().to(device), *given, True, True, False)
+    truth, torchs = (
+        through_autograd(dtype, case, False, temperature, None, True, grads)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_as_exact(results, torchs[0], truth[0])
+    assert_as_exact(gradients[:2], torchs[1][:2], truth[1][:2], HALF_FLOORS[half])
+
+
+@pytest.mark.parametrize("entropy_coef", [0.125, 0.0])
+def test_linear_ppo_by_tiles_is_that_by_rows(device, tiles, half, entropy_coef, monkeypatch):
+    hidden, weight, _, targets = (x.to(device) for x in random_case(37, 24, 150, half))
+    old = linear_logprobs(hidden, weight, None, targets, 0.5, None, False)[0] + 0.1
+    advantages = torch.randn(37, device=device)
+    options = old, advantages, old - 0.3, 0.5, None, *PPO.values(), 0.25, entropy_coef, None
+    arguments = hidden, weight, None, targets, *options, True, True, False
+    by_tiles = linear_ppo(*arguments)
+    monkeypatch.setattr(_tiles, "HEAD", "cublas")
+    by_rows = linear_ppo(*arguments)
+    torch.testing.assert_close(by_tiles[:3], by_rows[:3], rtol=1e-5, atol=1e-5)
+    for x, y in zip(by_tiles[3:5], by_rows[3:5], strict=True):
+        assert (x - y).abs().max() <= HALF_FLOORS[half] * y.abs().max()
+
+
+def test_the_tiled_heads_gradient_of_a_sure_token_is_not_that_of_a_rounded_share(
+    device, tiles, half
+):
+    """1 - p of p = 0.9999, where the share has three digits."""
+    hidden = torch.zeros(1, 8, dtype=half, device=device)
+    weight = torch.zeros(64, 8, dtype=half, device=device)
+    hidden[0, 0], weight[40, 0] = 1.0, 13.4
+    target, one = torch.tensor([40], device=device), torch.ones(1, device=device)
+    given = hidden, weight, None, target, 1.0, None
+    gradient = linear_logprobs_backward(one, 0 * one, *given, False, True, False)[1]
+    logits = (hidden.double() @ weight.double().T)[0]
+    expected = 1 - torch.softmax(logits, 0)[40]
+    torch.testing.assert_close(gradient[40, 0].double(), expected, rtol=1e-2, atol=0)
+
+
+def test_the_tiled_head_with_nan_infinity_and_bad_targets(device, tiles, half):
+    hidden, weight, _, targets = (x.to(device) for x in random_case(3, 8, 70, half))
+    hidden[:, 0] = 1.0
+    weight[32:64, 0] = -torch.inf  # tokens that are forbidden, in interpreted tiles a whole one
+    targets[:] = 65
+    allowed = torch.cat([torch.arange(32), torch.arange(64, 70)]).to(device)
+    expected = reference.linear_logprobs(
+        hidden.float(), weight[allowed].float(), targets - 32, entropy=True
+    )
+    given = hidden, weight, None, targets, 1.0, None
+    torch.testing.assert_close(linear_logprobs(*given, True), expected, rtol=1e-5, atol=1e-5)
+    hidden[1, 2] = torch.nan
+    assert linear_logprobs(*given, False)[0].isnan().tolist() == [False, True, False]
+    targets[2] = 70
+    linear_logprobs(*given, False)
+    with pytest.raises(ValueError, match="targets"):
+        raise_pending()
+
+
+@pytest.mark.parametrize("change", ["float32", "bias", "cap", "unaligned", "rows left out"])
+def test_what_the_tiled_head_does_not_take_goes_to_the_other(device, tiles, change):
+    hidden, weight, bias, targets = (x.to(device) for x in random_case(3, 9, 5, torch.float16))
+    if change != "unaligned":
+        hidden, weight = hidden[:, :8].contiguous(), weight[:, :8].contiguous()
+    if change == "float32":
+        hidden, weight = hidden.float(), weight.float()
+    head = _tiles.make_head(
+        hidden, weight, bias if change == "bias" else None, targets, 1.0, 2.0 if change == "cap" else None,
+        compact=change == "rows left out",
+    )  # fmt: skip
+    assert type(head) is _head.Head
+
+
+@pytest.mark.parametrize("v", [50, 151_936, 256_000, 2_000_000])
+def test_what_the_tiled_head_holds_stays_below_its_bytes(v):
+    for rows in (1, 16_384):
+        hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, v))
+        targets = torch.empty(rows, dtype=torch.int64, device="meta")
+        head = _tiles.TiledHead(hidden, weight, None, targets, 1.0, None, (True, True, False))
+        held = head.rows.nbytes + sum(part.nbytes for part in head.parts)
+        assert 1 <= head.chunk <= rows and held <= 1.05 * _head.SCRATCH_BYTES
 
 
 @pytest.mark.parametrize("v", [50, 32_000, 151_936, 256_000, 2_000_000])
