@@ -27,5 +27,5 @@ def scale_gradients(gradients: list[Tensor], factor: Tensor) -> None:
         count = gradient.numel()
         with on_device(gradient):
             _kernel[(min(triton.cdiv(count, _BLOCK), _PROGRAMS),)](
-                gradient, factor, count, BLOCK=_BLOCK, enable_fp_fusion=True
+                gradient, factor, count, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True
             )
