@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hiper_fast.kernels._head import Head
+from hiper_fast.kernels._tiles import TiledHead
 from hiper_fast.kernels.gae import gae
 from hiper_fast.kernels.hae import hae
 from hiper_fast.kernels.linear_ppo import linear_ppo
@@ -163,6 +164,31 @@ def prepare_head(few: bool, device: torch.device, dtype: torch.dtype):
     return head, x, bias if bias is None else bias.double()
 
 
+def prepare_tiles(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
+    """The tiled head's product, and the gradient in its place: they share the tiles' width."""
+    draw, rows = Draw(device, dtype), 9 if few else 1536
+    vocabulary, width = (500, 16) if few else (VOCABULARY, HIDDEN)
+    x = draw.normal(rows, width), draw.normal(vocabulary, width) / width**0.5
+    targets, needs = draw.below(vocabulary, rows), (True, False, False)
+    slopes = draw.normal(2, rows, dtype=torch.float32).unbind(0)
+
+    def call():
+        head = TiledHead(*x, None, targets, 1.0, None, needs)
+        logprobs, entropy = head.peaks.new_empty(2, rows).unbind(0)
+        for part in head.chunks():
+            head.statistics(part, logprobs, entropy)
+            head.gradient(part, entropy, *slopes)
+        return logprobs, entropy, head.gradients()[0]
+
+    def expected():
+        def run(hidden):
+            return reference.linear_logprobs(hidden, x[1].double(), targets, entropy=True)
+
+        return *run(x[0].double()), *differentiate(run, slopes, x[0])
+
+    return Launch(call, expected)
+
+
 def prepare_scratch(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
     draw, rows = Draw(device, dtype), 9 if few else TOKENS
     vocabulary, width = (500, 16) if few else (VOCABULARY, HIDDEN)
@@ -305,6 +331,13 @@ CASES = [
         prepare_gradient,
     ),
     Case("_head.scratch", {"SHARE": (3, 2, 4, 6)}, prepare_scratch),
+    Case(
+        "_tiles._tile_kernel",
+        {"COLUMNS": (256, 128), "num_stages": (4, 2), "num_warps": (8, 4)},
+        prepare_tiles,
+    ),
+    Case("_tiles._gradient_kernel", {"TILES": (32, 16, 64), "num_warps": (8, 4)}, prepare_tiles),
+    Case("_tiles.head", {"TMA": (False, True)}, prepare_scratch),
     Case(
         "paged_attention._kernel prompts",
         {"ROWS": (64, 32, 128), "KEYS": (64, 32, 128), "num_warps": (8, 4)},

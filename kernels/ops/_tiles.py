@@ -26,17 +26,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hiper_fast.kernels import _errors, _head
 from hiper_fast.kernels._head import _LOWEST, Head, _target
 from hiper_fast.kernels._launch import on_device
+from hiper_fast.kernels._tuning import constants
 
-HEAD = os.environ.get("HIPER_FAST_HEAD", "cublas")
-if HEAD not in ("cublas", "tma"):
-    raise ValueError(f"HIPER_FAST_HEAD in the environment must be cublas or tma, got {HEAD}")
-# With 8 warps and the factors of four steps on their way one program takes 225 of a processor's 227 KB of shared memory
-# and nearly all of its registers.
-_TILE = {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64}
-_STAGES = 4
+HEAD = os.environ.get("HIPER_FAST_HEAD", "auto")
+if HEAD not in ("auto", "cublas", "tma"):
+    raise ValueError(f"HIPER_FAST_HEAD in the environment must be auto, cublas or tma, got {HEAD}")
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MOST_ROWS = 2048  # of a chunk: their hidden states stay in the cache
-_TILES = 32  # half tiles of a program that makes gradients
 
 
 @triton.jit
@@ -164,12 +160,17 @@ class TiledHead(Head):
     """A Head whose chunks' gradients lie where their shares did, and are multiplied at once: no row is left out."""
 
     def _make_room(self, compact: bool) -> None:
-        v, keep = self.vocabulary, any(self.needs)
+        v, device, keep = self.vocabulary, self.hidden.device, any(self.needs)
+        # With the factors of four steps on their way one program takes 225 of a processor's 227 KB of shared memory and
+        # nearly all of its registers.
+        self.tile = constants(
+            "_tiles._tile_kernel", device, ROWS=128, COLUMNS=256, DEPTH=64, num_warps=8, num_stages=4,
+        )  # fmt: skip
         fitting = _head.SCRATCH_BYTES // (self.pitch * self.hidden.element_size())
         most = min(_MOST_ROWS, fitting) if keep else _MOST_ROWS
-        rows = _TILE["ROWS"]
+        rows = self.tile["ROWS"]
         self.chunk = max(1, min(self.count, most // rows * rows or most))
-        self.tiles = 2 * triton.cdiv(v, _TILE["COLUMNS"])  # halves
+        self.tiles = 2 * triton.cdiv(v, self.tile["COLUMNS"])  # halves
         self.rows = self.hidden.new_empty(self.chunk if keep else 0, self.pitch)
         numbers = self.hidden.new_empty(2 + 3 * self.tiles, self.chunk, dtype=torch.float32)
         self.peaks, self.log_sums = numbers[:2].unbind(0)
@@ -183,13 +184,12 @@ class TiledHead(Head):
     def statistics(self, part: slice, logprobs: Tensor, entropy: Tensor | None) -> None:
         """Writes logprobs[part] and entropy[part]."""
         rows, wanted = part.stop - part.start, {"ENTROPY": entropy is not None}
-        tile = [_TILE["ROWS"], _TILE["COLUMNS"]]
-        count = triton.cdiv(rows, tile[0]) * triton.cdiv(self.vocabulary, tile[1])
+        count = triton.cdiv(rows, self.tile["ROWS"]) * self.tiles // 2
         with on_device(self.peaks):
             _tile_kernel[(min(count, _count_processors(self.hidden)),)](
                 *self._describe(), *self.parts,
                 part.start, rows, self.hidden.shape[1], self.vocabulary, self.tiles, self.sharpness,
-                KEEP=len(self.rows) > 0, **wanted, **_TILE, num_warps=8, num_stages=_STAGES, enable_fp_fusion=True,
+                KEEP=len(self.rows) > 0, **wanted, **self.tile, enable_fp_fusion=True,
             )  # fmt: skip
             _merge_kernel[(rows,)](
                 self.hidden, self.weight, *self.parts, self.targets, self.peaks, self.log_sums,
@@ -200,7 +200,7 @@ class TiledHead(Head):
 
     def _describe(self) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]:
         """Tiles of the hidden states, the weight and the shares."""
-        rows, columns, depth = _TILE.values()
+        rows, columns, depth = (self.tile[name] for name in ("ROWS", "COLUMNS", "DEPTH"))
         shares = None
         if len(self.rows):
             shares = TensorDescriptor.from_tensor(self.rows, [rows, columns // 2])
@@ -218,12 +218,13 @@ class TiledHead(Head):
         grad_entropy: Tensor | None,
     ) -> None:
         rows = part.stop - part.start
+        # TILES: half tiles of a program.
+        tile = constants("_tiles._gradient_kernel", self.hidden.device, TILES=32, num_warps=8)
         with on_device(self.peaks):
-            _gradient_kernel[(rows, triton.cdiv(self.tiles, _TILES))](
+            _gradient_kernel[(rows, triton.cdiv(self.tiles, tile["TILES"]))](
                 self.rows, self.parts[0], self.targets, self.peaks, self.log_sums, entropy,
                 grad_logprobs, grad_entropy, part.start, self.tiles, self.pitch, self.sharpness,
-                ENTROPY=grad_entropy is not None, TILES=_TILES, COLUMNS=_TILE["COLUMNS"] // 2,
-                num_warps=8, enable_fp_fusion=True,
+                ENTROPY=grad_entropy is not None, COLUMNS=self.tile["COLUMNS"] // 2, **tile, enable_fp_fusion=True,
             )  # fmt: skip
         self.pending = rows
         self._multiply()
@@ -233,10 +234,12 @@ def make_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float | None,
     needs: tuple[bool, bool, bool] = (False, False, False), scale: float = 1.0, compact: bool = False,
 ) -> Head:  # fmt: skip
-    """A TiledHead where HIPER_FAST_HEAD=tma asks for one and it can run, else a Head."""
+    """A TiledHead where HIPER_FAST_HEAD, or else what was measured, asks for one and it can run; else a Head."""
+    wanted = HEAD == "tma"
+    if HEAD == "auto":
+        wanted = constants("_tiles.head", hidden.device, TMA=False)["TMA"]
     plain = bias is None and softcap is None and not compact
-    tiled = HEAD == "tma" and plain and _fits(hidden, weight)
-    kind = TiledHead if tiled else Head
+    kind = TiledHead if wanted and plain and _fits(hidden, weight) else Head
     return kind(hidden, weight, bias, targets, temperature, softcap, needs, scale, compact)
 
 

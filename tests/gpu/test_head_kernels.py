@@ -7,7 +7,7 @@ from hiper_fast.ops import reference
 
 pytest.importorskip("triton")
 
-from hiper_fast.kernels import _head, _launch, _tiles, raise_pending
+from hiper_fast.kernels import _head, _launch, _tiles, _tuning, raise_pending
 from hiper_fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_backward
 from hiper_fast.kernels.linear_ppo import linear_ppo
 
@@ -340,10 +340,15 @@ def tiles(device, interpreted, monkeypatch):
     if not interpreted and torch.cuda.get_device_capability(device)[0] != 9:
         pytest.skip("the tiled head is for compute capability 9")
     monkeypatch.setattr(_tiles, "HEAD", "tma")
-    if interpreted:
-        monkeypatch.setattr(_tiles, "_TILE", {"ROWS": 16, "COLUMNS": 32, "DEPTH": 16})
-        monkeypatch.setattr(_tiles, "_MOST_ROWS", 32)
-        monkeypatch.setattr(_tiles, "_TILES", 2)
+    if not interpreted:
+        yield
+        return
+    monkeypatch.setattr(_tiles, "_MOST_ROWS", 32)
+    with (
+        _tuning.trying("_tiles._tile_kernel", ROWS=16, COLUMNS=32, DEPTH=16),
+        _tuning.trying("_tiles._gradient_kernel", TILES=2),
+    ):
+        yield
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
@@ -422,6 +427,16 @@ def test_the_tiled_head_with_nan_infinity_and_bad_targets(device, tiles, half):
     linear_logprobs(*given, False)
     with pytest.raises(ValueError, match="targets"):
         raise_pending()
+
+
+def test_what_was_measured_chooses_the_head(device, tiles, half, monkeypatch):
+    hidden, weight, _, targets = (x.to(device) for x in random_case(3, 8, 5, half))
+    for choice, measured, kind in (
+        ("auto", False, _head.Head), ("auto", True, _tiles.TiledHead), ("cublas", True, _head.Head),
+    ):  # fmt: skip
+        monkeypatch.setattr(_tiles, "HEAD", choice)
+        with _tuning.trying("_tiles.head", TMA=measured):
+            assert type(_tiles.make_head(hidden, weight, None, targets, 1.0, None)) is kind
 
 
 @pytest.mark.parametrize("change", ["float32", "bias", "cap", "unaligned", "rows left out"])
