@@ -4,6 +4,8 @@
 
 namespace hiper_fast {
 
+constexpr int64_t kSums = 4;  // Softmax's, and the log-probability
+
 template <class Isa, class T>
 void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t columns, int64_t first,
                      int64_t vocabulary, double temperature, double* sums, T* logprobs, T* entropy,
@@ -11,14 +13,15 @@ void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int6
   in_parallel(rows, rows * columns, threads, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* z = logits + row * columns;
-      double* const so_far = sums + row * 3;
+      double* const so_far = sums + row * kSums;
       Softmax<T> softmax = first > 0 ? Softmax<T>(temperature, so_far) : Softmax<T>(temperature);
       softmax.add(z, columns);
       softmax.save(so_far);
       const int64_t target = targets[row] - first;
       if (target >= 0 && target < columns) logprobs[row] = z[target];  // its logit, until the sums are whole
       if (first + columns < vocabulary) continue;
-      logprobs[row] = T(softmax.logprob(logprobs[row]));
+      so_far[kSums - 1] = softmax.logprob(logprobs[row]);
+      logprobs[row] = T(so_far[kSums - 1]);
       if (entropy) entropy[row] = T(softmax.entropy());
     }
   });
@@ -32,7 +35,7 @@ void linear_logprobs_backward(const T* logits, const int64_t* targets, const int
   in_parallel(rows, rows * columns, threads, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = live ? live[i] : i;
-      const Softmax<T> softmax(temperature, sums + row * 3);
+      const Softmax<T> softmax(temperature, sums + row * kSums);
       softmax.gradient(logits + row * columns, columns, targets[row] - first, grad_logprobs[row],
                        grad_entropy ? double(grad_entropy[row]) : 0.0, softcap, gradient + i * columns);
     }

@@ -56,7 +56,8 @@ void normalize_and_scatter(const T* advantages_low, const T* advantages_high, co
 
 // Of each row its target's log-probability, at most 0, and the entropy (may be null), from the logits of a
 // tile of the vocabulary at a time, [rows, columns] from the token `first` on. Tiles come in order; `sums`
-// [rows, 3] and `logprobs` hold in between what is known so far.
+// [rows, 4] and `logprobs` hold in between what is known so far; in the end the last of the sums is the
+// log-probability in double.
 template <class Isa, class T>
 void linear_logprobs(const T* logits, const int64_t* targets, int64_t rows, int64_t columns, int64_t first,
                      int64_t vocabulary, double temperature, double* sums, T* logprobs, T* entropy,

@@ -225,8 +225,8 @@ def compute_statistics_cpp(
     blocks: Blocks, targets: Tensor, temperature: float, logprobs: Tensor, entropy: Tensor | None
 ) -> Tensor:
     """Writes each row's log-prob of its target, at most 0, and entropy, block by block; returns what the gradient of
-    its logits needs to know of all of them, float64 [rows, 3]."""
-    sums = logprobs.new_empty((blocks.rows, 3), dtype=torch.float64)
+    its logits needs to know of all of them, float64 [rows, 4], the last of it the log-prob."""
+    sums = logprobs.new_empty((blocks.rows, 4), dtype=torch.float64)
     kernel = _library.find_kernel("linear_logprobs", blocks.head.dtype)
     vocabulary, threads = blocks.head.weight.shape[0], torch.get_num_threads()
     for tile, logits in blocks:

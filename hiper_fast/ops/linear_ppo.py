@@ -32,12 +32,11 @@ class _Rows:
         self.logprobs = head.hidden.new_empty(n, dtype=head.dtype)  # [n]
         self.sums = head.hidden.new_zeros(1 + len(METRICS), dtype=torch.float64)
 
-    def add(self, part: slice, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those of `part`, whose log-probs are in; the gradients of these and of the entropy [rows], if any."""
+    def add(self, part: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of `part`; the gradients of its log-probs and, if that counts, of the entropy [rows]."""
         old, advantages, ref = (None if x is None else take(x, part) for x in self.data)
-        logprobs, entropy = take(self.logprobs, part), entropy if self.with_entropy else None
         every = torch.ones_like(logprobs, dtype=torch.bool)
-        given = logprobs, old, advantages, every, ref, entropy
+        given = logprobs, old, advantages, every, ref, entropy if self.with_entropy else None
         loss, metrics, grad, grad_entropy = self.make_terms(*given, *self.options, True)
         self.sums += torch.cat([loss[None], metrics])
         return grad, grad_entropy if self.with_entropy else None
@@ -57,14 +56,18 @@ def _run_cpp(hidden, weight, bias, targets, *others):
         chosen, into = take(targets, blocks.part), take(rows.logprobs, blocks.part)
         entropy = torch.empty_like(into)
         sums = _head.compute_statistics_cpp(blocks, chosen, temperature, into, entropy)
-        grads = rows.add(blocks.part, entropy)
+        grads = rows.add(blocks.part, sums[:, -1], entropy)
         if head.needs_any:
             _head.add_gradients_cpp(blocks, chosen, temperature, sums, *grads)
     return rows.collect()
 
 
-def _make_terms_cpp(*arguments):
-    return _library.extension.ppo_loss(torch.get_num_threads(), *arguments)
+def _make_terms_cpp(logprobs, old_logprobs, advantages, every, ref_logprobs, entropy, *options):
+    """In float64, since far below 0 a log-prob rounded to float32 loses the digits of its ratio."""
+    vectors = logprobs, old_logprobs, advantages, every, ref_logprobs, entropy
+    exact = (x if x is None or x is every else x.double().contiguous() for x in vectors)
+    loss, metrics, *grads = _library.extension.ppo_loss(torch.get_num_threads(), *exact, *options)
+    return loss, metrics, *(grad.to(old_logprobs.dtype) for grad in grads)
 
 
 def _run_torch(hidden, weight, bias, targets, *others):
@@ -77,7 +80,7 @@ def _run_torch(hidden, weight, bias, targets, *others):
         chosen = take(targets, part)
         log_p, logprobs, entropy = _head.compute_statistics(logits, chosen, temperature)
         take(rows.logprobs, part).copy_(logprobs)
-        grads = rows.add(part, entropy)
+        grads = rows.add(part, logprobs, entropy)
         if head.needs_any:
             _head.turn_into_gradient(logits, log_p, chosen, temperature, softcap, *grads, entropy)
             head.add_chunk_gradients(part, logits)

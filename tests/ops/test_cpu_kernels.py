@@ -215,7 +215,7 @@ def test_a_logit_of_minus_infinity_counts_for_nothing(instructions):
     rows, targets = {}, torch.tensor([0, 7, 39])
     for name, z in (("with", logits), ("without", without)):
         rows[name] = torch.empty(2, 3)
-        sums = torch.empty(3, 3, dtype=torch.float64)
+        sums = torch.empty(3, 4, dtype=torch.float64)
         instructions.linear_logprobs_float32(
             z.data_ptr(), targets.data_ptr(), *z.shape, 0, z.shape[1], 1.0,
             sums.data_ptr(), rows[name][0].data_ptr(), rows[name][1].data_ptr(), 1,
