@@ -35,3 +35,16 @@ def no_pending_error(device):
     from hiper_fast.kernels import raise_pending
 
     raise_pending()
+
+
+@pytest.fixture
+def product_on_the_cpu(interpreted, monkeypatch):
+    """torch has no half-precision product with a float32 result on the CPU."""
+    from hiper_fast.kernels import _head
+
+    def product(out, a, b, *, beta=0.0, alpha=1.0):
+        result = alpha * (a.to(out.dtype) @ b.to(out.dtype))
+        out.copy_(result + beta * out if beta else result)
+
+    if interpreted:
+        monkeypatch.setattr(_head, "product", product)

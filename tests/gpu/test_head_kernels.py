@@ -11,7 +11,7 @@ from hiper_fast.kernels import _head, _launch, _tiles, _tuning, raise_pending
 from hiper_fast.kernels.linear_logprobs import linear_logprobs, linear_logprobs_backward
 from hiper_fast.kernels.linear_ppo import linear_ppo
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("product_on_the_cpu")]
 
 PPO = {"clip_low": 0.25, "clip_high": 0.125, "dual_clip": 3.0}
 
@@ -19,18 +19,6 @@ PPO = {"clip_low": 0.25, "clip_high": 0.125, "dual_clip": 3.0}
 @pytest.fixture(params=[480_000_000, 7000], ids=["at once", "in chunks"])
 def scratch(request, monkeypatch):
     monkeypatch.setattr(_head, "SCRATCH_BYTES", request.param)
-
-
-@pytest.fixture(autouse=True)
-def product_on_the_cpu(interpreted, monkeypatch):
-    """torch has no half-precision product with a float32 result on the CPU."""
-
-    def product(out, a, b, *, beta=0.0, alpha=1.0):
-        result = alpha * (a.to(out.dtype) @ b.to(out.dtype))
-        out.copy_(result + beta * out if beta else result)
-
-    if interpreted:
-        monkeypatch.setattr(_head, "product", product)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -8,25 +8,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from hiper_fast.kernels import _head, _tuning
+from hiper_fast.kernels import _tuning
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from tune import check, list_candidates
 from tune_cases import CASES
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def product_on_the_cpu(interpreted, monkeypatch):
-    """torch has no half-precision product with a float32 result on the CPU."""
-
-    def product(out, a, b, *, beta=0.0, alpha=1.0):
-        result = alpha * (a.to(out.dtype) @ b.to(out.dtype))
-        out.copy_(result + beta * out if beta else result)
-
-    if interpreted:
-        monkeypatch.setattr(_head, "product", product)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("product_on_the_cpu")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.kernel)
