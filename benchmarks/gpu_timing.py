@@ -161,3 +161,9 @@ def differentiate(function: Callable, grads, *leaves: Tensor) -> tuple[Tensor, .
     outs = function(*leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
     return *(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)
+
+
+def differentiate_exactly(function: Callable, grads, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """The same in float64, of leaves that need not require gradients."""
+    exact = (x.double().requires_grad_() for x in leaves)
+    return differentiate(function, [grad.double() for grad in grads], *exact)

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from hiper_fast.kernels import _tuning
+from hiper_fast.runs.folder import replace_text
 
 sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests/gpu")])
 from gpu_timing import milliseconds
@@ -149,9 +150,7 @@ def write_table(path: Path, device: str, found: list[Found]) -> None:
     table |= {one.kernel: one.chosen for one in found}
     content[device] = dict(sorted(table.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def screen(cases: list[Case], capability: int, jobs: int) -> Iterator[tuple[str, str, str]]:

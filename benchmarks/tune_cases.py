@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from gpu_timing import differentiate_exactly
 from torch import Tensor
 
 from hiper_fast.kernels._head import Head
@@ -62,10 +63,7 @@ class Draw:
 
 def differentiate(function: Callable, grads: tuple[Tensor, ...], *leaves: Tensor) -> tuple:
     """Gradients in float64."""
-    leaves = [x.double().requires_grad_() for x in leaves]
-    outs = function(*leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    return torch.autograd.grad(outs, leaves, [g.double() for g in grads])
+    return differentiate_exactly(function, grads, *leaves)[-len(leaves) :]
 
 
 def prepare_swiglu(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:

@@ -64,7 +64,7 @@ class Head:
         parts = self._deal_rows(self._count_chunk_rows())
         scratch = self._make_scratch(count_rows(parts), vocabulary)
         for part in parts:
-            logits = reshape(scratch, part, vocabulary)
+            logits = find_matrix(scratch, part.stop - part.start, vocabulary)
             rows = cast(take(self.hidden, part), self.dtype)
             for tile in self.iterate_tiles(vocabulary):
                 self.multiply(rows, tile, take(logits, tile, dim=1))
@@ -194,9 +194,8 @@ class Blocks:
             yield tile, logits
 
     def take(self, tile: slice) -> Tensor:
-        columns, first = tile.stop - tile.start, tile.start * self.pitch
-        place = slice(first, first + self.rows * columns)
-        return take(self.room, place).view(self.rows, columns)
+        columns = tile.stop - tile.start
+        return find_matrix(self.room, self.rows, columns, first=tile.start * self.pitch)
 
 
 def count_rows(parts: list[slice]) -> int:
@@ -204,10 +203,9 @@ def count_rows(parts: list[slice]) -> int:
     return parts[-1].stop - parts[-1].start
 
 
-def reshape(scratch: Tensor, part: slice, columns: int) -> Tensor:
-    """[rows of the part, columns], contiguous, at the beginning of a vector."""
-    rows = part.stop - part.start
-    return take(scratch, slice(0, rows * columns)).view(rows, columns)
+def find_matrix(vector: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
+    """[rows, columns], contiguous, of the elements of a vector from `first` on."""
+    return take(vector, slice(first, first + rows * columns)).view(rows, columns)
 
 
 def take(tensor: Tensor, part: slice, dim: int = 0) -> Tensor:
@@ -258,8 +256,7 @@ def add_gradients_cpp(
     kernel = _library.find_kernel("linear_logprobs_backward", head.dtype)
 
     def differentiate(tile: slice) -> Tensor:
-        columns = tile.stop - tile.start
-        out = take(scratch, slice(0, kept * columns)).view(kept, columns)
+        out = find_matrix(scratch, kept, tile.stop - tile.start)
         kernel(
             blocks.take(tile).data_ptr(), targets.data_ptr(), _library.find_address(live), *out.shape, tile.start,
             temperature, head.softcap, sums.data_ptr(), grad_logprobs.data_ptr(), _library.find_address(grad_entropy),

@@ -1,6 +1,7 @@
 """What the launch functions share."""
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -32,6 +33,14 @@ def _raising(device, tensor: Tensor):
 def is_capturing(tensor: Tensor) -> bool:
     """Whether what is launched for the tensor goes into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def count_processors(device: torch.device, elsewhere: int) -> int:
+    """The GPU's multiprocessors; `elsewhere`: what stands for them where there is none."""
+    if device.type != "cuda":
+        return elsewhere
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def buffer(tensor: Tensor | None) -> Tensor | None:

@@ -25,13 +25,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hiper_fast.kernels import _errors, _head
 from hiper_fast.kernels._head import _LOWEST, Head, _target
-from hiper_fast.kernels._launch import on_device
+from hiper_fast.kernels._launch import count_processors, on_device
 from hiper_fast.kernels._tuning import constants
 
 HEAD = os.environ.get("HIPER_FAST_HEAD", "auto")
 if HEAD not in ("auto", "cublas", "tma"):
     raise ValueError(f"HIPER_FAST_HEAD in the environment must be auto, cublas or tma, got {HEAD}")
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_PROCESSORS = 2  # where there is no GPU: each goes on from tile to tile there too
 _MOST_ROWS = 2048  # of a chunk: their hidden states stay in the cache
 
 
@@ -186,7 +187,7 @@ class TiledHead(Head):
         rows, wanted = part.stop - part.start, {"ENTROPY": entropy is not None}
         count = triton.cdiv(rows, self.tile["ROWS"]) * self.tiles // 2
         with on_device(self.peaks):
-            _tile_kernel[(min(count, _count_processors(self.hidden)),)](
+            _tile_kernel[(min(count, count_processors(self.hidden.device, _PROCESSORS)),)](
                 *self._describe(), *self.parts,
                 part.start, rows, self.hidden.shape[1], self.vocabulary, self.tiles, self.sharpness,
                 KEEP=len(self.rows) > 0, **wanted, **self.tile, enable_fp_fusion=True,
@@ -254,9 +255,3 @@ def _is_described(matrix: Tensor) -> bool:
     in_rows = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] > 0
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
     return in_half and in_rows and aligned and len(matrix) > 0
-
-
-def _count_processors(tensor: Tensor) -> int:
-    if not tensor.is_cuda:
-        return 2
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -7,8 +7,6 @@ Where the programs are too few for the GPU, each tile's keys are split among SPL
 write sums, tops and totals, which the second kernel merges.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._head import tanh
-from hiper_fast.kernels._launch import on_device
+from hiper_fast.kernels._launch import count_processors, on_device
 from hiper_fast.kernels._scan import bounds
 from hiper_fast.kernels._tuning import constants
 
@@ -144,13 +142,6 @@ def _merge_kernel(
     tl.store(out + row * D_V + d_v, result.to(out.dtype.element_ty), mask=d_v < D_V)
 
 
-@functools.cache
-def _count_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _tile(query: Tensor, sequences: int, shared: int, wide: int) -> dict[str, int]:
     """By the mean number of queries: more rows for prompts, where tensor cores multiply them and registers allow."""
     half = query.dtype != torch.float32
@@ -179,7 +170,7 @@ def paged_attention(
     wide, wide_v = (max(16, triton.next_power_of_2(size)) for size in (d, d_v))
     shape = _tile(query, sequences, shared, max(wide, wide_v))
     programs = tokens // shape["QUERIES"] + sequences
-    idle = triton.cdiv(2 * _count_processors(query.device), programs * kv_heads)
+    idle = triton.cdiv(2 * count_processors(query.device, _PROCESSORS), programs * kv_heads)
     least = constants("paged_attention.splits", query.device, LEAST_KEYS=_LEAST_KEYS)["LEAST_KEYS"]
     splits = max(1, min(idle, triton.cdiv(most * block, least), _MOST_SPLITS))
     parts, tops, totals = out, out, out

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_timing import differentiate_exactly
 
 from hiper_fast.ops import reference
 
@@ -31,15 +32,6 @@ def draw(dtype, *shape):
     return torch.randn(shape, dtype=torch.float64, generator=g).to(dtype)
 
 
-def differentiate(function, grads, *leaves):
-    """Results and gradients in float64."""
-    leaves = [x.double().requires_grad_() for x in leaves]
-    outs = function(*leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    found = torch.autograd.grad(outs, leaves, [g.double() for g in grads])
-    return [*(out.detach() for out in outs), *found]
-
-
 def assert_near(found, wanted, dtype):
     for x, y in zip(found, wanted, strict=True):
         assert x.dtype == dtype and x.shape == y.shape
@@ -52,7 +44,7 @@ def test_rms_norm(device, rows, width, dtype):
     x, weight, grad = draw(dtype, rows, width), draw(dtype, width), draw(dtype, rows, width) / 2
     given = [t.to(device) for t in (grad, x, weight)]
     found = [rms_norm(*given[1:], EPS), *rms_norm_backward(*given, EPS, True, True)]
-    wanted = differentiate(lambda x, w: reference.rms_norm(x, w, EPS), [grad], x, weight)
+    wanted = differentiate_exactly(lambda x, w: reference.rms_norm(x, w, EPS), [grad], x, weight)
     assert_near(found, wanted, dtype)
     for needs in ((True, False), (False, True)):
         alone = rms_norm_backward(*given, EPS, *needs)
@@ -68,7 +60,7 @@ def test_rms_norm_of_more_rows_than_programs(device, monkeypatch):
         draw(torch.float32, 333, 64),
     )
     found = rms_norm_backward(*(t.to(device) for t in (grad, x, weight)), EPS, True, True)
-    wanted = differentiate(lambda x, w: reference.rms_norm(x, w, EPS), [grad], x, weight)
+    wanted = differentiate_exactly(lambda x, w: reference.rms_norm(x, w, EPS), [grad], x, weight)
     assert_near(found, wanted[1:], torch.float32)
 
 
@@ -86,7 +78,7 @@ def test_swiglu(device, shape, dtype):
     gate, up, grad = 3 * draw(dtype, *shape), draw(dtype, *shape) / 2, draw(dtype, *shape) - 1
     given = [t.to(device) for t in (grad, gate, up)]
     found = [swiglu(*given[1:]), *swiglu_backward(*given, True, True)]
-    assert_near(found, differentiate(reference.swiglu, [grad], gate, up), dtype)
+    assert_near(found, differentiate_exactly(reference.swiglu, [grad], gate, up), dtype)
 
 
 def test_swiglu_at_the_edges(device):
@@ -112,7 +104,7 @@ def test_rope(device, batch, tokens, heads, key_heads, angles, d, dtype):
     assert all(x.transpose(1, 2).is_contiguous() for x in outs)
     found = [*outs, *rope(*(g.to(device) for g in grads), *given[2:], True)]
     angles = cos.double(), sin.double()
-    wanted = differentiate(lambda q, k: reference.rope(q, k, *angles), grads, query, key)
+    wanted = differentiate_exactly(lambda q, k: reference.rope(q, k, *angles), grads, query, key)
     assert_near(found, wanted, dtype)
 
 
