@@ -237,7 +237,7 @@ def attention_cases(sequences: int, length: int, device: str) -> list[Case]:
                 raise RuntimeError(why)
 
             def attend(*states):
-                return varlen.call(kernel, *states, cu, length, scale, None)
+                return varlen.call(kernel, *states, (cu, cu), (length, length), scale, None)
 
             return differentiate(attend, grad, *leaves)
 

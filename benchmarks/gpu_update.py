@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py's figures of an update's gradients: a random Qwen2.5-1.5B on packed turns, and padded ones."""
+"""benchmarks/gpu.py's figures of an update's gradients: a random Qwen2.5-1.5B on packed and padded turns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import policy_update
 import torch
 from gpu_timing import attempt, count_launches, share_of_matmul
-from policy_update import Update, draw_turns, packed, padded
+from policy_update import LAYOUTS, Update, draw_turns, packed
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from hiper_fast.agent import attention, fused
@@ -35,14 +35,14 @@ SIZES = {
 
 
 def run(name: str, device: str, ceiling: dict[str, float]) -> dict[str, object]:
-    """Seconds, tokens and model FLOP utilisation of both layouts, of one model and the same turns."""
+    """Seconds, tokens and model FLOP utilisation of the layouts, of one model and the same turns."""
     size = SIZES[name]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     result = {"turns": size.turns.turns}
     one = dataclasses.replace(size.turns, turns=MICROBATCH)
-    for layout, function in {"packed": packed, "padded": padded}.items():
+    for layout, function in LAYOUTS.items():
         model = build_model(size, device, dtype)
-        if layout == "packed":
+        if layout != "padded":
             attention.use(model)
             fused.use(model)
         x = draw_turns(model, size.turns, torch.float32)

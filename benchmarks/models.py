@@ -207,10 +207,12 @@ def read_packed(agent: Agent, sequences: list[list[int]]) -> list[Tensor]:
     """Log-probs of every token but the first of each sequence, as an update reads them."""
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     ids = torch.tensor(sum(sequences, []))
-    for batch in microbatches(ids, prefix_sums([len(s) for s in sequences]), BATCH_TOKENS):
-        hidden = run_trunk(agent.model, batch)
-        logprobs = agent.logprobs(hidden, batch.input_ids.roll(-1), TEMPERATURE)
-        sizes = batch.cu_seqlens.diff().tolist()
+    cu_seqlens = prefix_sums([len(s) for s in sequences])
+    for batch in microbatches(ids, cu_seqlens, BATCH_TOKENS, share=agent.shares_prefixes):
+        rows = batch.find_rows(torch.arange(int(batch.cu_whole[-1])))
+        hidden, read = run_trunk(agent.model, batch)[rows], batch.input_ids[rows]
+        logprobs = agent.logprobs(hidden, read.roll(-1), TEMPERATURE)
+        sizes = batch.cu_whole.diff().tolist()
         for index, rows in zip(batch.index.tolist(), logprobs.split(sizes), strict=True):
             found[index] = rows[:-1]
     return found

@@ -1,15 +1,17 @@
 """One update of a policy on the same turns, packed or padded as the reference does it, in a process of its own.
 
-python benchmarks/policy_update.py {packed,padded} {alfworld,tiny}
+python benchmarks/policy_update.py {packed,shared,padded} {alfworld,tiny}
 
-padded: every prompt left-padded to 2,048 tokens, every response right-padded to 512, all logits through transformers,
-log-probs and loss in torch operations. Both run microbatches of at most the same number of tokens and end in a step of
-AdamW. Lengths are drawn around those of the reference's logs (prompts 740 tokens, responses 38).
+shared: packed, and what prompts begin with is read once: here a seventh of each, about what an update's minibatches
+of ALFWorld share. padded: every prompt left-padded to 2,048 tokens, every response right-padded to 512, all logits
+through transformers, log-probs and loss in torch operations. All run microbatches of at most the same number of tokens
+and end in a step of AdamW. Lengths are drawn around those of the reference's logs (prompts 740 tokens, responses 38).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import sys
 import time
@@ -83,7 +85,9 @@ def draw_turns(model: Qwen2ForCausalLM, size: Size, dtype: torch.dtype) -> Updat
                 responses=[ids(r * 38 // 512, r // 64, r)])
         for _ in range(size.turns)
     ]  # fmt: skip
+    common = p * 740 // 2048 // 7
     for episode in episodes:
+        episode.prompts[0][:common] = episodes[0].prompts[0][:common]
         episode.logprobs = [[0.0] * len(episode.responses[0])]
     t = pack(episodes, roles_of_nothing)
     near = (torch.randn(3, t.response_ids.numel(), generator=g) * 0.3).to(dtype)
@@ -97,13 +101,13 @@ def roles_of_nothing(ids: Tensor, cu_tokens: Tensor):
     return torch.ones_like(ids), every, torch.zeros(len(every), 3, dtype=torch.int32), every
 
 
-def packed(x: Update, size: Size) -> tuple[float, int]:
+def packed(x: Update, size: Size, *, share: bool = False) -> tuple[float, int]:
     """Gradients of the update; (loss, tokens computed)."""
     attention.use(x.model)
     device = x.model.device
     sequences, every = x.t.sequences(), torch.ones_like(x.t.roles, dtype=torch.bool)
     total = computed = 0
-    for batch in microbatches(sequences.ids, sequences.cu_seqlens, size.budget):
+    for batch in microbatches(sequences.ids, sequences.cu_seqlens, size.budget, share=share):
         rows = Rows(sequences, batch, every)
         values = x.t.response_ids, x.t.old_logprobs, x.advantages, x.ref_logprobs
         *data, ref_logprobs = (v[rows.tokens].to(device) for v in values)
@@ -160,7 +164,7 @@ def ppo_terms(
     return policy + 0.01 * (d.exp() - d - 1).clamp(-10, 10) - 0.001 * entropy
 
 
-LAYOUTS = {"packed": packed, "padded": padded}
+LAYOUTS = {"packed": packed, "shared": functools.partial(packed, share=True), "padded": padded}
 
 
 def main() -> None:

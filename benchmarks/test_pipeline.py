@@ -106,9 +106,22 @@ def test_rollout(benchmark, play, t):
     )
 
 
+SHARING = pytest.mark.parametrize("share", [True, False], ids=["shared", "whole"])
+
+
+def with_sharing(config, share):
+    """What prompts begin with is read once, or in every turn."""
+    config = copy.deepcopy(config)
+    config.train.share_prefixes = share
+    return config
+
+
+@SHARING
 @pytest.mark.benchmark(group="score")
-def test_score(benchmark, agent, t, config, scores):
-    again = benchmark.pedantic(score, (agent, t, config), rounds=2 if TINY else 1)
+def test_score(benchmark, agent, t, config, scores, share):
+    arguments = agent, t, with_sharing(config, share)
+    again = benchmark.pedantic(score, arguments, rounds=2 if TINY else 1)
+    benchmark.extra_info |= again.metrics
     torch.testing.assert_close(again.values.turns, scores.values.turns)
     torch.testing.assert_close(again.values.bootstrap, scores.values.bootstrap)
     torch.testing.assert_close(again.ref_logprobs, scores.ref_logprobs)
@@ -139,25 +152,33 @@ def learner(agent, config):
     }
 
 
+@SHARING
 @pytest.mark.benchmark(group="update")
-def test_update(benchmark, agent, t, targets, config):
+def test_update(benchmark, agent, t, targets, config, share):
+    config = with_sharing(config, share)
+
     def fresh():
         return (*learner(agent, config), t, targets, config, torch.Generator().manual_seed(0)), {}
 
     losses = benchmark.pedantic(update, setup=fresh, rounds=2 if TINY else 1)
     assert losses["optim/skipped_steps"] == 0
+    benchmark.extra_info["update/shared_tokens"] = losses["update/shared_tokens"]
     note_rate(benchmark, all_tokens(t))
 
 
 @pytest.fixture(scope="module")
 def policy_updates():
     """What the layouts measured so far gave."""
-    size, gradients = policy_update.SIZES["tiny"], []
-    for layout in policy_update.LAYOUTS.values():
+    size, gradients, read = policy_update.SIZES["tiny"], {}, {}
+    for name, layout in policy_update.LAYOUTS.items():
         x = policy_update.inputs(size, torch.float64)
-        layout(x, size)
-        gradients.append([p.grad for p in x.model.parameters()])
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
+        _, read[name] = layout(x, size)
+        gradients[name] = [p.grad for p in x.model.parameters()]
+    packed = gradients["packed"]
+    torch.testing.assert_close(gradients["padded"], packed, rtol=1e-9, atol=1e-13)
+    # A token's gradients are summed before a norm, which transformers rounds to float32.
+    torch.testing.assert_close(gradients["shared"], packed, rtol=1e-4, atol=1e-9)
+    assert read["shared"] < read["packed"] < read["padded"]
     return []
 
 

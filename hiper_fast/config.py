@@ -226,6 +226,10 @@ class TrainConfig:
     microbatch_tokens: int = option(
         8192, "tokens in one forward pass, or one longer sequence", above=0
     )
+    share_prefixes: bool = option(
+        True,
+        "read what turns of a forward pass begin with once; false: every turn whole, the same but for rounding",
+    )
     old_logprobs: Literal["sampled", "recomputed"] = option(
         "sampled",
         "sampled: as the rollout stored them; recomputed: by the trainer, whose numerics differ in bfloat16",
@@ -377,6 +381,15 @@ class PlanConfig:
     turns: int = option(0, "turns of an update; 0: every episode runs to its limit", least=0)
     prompt_tokens: int = option(0, "mean tokens of a prompt; 0: as many as allowed", least=0)
     response_tokens: int = option(0, "mean tokens of a response; 0: as many as allowed", least=0)
+    shared_scoring: float = option(
+        0.0,
+        "share of the tokens that scoring and prompts need not read again (a run's scoring/shared_tokens)",
+        least=0,
+        below=1,
+    )
+    shared_update: float = option(
+        0.0, "the same of updates (a run's update/shared_tokens)", least=0, below=1
+    )
 
 
 @dataclass(slots=True)

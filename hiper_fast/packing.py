@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LAST, CANDIDATES = 4, 64  # how the last room of a bin is filled: see `fill_bins`
+SPARED = 1 / 32  # of all tokens: where sharing spares less, like lengths meet instead
+SEEN = 1 / 16  # of a token's room, for one that is seen and not read: its key and value
 
 
 def prefix_sums(lengths) -> Tensor:
@@ -44,19 +47,51 @@ def interleave(a: Tensor, cu_a: Tensor, b: Tensor, cu_b: Tensor) -> tuple[Tensor
 
 
 @dataclass(slots=True)
-class Microbatch:
-    """Sequences concatenated without padding, the longest first."""
+class Paths:
+    """Whole sequences, by the rows of a microbatch where their tokens are read."""
 
-    index: Tensor  # int64 [sequences]: which sequences of the packed whole; stays on the CPU
-    input_ids: Tensor  # int64 [tokens]
-    position_ids: Tensor  # int64 [tokens], from 0 in every sequence
+    rows: Tensor  # int64 [tokens of the sequences]
     cu_seqlens: Tensor  # int32 [sequences + 1]
     max_seqlen: int
+
+    def to(self, device: torch.device) -> Paths:
+        rows, cu = (x.to(device, non_blocking=True) for x in (self.rows, self.cu_seqlens))
+        return replace(self, rows=rows, cu_seqlens=cu)
+
+
+@dataclass(slots=True)
+class Microbatch:
+    """Sequences concatenated without padding; what several begin with may be read once, in the first of them.
+
+    Each reads its last token itself.
+    """
+
+    index: Tensor  # int64 [sequences]: which sequences of the packed whole; stays on the CPU
+    input_ids: Tensor  # int64 [tokens], those that are read
+    position_ids: Tensor  # int64 [tokens], from 0 in every sequence
+    cu_seqlens: Tensor  # int32 [sequences + 1], of the tokens that each reads itself
+    max_seqlen: int
+    paths: Paths | None = None  # None: each reads all of its tokens itself
 
     def to(self, device: torch.device) -> Microbatch:
         tensors = self.input_ids, self.position_ids, self.cu_seqlens
         ids, positions, cu = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return replace(self, input_ids=ids, position_ids=positions, cu_seqlens=cu)
+        paths = self.paths and self.paths.to(device)
+        return replace(self, input_ids=ids, position_ids=positions, cu_seqlens=cu, paths=paths)
+
+    @property
+    def cu_whole(self) -> Tensor:
+        """int32 [sequences + 1], of all tokens of each sequence."""
+        return self.cu_seqlens if self.paths is None else self.paths.cu_seqlens
+
+    @property
+    def spared(self) -> int:
+        """How many tokens of its sequences are not read, but seen where another one reads them."""
+        return 0 if self.paths is None else len(self.paths.rows) - len(self.input_ids)
+
+    def find_rows(self, places: Tensor) -> Tensor:
+        """The rows that read the tokens at `places` of the whole sequences, concatenated."""
+        return places if self.paths is None else self.paths.rows[places]
 
 
 # One token that belongs to no sequence: what passes through it changes nothing.
@@ -70,26 +105,87 @@ BLANK = Microbatch(
 
 
 def microbatches(
-    ids: Tensor, cu_seqlens: Tensor, token_budget: int, index: Tensor | None = None
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    token_budget: int,
+    index: Tensor | None = None,
+    *,
+    share: bool = False,
 ) -> Iterator[Microbatch]:
     """Yields every sequence of `index` (default: all non-empty ones) once.
 
-    ids int64 [tokens]; cu_seqlens int32 [sequences + 1]; a microbatch holds at most `token_budget`
-    tokens, or one sequence.
+    ids int64 [tokens]; cu_seqlens int32 [sequences + 1]; a microbatch reads at most `token_budget`
+    tokens, or one sequence. share: what neighbours in the order of their tokens begin with is read
+    once, if that spares enough.
     """
     lengths = cu_seqlens.diff().long()
     index = lengths.nonzero()[:, 0] if index is None else index
+    if share and len(index):
+        ordered = sort_by_tokens(ids, cu_seqlens, index)
+        common = measure_common(ids, cu_seqlens, ordered)
+        if common.sum() >= SPARED * lengths[index].sum():
+            for begin, end in cut(lengths[ordered].tolist(), common.tolist(), token_budget):
+                common[begin] = 0
+                yield join(ids, cu_seqlens, ordered[begin:end], common[begin:end])
+            return
     for places in fill_bins(lengths[index].tolist(), token_budget):
-        chosen = index[places]
-        starts, sizes = cu_seqlens[chosen].long(), lengths[chosen]
-        rows = ranges(starts, sizes)
-        yield Microbatch(
-            index=chosen,
-            input_ids=ids[rows],
-            position_ids=rows - starts.repeat_interleave(sizes),
-            cu_seqlens=prefix_sums(sizes),
-            max_seqlen=int(sizes.max()),
-        )
+        yield join(ids, cu_seqlens, index[places], torch.zeros(len(places), dtype=torch.int64))
+
+
+def join(ids: Tensor, cu_seqlens: Tensor, chosen: Tensor, common: Tensor) -> Microbatch:
+    """The sequences `chosen`, of which each begins with `common` tokens of the one before."""
+    starts, lengths = cu_seqlens[chosen].long(), cu_seqlens.diff()[chosen].long()
+    own = lengths - common
+    return Microbatch(
+        index=chosen,
+        input_ids=ids[ranges(starts + common, own)],
+        position_ids=ranges(common, own),
+        cu_seqlens=prefix_sums(own),
+        max_seqlen=int(own.max()),
+        paths=trace(lengths, common) if common.any() else None,
+    )
+
+
+def trace(lengths: Tensor, common: Tensor) -> Paths:
+    """For sequences of `lengths` that begin with `common` tokens of the one before and read the others."""
+    paths, path, row = [], np.empty(0, dtype=np.int64), 0
+    for length, shared in zip(lengths.tolist(), common.tolist(), strict=True):
+        own = np.arange(row, row + length - shared)
+        path = np.concatenate([path[:shared], own])
+        paths.append(path)
+        row += len(own)
+    rows = torch.from_numpy(np.concatenate(paths))
+    return Paths(rows, prefix_sums(lengths), int(lengths.max()))
+
+
+def sort_by_tokens(ids: Tensor, cu_seqlens: Tensor, index: Tensor) -> Tensor:
+    """`index` in the order of the sequences' tokens, as words in a dictionary."""
+    tokens, cu = ids.numpy(), cu_seqlens.tolist()
+    # Bytes that sort as their numbers do.
+    words = {i: tokens[cu[i] : cu[i + 1]].astype(">i8").tobytes() for i in index.tolist()}
+    return torch.tensor(sorted(words, key=words.__getitem__))
+
+
+def measure_common(ids: Tensor, cu_seqlens: Tensor, index: Tensor) -> Tensor:
+    """int64: with how many tokens of the sequence before in `index` each begins; never its last one."""
+    starts, lengths = cu_seqlens[index].long(), cu_seqlens.diff()[index].long()
+    most = torch.minimum(lengths[1:] - 1, lengths[:-1]).clamp_(min=0)
+    ends = most.cumsum(0)
+    differs = ids[ranges(starts[1:], most)] != ids[ranges(starts[:-1], most)]
+    breaks = torch.cat([differs.nonzero()[:, 0], ends[-1:]])
+    first = breaks[torch.searchsorted(breaks, ends - most)]  # of each pair, or of a later one
+    return torch.cat([most.new_zeros(1), torch.minimum(first, ends) - (ends - most)])
+
+
+def cut(lengths: list[int], common: list[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Runs of sequences, from begin to end, with room for what they read and see in `budget` tokens, or of one."""
+    begin, room = 0, budget
+    for i, (length, shared) in enumerate(zip(lengths, common, strict=True)):
+        room -= length - shared + shared * SEEN
+        if room < 0 and i > begin:
+            yield begin, i
+            begin, room = i, budget - length
+    yield begin, len(lengths)
 
 
 def fill_bins(lengths: list[int], budget: int) -> list[list[int]]:

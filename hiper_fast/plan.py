@@ -203,6 +203,12 @@ def count_tokens(config: Config) -> tuple[int, int, int]:
     )
 
 
+def find_shared(config: Config) -> tuple[float, float]:
+    """The shares of tokens that scoring and updates see and need not read."""
+    plan = config.plan
+    return (plan.shared_scoring, plan.shared_update) if config.train.share_prefixes else (0.0, 0.0)
+
+
 def count_steps(config: Config) -> int:
     """Optimiser steps of an update."""
     train, (turns, _, _) = config.train, count_tokens(config)
@@ -514,7 +520,8 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     turns, prompt, response = count_tokens(config)
     turns, length = turns / machine.gpus, prompt + response
     flops = machine.flops * config.plan.utilisation
-    forward = 2 * count_products(footprint, length) * turns * length / flops
+    forward = 2 * count_products(footprint, length) * turns * length / flops  # of every token
+    scored, trained = (forward * (1 - shared) for shared in find_shared(config))
     head = 2 * footprint.head * turns * response / flops
     # Forward, and backward to inputs and weights: no gradients of frozen weights.
     passes = (2 if model.lora_rank else 3) + model.gradient_checkpointing
@@ -528,9 +535,9 @@ def estimate_seconds(config: Config, machine: Machine) -> dict[str, float]:
     return {
         "rollout: prompts": prompts,
         "rollout: responses": responses,
-        "scoring": forward * (separate + references) + head * references,
-        "policy update": forward * passes + head * (3 if is_fused(train) else 4) + policy_step,
-        "critic update": forward * passes * separate + critic_step,
+        "scoring": scored * (separate + references) + head * references,
+        "policy update": trained * passes + head * (3 if is_fused(train) else 4) + policy_step,
+        "critic update": trained * passes * separate + critic_step,
         "evaluation, a share": evaluation,
     }
 
@@ -570,7 +577,8 @@ def estimate_rollout(config: Config, machine: Machine, episodes: int) -> tuple[f
     read = (weights + cache * width) * dtype.itemsize + one.moved * width
     step = max(read / machine.bandwidth, 2 * weights * width / flops, launches)
     products = count_products(footprint, 2 * context - prompt)
-    return 2 * products * own * mean * prompt / flops, steps * step
+    unread = own * mean * prompt * (1 - config.plan.shared_scoring)
+    return 2 * products * unread / flops, steps * step
 
 
 def estimate_step(config: Config, machine: Machine, name: str) -> float:
@@ -622,9 +630,16 @@ def format_times(config: Config, machine: Machine) -> list[str]:
         "",
         f"From {rates} ({machine.source}).",
         f"Assumed: {config.plan.utilisation:.0%} of those TFLOP/s, {launch};",
-        "one episode of a batch to its turn limit, no prompt that begins like another's.",
+        f"one episode of a batch to its turn limit, {describe_shared(config)}.",
         "Not counted: environments, communication, checkpoints.",
     ]
+
+
+def describe_shared(config: Config) -> str:
+    prompts, (scored, trained) = config.plan.shared_scoring, find_shared(config)
+    if not (prompts or trained):
+        return "no turn that begins like another's"
+    return f"of prompts {prompts:.0%}, of tokens scored {scored:.0%} and trained {trained:.0%} read before"
 
 
 def format_row(name: str, value: float | None = None, note: str = "") -> str:

@@ -82,7 +82,7 @@ def learn(session: Session, step: int) -> Batch:
             train_policy=train_policy,
         )  # fmt: skip
     counts = {"episodes": step * config.train.episodes, "time/total": time.perf_counter() - began}
-    session.logger.log(step, "train", summarise(trajectories) | losses | counts)
+    session.logger.log(step, "train", summarise(trajectories) | scores.metrics | losses | counts)
     session.count_skipped(step, losses)
     return Batch(trajectories, targets)
 

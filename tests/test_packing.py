@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from hiper_fast.packing import choose_fill, fill_bins, microbatches, prefix_sums
+from hiper_fast.packing import SEEN, choose_fill, fill_bins, microbatches, prefix_sums
 
 
 def packed(lengths, seed=0):
@@ -43,6 +43,62 @@ def test_every_sequence_once_whole_and_under_the_budget(lengths, budget):
         assert batch.max_seqlen == max(sizes)
         assert sum(sizes) <= budget or len(sizes) == 1
     assert sorted(seen) == [i for i, length in enumerate(lengths) if length]
+
+
+def unfold(batch):
+    """The whole sequences of a microbatch, and the positions of their tokens."""
+    rows = batch.find_rows(torch.arange(int(batch.cu_whole[-1])))
+    sizes = batch.cu_whole.diff().tolist()
+    return batch.input_ids[rows].split(sizes), batch.position_ids[rows].split(sizes)
+
+
+@pytest.mark.parametrize("budget", [1, 8, 64, 10_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_shared_sequences_are_whole_once_and_under_the_budget(budget, seed):
+    rng = random.Random(seed)
+    words = [[rng.randint(0, 1) for _ in range(rng.randint(0, 12))] for _ in range(60)]
+    ids, cu = torch.tensor(sum(words, [])), prefix_sums([len(word) for word in words])
+    seen = []
+    for batch in microbatches(ids, cu, budget, share=True):
+        seen += batch.index.tolist()
+        sequences, positions = unfold(batch)
+        for i, sequence, position in zip(batch.index, sequences, positions, strict=True):
+            assert sequence.tolist() == words[i]
+            assert torch.equal(position, torch.arange(len(position)))
+        own = batch.cu_seqlens.diff()
+        assert own.min() > 0 and batch.max_seqlen == own.max() and own.sum() == len(batch.input_ids)
+        if batch.paths is not None:
+            assert batch.paths.max_seqlen == batch.cu_whole.diff().max()
+        assert len(batch.input_ids) <= budget or len(batch.index) == 1
+    assert sorted(seen) == [i for i, word in enumerate(words) if word]
+
+
+def test_what_sequences_begin_with_is_read_once():
+    """The best there is where all fit: a token for each different beginning, and the last one of an equal sequence."""
+    words = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [7, 2, 3], [1, 2], [1, 2, 3, 4], [1, 9]]
+    ids, cu = torch.tensor(sum(words, [])), prefix_sums([len(word) for word in words])
+    (batch,) = microbatches(ids, cu, 100, share=True)
+    assert [words[i] for i in batch.index] == sorted(words)
+    beginnings = {tuple(word[: n + 1]) for word in words for n in range(len(word))}
+    assert len(batch.input_ids) == len(beginnings) + 1
+
+
+def test_where_little_is_shared_like_lengths_meet():
+    ids, cu = packed([30, 90] * 60)
+    ids[cu[:-1].long()] = 1  # all begin alike, with one token of many
+    for whole, shared in zip(
+        microbatches(ids, cu, 900), microbatches(ids, cu, 900, share=True), strict=True
+    ):
+        assert torch.equal(whole.input_ids, shared.input_ids) and shared.paths is None
+
+
+def test_what_is_seen_again_takes_room_too():
+    """Of keys and values, where much is shared."""
+    words = [[1] * 160 + [word] for word in range(100)]
+    ids, cu = torch.tensor(sum(words, [])), prefix_sums([161] * 100)
+    for batch in microbatches(ids, cu, 200, share=True):
+        seen = int(batch.cu_whole[-1]) - len(batch.input_ids)
+        assert len(batch.input_ids) + seen * SEEN <= 200
 
 
 def clipped(low, high, draw):
@@ -106,6 +162,7 @@ def test_only_the_chosen_sequences():
 def test_nothing_to_do():
     ids, cu = packed([5, 6])
     empty = torch.tensor([], dtype=torch.int64)
-    assert list(microbatches(ids, cu, 8, empty)) == []
-    assert list(microbatches(*packed([]), 8)) == []
-    assert list(microbatches(*packed([0, 0]), 8)) == []
+    for share in (False, True):
+        assert list(microbatches(ids, cu, 8, empty, share=share)) == []
+        assert list(microbatches(*packed([]), 8, share=share)) == []
+        assert list(microbatches(*packed([0, 0]), 8, share=share)) == []

@@ -121,6 +121,8 @@ TRAIN_KEYS = {
     ),
     *(
         "optim/skipped_steps",
+        "scoring/shared_tokens",
+        "update/shared_tokens",
         "time/rollout",
         "time/advantages",
         "time/update",

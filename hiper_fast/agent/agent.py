@@ -61,6 +61,7 @@ class Agent(Speaker):
         self.model, self.config, self.tiny = model, config, tiny
         self.critic: Critic | None = None
         self.reference: PreTrainedModel | None = None
+        self.shares_prefixes = True  # until a probe finds otherwise
         self.lora = hasattr(model, "peft_config")
         self.head = measure(model, vocabulary_size(tokenizer))
         self.width = measure_width(model.base_model if config.critic == "separate" else model)
@@ -161,7 +162,7 @@ class Agent(Speaker):
 
 def run_trunk(model: PreTrainedModel, batch: Microbatch) -> Tensor:
     """What a model's head reads [tokens, h], or a trunk's last hidden states, of packed sequences, each as if alone."""
-    options = attention.describe_packing(batch, model.dtype)
+    options = attention.describe_packing(batch)
     options |= {"position_ids": batch.position_ids[None], "use_cache": False}
     return call_inside(model, lambda: read_hidden(model, batch.input_ids[None], **options))[0]
 

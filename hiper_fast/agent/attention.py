@@ -10,6 +10,7 @@ calls, of a mask or none, are transformers' own sdpa.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,31 +99,88 @@ def refuse(model: PreTrainedModel, what: str) -> NoReturn:
     )
 
 
-def describe_packing(batch: Microbatch, dtype: torch.dtype) -> dict:
+class Packing:
+    """Of packed sequences, which tokens a token sees: those of its sequence up to itself, `rows` of keys and values."""
+
+    def __init__(
+        self,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        rows: Tensor | None,
+        longest: tuple[int, int] | None = None,
+    ):
+        """cu_queries, cu_keys: int32 [sequences + 1], of the last tokens of each, which are read, and of all; rows:
+        int64 [all tokens], where those are read, None: all are; longest: of both."""
+        self.cu, self.rows = (cu_queries, cu_keys), rows
+        self.longest = longest or tuple(int(cu.diff().max()) for cu in self.cu)
+
+    @classmethod
+    def of(cls, batch: Microbatch) -> Packing:
+        if batch.paths is None:
+            return cls(batch.cu_seqlens, batch.cu_seqlens, None, (batch.max_seqlen,) * 2)
+        paths = batch.paths
+        longest = batch.max_seqlen, paths.max_seqlen
+        return cls(batch.cu_seqlens, paths.cu_seqlens, paths.rows, longest)
+
+    def write(self) -> Tensor:
+        """As a mask, int32 [1, 1, 1, numbers]: cu_seqlens; or, negative, how many of both, both, and `rows`."""
+        queries, keys = self.cu
+        if self.rows is None:
+            return queries.view(1, 1, 1, -1)
+        count = queries.new_full((1,), -len(queries))
+        return torch.cat([count, queries, keys, self.rows.int()]).view(1, 1, 1, -1)
+
+    @classmethod
+    def read(cls, mask: Tensor) -> Packing:
+        """What `write` wrote."""
+        numbers = mask.flatten()
+        count = -int(numbers[0])
+        if not count:
+            return cls(numbers, numbers, None)
+        queries, keys, rows = numbers[1:].tensor_split([count, 2 * count])
+        return cls(queries.contiguous(), keys.contiguous(), rows.long())
+
+    def take(self, states: Tensor) -> Tensor:
+        """Of states [tokens, heads, d] those of whole sequences [all tokens, heads, d]."""
+        return states if self.rows is None else select(states, self.rows)
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """For a back end that needs batches."""
+        queries, keys = self.cu
+        groups = group_lengths(keys)
+        if self.rows is not None:
+            own = queries.diff()
+            read = ranges(keys[1:] - own, own)
+            groups.rows, groups.places = self.rows[groups.rows], groups.places[read]
+        return groups
+
+
+def select(states: Tensor, rows: Tensor) -> Tensor:
+    """states[rows]; gradients of a row that is taken often are summed in float32."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    return states.to(wide).index_select(0, rows).to(states.dtype)
+
+
+def describe_packing(batch: Microbatch) -> dict:
     """What a forward gets beside ids and positions, so that its attention keeps sequences apart.
 
-    Every model hands the mask to its attention. Not all hand on the rest, which only spares each
-    layer from finding it again.
+    Every model hands the mask to its attention, of four dimensions, so that no other is made. Not all
+    hand on the rest, which only spares each layer from finding it again.
     """
-    cu_seqlens = batch.cu_seqlens
-    return {
-        "attention_mask": cu_seqlens.view(1, 1, 1, -1),  # of four dimensions: no mask is made
-        "longest": batch.max_seqlen,
-        "groups": None
-        if cu_seqlens.is_cuda and dtype in varlen.HALF
-        else group_lengths(cu_seqlens),
-    }
+    packing = Packing.of(batch)
+    return {"attention_mask": packing.write(), "packing": packing}
 
 
 def attend(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None,
-    softcap=None, s_aux=None, longest=None, groups=None, **options,
+    softcap=None, s_aux=None, packing=None, **options,
 ):  # fmt: skip
     """The function registered with transformers -> ([batch, tokens, heads, d], None).
 
     query [batch, heads, tokens, d]; key and value of as many heads or fewer. attention_mask: of
-    packed sequences their cu_seqlens, int32 [1, 1, 1, sequences + 1]; else bool or None. softcap: of
-    the scores. s_aux [heads]: scores of sinks, which take their share and give nothing.
+    packed sequences what `Packing.write` makes, int32; else bool or None. softcap: of the scores.
+    s_aux [heads]: scores of sinks, which take their share and give nothing.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     extras = {"softcap": softcap, "sinks": s_aux}
@@ -132,10 +190,9 @@ def attend(
         states = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
         if (cache := getattr(_present, "cache", None)) is not None:
             return cache.attend(*states, scale=scale, window=sliding_window, **extras)[None], None
-        cu_seqlens = attention_mask.flatten()
-        longest = int(cu_seqlens.diff().max()) if longest is None else longest
-        window = sliding_window if sliding_window and sliding_window < longest else None
-        out = attend_packed(*states, cu_seqlens, longest, groups, scale, window, **extras)
+        packing = Packing.read(attention_mask) if packing is None else packing
+        window = sliding_window if sliding_window and sliding_window < packing.longest[1] else None
+        out = attend_packed(*states, packing, scale, window, **extras)
         return out[None], None
     if extras:
         if attention_mask is None:
@@ -161,7 +218,7 @@ def check_plain(module, dropout: float, options: dict) -> None:
 
 
 def attend_packed(
-    query, key, value, cu_seqlens, longest, groups, scale, window, softcap=None, sinks=None
+    query, key, value, packing: Packing, scale, window, softcap=None, sinks=None
 ) -> Tensor:
     """query [tokens, heads, d] -> [tokens, heads, d], by a kernel if one can, else in groups."""
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -169,9 +226,9 @@ def attend_packed(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if kernel := varlen.choose(query, value, softcap, sinks).kernel:
         capped = {} if softcap is None else {"softcap": softcap}
-        return varlen.call(kernel, query, key, value, cu_seqlens, longest, scale, window, **capped)
-    groups = group_lengths(cu_seqlens) if groups is None else groups
-    return attend_in_groups(query, key, value, groups, scale, window, softcap, sinks)
+        states = query, packing.take(key), packing.take(value)
+        return varlen.call(kernel, *states, packing.cu, packing.longest, scale, window, **capped)
+    return attend_in_groups(query, key, value, packing.groups, scale, window, softcap, sinks)
 
 
 @dataclass(slots=True)
@@ -184,7 +241,7 @@ class Groups:
 
     shapes: list[tuple[int, int]]  # (sequences, longest) of each batch
     rows: Tensor  # int64 [places of all batches]: the packed row that stands there
-    places: Tensor  # int64 [tokens]: where each packed row stands
+    places: Tensor  # int64 [tokens]: where each packed row stands, as a query
 
 
 def group_lengths(cu_seqlens: Tensor) -> Groups:
@@ -214,7 +271,7 @@ def attend_in_groups(
 ) -> Tensor:
     """query [tokens, heads, d] -> [tokens, heads, d], one batched call per group."""
     sizes = [sequences * longest for sequences, longest in groups.shapes]
-    placed = (x.index_select(0, groups.rows).split(sizes) for x in (query, key, value))
+    placed = (select(x, groups.rows).split(sizes) for x in (query, key, value))
     by_scores = softcap is not None or sinks is not None
     enable_gqa = query.shape[1] != key.shape[1]
     outs = []

@@ -2,7 +2,8 @@
 
 A probe is made of the model as it came, which reads each sequence by itself; `check` then asks the agent: packed
 through the fused head, as an update does, and step by step through a paged cache, as a rollout does. A
-model whose architecture makes them differ would train on ratios that are wrong from the first update on.
+model whose architecture makes them differ would train on ratios that are wrong from the first update on. Where only
+what sequences begin with cannot be read once for all, they are read whole.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +24,7 @@ from hiper_fast.agent.lora import list_zero_starts
 from hiper_fast.options import ConfigError
 from hiper_fast.packing import microbatches, prefix_sums
 
-LENGTHS = 19, 6  # tokens of the two sequences
+LENGTHS, COMMON = (19, 9), 3  # tokens of the two sequences, and how many both begin with
 WINDOW_NAMES = re.compile(
     "sliding_window(_size)?|attention_window(_size)?|window_size|local_attention"
 )
@@ -46,6 +48,7 @@ class Probe:
             torch.randint(most, (length,), generator=generator).to(model.device)
             for length in LENGTHS
         ]
+        self.sequences[1][:COMMON] = self.sequences[0][:COMMON]
         with stirred(model), narrowed(model), torch.no_grad():
             alone = [
                 model(input_ids=ids[None], use_cache=False, logits_to_keep=LAST + 1)
@@ -54,7 +57,7 @@ class Probe:
         self.logits = torch.stack([out.logits[0, -LAST - 1 : -1].float() for out in alone])
 
     def check(self, agent: Agent) -> None:
-        """ConfigError that says which way differs from the model's own, and by how much."""
+        """ConfigError that says which way differs from the model's own, and by how much; settles `shares_prefixes`."""
         model = agent.model
         expected = self.logits[..., : agent.head.vocabulary].log_softmax(-1)
         spread = float(expected.std(-1).median())
@@ -68,23 +71,34 @@ class Probe:
                     agent, pasts=True
                 ),
             }
+            shared = self.read_packed(agent, targets, share=True)
         known = expected.gather(-1, targets[..., None])[..., 0]
+        allowed = max(ROUNDING, TOLERANCE[model.dtype] * spread)
         for way, found in ways.items():
             wanted = known if found.dim() == 2 else expected[:, -STEPS - 1 :]
             worst = float((found - wanted).abs().max())
-            if not worst <= max(ROUNDING, TOLERANCE[model.dtype] * spread):
+            if not worst <= allowed:
                 raise ConfigError(
                     f"model.path: {type(model).__name__} gives other log-probs when its sequences are {way}, than "
                     f"when each is read alone: by up to {worst:.2g}, where they spread by {spread:.2g}; it "
                     "cannot be trained here: use another model"
                 )
 
-    def read_packed(self, agent: Agent, targets: Tensor) -> Tensor:
-        """Log-probs [2, LAST] of `targets`."""
-        lengths = [len(ids) for ids in self.sequences]
-        [batch] = microbatches(torch.cat(self.sequences).cpu(), prefix_sums(lengths), sum(lengths))
+        worst = float((shared - known).abs().max())
+        agent.shares_prefixes = worst <= allowed
+        if not agent.shares_prefixes:
+            warnings.warn(
+                f"turns are read whole, slower: {type(model).__name__} gives log-probs that differ by up to "
+                f"{worst:.2g} where sequences read what they begin with once (train.share_prefixes)",
+                stacklevel=2,
+            )
+
+    def read_packed(self, agent: Agent, targets: Tensor, *, share: bool = False) -> Tensor:
+        """Log-probs [2, LAST] of `targets`; share: what both sequences begin with is read once."""
+        ids, cu = torch.cat(self.sequences).cpu(), prefix_sums([len(s) for s in self.sequences])
+        [batch] = microbatches(ids, cu, len(ids), share=share)
         hidden = run_trunk(agent.model, batch.to(agent.device))
-        ends = batch.cu_seqlens[1:].tolist()
+        ends = batch.cu_seqlens[1:][batch.index.argsort()].tolist()
         rows = torch.cat([hidden[end - LAST - 1 : end - 1] for end in ends])
         return agent.logprobs(rows, targets.flatten(), 1.0).view(2, LAST)
 

@@ -1,10 +1,11 @@
 """Kernels for causal attention over packed sequences: flash-attn's where it is installed, else torch's.
 
-Each is called as kernel(query, key, value, cu_seqlens, longest, scale, window), flash-attn's also with softcap, and
-gives [tokens, heads, d]. query [tokens, heads, d], key and value [tokens, kv_heads, d] with kv_heads dividing heads,
-all bfloat16 or float16 on a GPU; cu_seqlens int32 [sequences + 1]; longest, of them; window: None, or how many
-tokens a token sees, itself among them. Where torch is asked for deterministic algorithms both sum gradients in a fixed
-order, at a price: flash-attn is told here, torch sees to its own.
+Each is called as kernel(query, key, value, cu, longest, scale, window), flash-attn's also with softcap, and
+gives [tokens, heads, d]. query [tokens, heads, d], key and value [keys, kv_heads, d] with kv_heads dividing heads,
+all bfloat16 or float16 on a GPU; cu: int32 [sequences + 1] of queries and of keys; longest: sequence of either; the
+last query of a sequence stands at its last key; window: None, or how many tokens a token sees, itself among them.
+Where torch is asked for deterministic algorithms both sum gradients in a fixed order, at a price: flash-attn is told
+here, torch sees to its own.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def find_flash() -> tuple[Callable | None, str]:
     def flash(query, key, value, cu, longest, scale, window, softcap=0.0):
         reach = (window - 1, 0) if window else (-1, -1)
         return flash_attn_varlen_func(
-            query, key, value, cu, cu, longest, longest, softmax_scale=scale, causal=True,
+            query, key, value, *cu, *longest, softmax_scale=scale, causal=True,
             window_size=reach, softcap=softcap, deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
 
@@ -109,7 +110,7 @@ def find_varlen() -> tuple[Callable | None, str]:
     def varlen(query, key, value, cu, longest, scale, window):
         reach = (window - 1 if window else -1, 0)
         return varlen_attn(
-            query, key, value, cu, cu, longest, longest, scale=scale, window_size=reach, **options
+            query, key, value, *cu, *longest, scale=scale, window_size=reach, **options
         )
 
     return varlen, ""

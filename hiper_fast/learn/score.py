@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from hiper_fast import estimators
 from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.estimators import HIGH, Values
-from hiper_fast.learn.rows import Rows
-from hiper_fast.packing import BLANK, Microbatch, microbatches
+from hiper_fast.learn.rows import Rows, count_spared, divide
+from hiper_fast.packing import BLANK, Microbatch
 from hiper_fast.rollout.trajectory import Trajectories
 
 
@@ -23,6 +23,7 @@ class Scores:
         Tensor | None
     )  # float32 [tokens], where a token has a role; None without a KL term
     importance: Tensor | None = None  # float32 [tokens], weights of advantages; None: all are 1
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -30,14 +31,16 @@ def score(agent: Agent, trajectories: Trajectories, config: Config) -> Scores:
     """One pass of each network. `train.old_logprobs: recomputed` writes trajectories.old_logprobs anew."""
     pass_ = ScoringPass(agent, trajectories, config)
     sequences = trajectories.sequences(final=pass_.bootstraps, token_values=pass_.per_token)
-    budget = config.train.microbatch_tokens
-    for batch in agent.world.deal(microbatches(sequences.ids, sequences.cu_seqlens, budget), BLANK):
+    batches = [*agent.world.deal(divide(agent, config, sequences.ids, sequences.cu_seqlens), BLANK)]
+    for batch in batches:
         pass_.read(batch, Rows(sequences, batch, trajectories.roles > 0))
     if pass_.bootstraps and not trajectories.continued:
-        finals = microbatches(trajectories.final_ids, trajectories.cu_final, budget)
+        finals = divide(agent, config, trajectories.final_ids, trajectories.cu_final)
         for batch in agent.world.deal(finals, BLANK):
             pass_.read_end(batch)
-    return pass_.finish()
+    scores = pass_.finish()
+    scores.metrics["scoring/shared_tokens"] = count_spared(agent.world, batches)
+    return scores
 
 
 class ScoringPass:

@@ -18,8 +18,8 @@ from hiper_fast.learn.credit import Targets
 from hiper_fast.learn.fidelity import measure_fidelity
 from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
 from hiper_fast.learn.roles import measure_roles
-from hiper_fast.learn.rows import Rows
-from hiper_fast.packing import BLANK, Microbatch, find_ranges, microbatches
+from hiper_fast.learn.rows import Rows, count_spared, divide
+from hiper_fast.packing import BLANK, Microbatch, find_ranges
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
 
 HEADS = {LOW: "low", HIGH: "high", SWITCH: "switch"}
@@ -109,13 +109,14 @@ class Step:
         self.agent, self.trajectories, self.targets = agent, trajectories, targets
         self.config, self.train_policy = config, train_policy
         self.seen = seen
-        world, budget = agent.world, config.train.microbatch_tokens
-        whole = microbatches(sequences.ids, sequences.cu_seqlens, budget, index)
+        world = agent.world
+        whole = divide(agent, config, sequences.ids, sequences.cu_seqlens, index)
         self.batches = [
             (batch.to(agent.device), Rows(sequences, batch, targets.loss_mask))
             for batch in world.deal(whole, BLANK)
         ]
         self.counts = self.count(index)
+        spared = count_spared(agent.world, [batch for batch, _ in self.batches])
         self.value_counts = [0, 0, 0]  # values that train each head
         if agent.critic is not None:
             counts = sum(targets.value_mask[rows.places].sum(0) for _, rows in self.batches)
@@ -125,6 +126,7 @@ class Step:
         # On the device until the step's end: the host runs ahead of a GPU, and would wait for each number.
         zeros = torch.zeros(len(names), dtype=torch.float64, device=agent.device)
         self.metrics = dict(zip(names, zeros, strict=True))
+        self.told = {"update/shared_tokens": spared}
 
     def count(self, index: Tensor) -> Counts:
         """What the minibatch of the sequences `index` holds."""
@@ -141,7 +143,7 @@ class Step:
         for batch, rows in self.batches:
             self.add_gradients(batch, rows)
         sums = self.agent.world.sum(torch.stack([*self.metrics.values()]).cpu())
-        metrics = dict(zip(self.metrics, sums.tolist(), strict=True))
+        metrics = dict(zip(self.metrics, sums.tolist(), strict=True)) | self.told
         limit = self.config.train.grad_clip or math.inf
         for name, optimizer in optimizers.items():
             weights = [p for group in optimizer.param_groups for p in group["params"]]

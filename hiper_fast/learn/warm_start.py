@@ -27,8 +27,8 @@ from hiper_fast.learn.demonstrations import (
     read_demonstrations,
     write_blocks,
 )
-from hiper_fast.learn.rows import Rows
-from hiper_fast.packing import find_ranges, microbatches
+from hiper_fast.learn.rows import Rows, divide
+from hiper_fast.packing import find_ranges
 from hiper_fast.rollout.engines import Answer
 from hiper_fast.rollout.episode import Play
 from hiper_fast.rollout.games import Games
@@ -261,10 +261,9 @@ def add_gradients(
 
     weights: float32 [tokens]; tokens of weight 0 have no part in either.
     """
-    budget = config.train.microbatch_tokens
     batches = [
         (batch, Rows(sequences, batch, weights > 0))
-        for batch in microbatches(sequences.ids, sequences.cu_seqlens, budget, part)
+        for batch in divide(agent, config, sequences.ids, sequences.cu_seqlens, part)
     ]
     tokens = sum(rows.tokens.numel() for _, rows in batches)
     sums = torch.zeros(2, dtype=torch.float64, device=agent.device)  # of the loss, and of tokens

@@ -1,10 +1,13 @@
 """Packed attention against every sequence alone through transformers' own sdpa, in float64, gradients too."""
 
 import copy
+import functools
+import random
 
 import pytest
 import torch
 import transformers
+from torch.nn.functional import rms_norm
 
 from hiper_fast.agent import attention
 from hiper_fast.agent.agent import run_trunk
@@ -47,6 +50,19 @@ def build(name, dtype=torch.float64):
     return model, plain
 
 
+def build_exact(name):
+    """As `build`; norms too are in float64, so that gradients of a token add up before one as behind it."""
+
+    def normalize(norm, x):
+        return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    models = build(name)
+    for module in (module for model in models for module in model.modules()):
+        if hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(normalize, module)
+    return models
+
+
 def sequences(lengths):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(2, 60, (sum(lengths),), generator=generator), prefix_sums(lengths)
@@ -81,16 +97,23 @@ def check_packed_equals_unpacked(name, lengths, budget, checkpointing=False):
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-    ids, cu = sequences(lengths)
+    check_equals_alone(model, plain, *sequences(lengths), budget)
+
+
+def check_equals_alone(model, plain, ids, cu, budget, share=False):
+    """Returns how many tokens were read."""
     direction = torch.randn(
         len(ids), 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
     spans = list(zip(cu.tolist(), cu.tolist()[1:], strict=False))
     packed = alone = None
-    for batch in microbatches(ids, cu, budget):
+    read = 0
+    for batch in microbatches(ids, cu, budget, share=share):
         hidden = run_trunk(model.base_model, batch)
+        read += len(hidden)
+        hidden = hidden[batch.find_rows(torch.arange(int(batch.cu_whole[-1])))]
         parts = [slice(*spans[i]) for i in batch.index.tolist()]
-        for part, rows in zip(parts, hidden.split(batch.cu_seqlens.diff().tolist()), strict=True):
+        for part, rows in zip(parts, hidden.split(batch.cu_whole.diff().tolist()), strict=True):
             expected = plain.base_model(input_ids=ids[None, part]).last_hidden_state[0]
             torch.testing.assert_close(rows, expected, atol=1e-12, rtol=1e-12)
             alone = add(alone, gradients(plain, expected, direction[part]))
@@ -100,6 +123,60 @@ def check_packed_equals_unpacked(name, lengths, budget, checkpointing=False):
     assert sum(float(g.abs().sum()) for g in packed) > 0.1
     for mine, expected in zip(packed, alone, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-11, rtol=1e-10)
+    return read
+
+
+def nested(lengths, seed=0):
+    """Sequences that begin as others do, some as whole ones, some twice there; shuffled: (ids, cu_seqlens)."""
+    rng, made = random.Random(seed), [[]]
+    for length in lengths:
+        start = rng.choice(made)
+        start = start[: rng.randint(0, min(len(start), length))]
+        made.append(start + rng.choices(range(2, 60), k=length - len(start)))
+    made[0] = list(made[-1])
+    rng.shuffle(made)
+    return torch.tensor(sum(made, [])), prefix_sums([len(s) for s in made])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_sequences_begin_with_is_read_once(name):
+    model, plain = build_exact(name)
+    ids, cu = nested([7, 12, 5, 30, 2, 11, 1, 1, 19, 28])
+    assert check_equals_alone(model, plain, ids, cu, 1000, share=True) < 0.8 * len(ids)
+
+
+@pytest.mark.parametrize("budget", [3, 25, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_sequences_begin_with_is_read_once_in_each_microbatch(budget, seed):
+    model, plain = build_exact("mistral sliding")
+    ids, cu = nested([7, 12, 5, 30, 2, 11, 1, 1], seed)
+    assert check_equals_alone(model, plain, ids, cu, budget, share=True) <= len(ids)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral sliding"])
+def test_sharing_is_told_to_models_that_hand_on_the_mask_alone(name, monkeypatch):
+    whole = attention.describe_packing
+    monkeypatch.setattr(
+        attention, "describe_packing", lambda batch: whole(batch) | {"packing": None}
+    )
+    model, plain = build_exact(name)
+    ids, cu = nested([7, 12, 5, 30])
+    assert check_equals_alone(model, plain, ids, cu, 100, share=True) < len(ids)
+
+
+def test_sharing_with_gradient_checkpointing():
+    model, plain = build_exact("llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    ids, cu = nested([7, 12, 5, 30])
+    assert check_equals_alone(model, plain, ids, cu, 100, share=True) < len(ids)
+
+
+def test_gradients_of_what_is_taken_often_are_summed_in_float32():
+    states = torch.ones(2, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.tensor([0] * 1000 + [1])
+    attention.select(states, rows).sum().backward()
+    assert states.grad.flatten().tolist() == [1000, 1], "in bfloat16 a sum of ones ends at 256"
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3 untied", "llama"])

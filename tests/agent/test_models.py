@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from hiper_fast.agent import lora
+from hiper_fast.agent import attention, lora
 from hiper_fast.agent.head import Head, measure
 from hiper_fast.agent.loading import load_agent, prepare
 from hiper_fast.agent.rotary import check_rotary
@@ -145,6 +145,19 @@ def test_a_wrong_model_is_refused(kind, reason):
     wrong.load_state_dict(right.state_dict())
     with pytest.raises(ConfigError, match=f"^model.path: {kind.__name__} .*{reason}"):
         load(wrong)
+
+
+def test_a_model_that_cannot_share_is_read_whole(monkeypatch):
+    def forget(cls, batch):
+        return cls(batch.cu_seqlens, batch.cu_seqlens, None)
+
+    monkeypatch.setattr(attention.Packing, "of", classmethod(forget))
+    with pytest.warns(UserWarning, match="turns are read whole, slower: LlamaForCausalLM"):
+        agent, _ = load(models.build("llama"))
+    assert not agent.shares_prefixes
+    monkeypatch.undo()
+    agent, _ = load(models.build("llama"))
+    assert agent.shares_prefixes
 
 
 def test_a_model_that_knows_nothing_yet_is_no_wrong_one():

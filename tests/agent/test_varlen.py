@@ -16,9 +16,10 @@ from hiper_fast.agent import attention, varlen
 from hiper_fast.agent.agent import run_trunk
 from hiper_fast.agent.runtime import describe_computing
 from hiper_fast.config import ModelConfig
-from hiper_fast.packing import microbatches, prefix_sums
+from hiper_fast.packing import microbatches, prefix_sums, trace
 
 LENGTHS = [7, 1, 12, 5]
+COMMON = [0, 0, 1, 4]  # tokens that a sequence has from the one before, where they share
 HALF = torch.bfloat16
 
 
@@ -31,13 +32,15 @@ def gpu(monkeypatch):
     varlen.choose_kernel.cache_clear()
 
 
-def attend_by_hand(query, key, value, cu, scale, reach, softcap=0.0):
-    """reach: how many tokens before its own a token sees; below 0: all."""
+def attend_by_hand(query, key, value, cu_q, cu_k, scale, reach, softcap=0.0):
+    """reach: how many tokens before its own a token sees; below 0: all. The last query stands at the last key."""
     outs, shared = [], query.shape[1] // key.shape[1]
-    for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False):
-        seen = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        seen = seen.triu(-reach) if reach >= 0 else seen
-        q, k, v = (x[a:b].transpose(0, 1) for x in (query, key, value))
+    parts = (x.split(cu.diff().tolist()) for x, cu in ((query, cu_q), (key, cu_k), (value, cu_k)))
+    for q, k, v in zip(*parts, strict=True):
+        before = len(k) - len(q)
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(before)
+        seen = seen.triu(before - reach) if reach >= 0 else seen
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         scores = q @ k.repeat_interleave(shared, 0).mT * scale
         scores = softcap * (scores / softcap).tanh() if softcap else scores
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -46,12 +49,13 @@ def attend_by_hand(query, key, value, cu, scale, reach, softcap=0.0):
 
 
 def check_states(query, key, value, cu_q, cu_k, max_q, max_k):
-    tokens, heads, size = query.shape
-    assert key.shape == value.shape == (tokens, key.shape[1], size) and heads % key.shape[1] == 0
+    (tokens, heads, size), (keys, kv_heads, _) = query.shape, key.shape
+    assert key.shape == value.shape == (keys, kv_heads, size) and heads % kv_heads == 0
     assert size <= 256 and all(x.stride(-1) == 1 for x in (query, key, value))
-    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous()
-    assert int(cu_q[0]) == 0 and int(cu_q[-1]) == tokens and torch.equal(cu_q, cu_k)
-    assert max_q == max_k == int(cu_q.diff().max())
+    for cu, count, longest in ((cu_q, tokens, max_q), (cu_k, keys, max_k)):
+        assert cu.dtype == torch.int32 and cu.is_contiguous() and cu.shape == cu_q.shape
+        assert int(cu[0]) == 0 and int(cu[-1]) == count and longest == int(cu.diff().max())
+    assert (cu_q.diff() <= cu_k.diff()).all()
 
 
 class FlashAttn(types.ModuleType):
@@ -72,7 +76,8 @@ class FlashAttn(types.ModuleType):
             {"kv_heads": k.shape[1], "deterministic": deterministic, "softcap": softcap}
         )
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return attend_by_hand(q, k, v, cu_seqlens_q, scale, window_size[0], softcap)
+        cu = cu_seqlens_q, cu_seqlens_k
+        return attend_by_hand(q, k, v, *cu, scale, window_size[0], softcap)
 
 
 @pytest.fixture
@@ -87,18 +92,32 @@ def no_flash(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
 
 
-def make_states(heads=4, kv_heads=2, size=8, value_size=None):
+def make_packing(share=False):
+    """Of sequences of LENGTHS, with COMMON."""
+    whole = prefix_sums(LENGTHS)
+    if not share:
+        return attention.Packing(whole, whole, None)
+    lengths, common = torch.tensor(LENGTHS), torch.tensor(COMMON)
+    return attention.Packing(prefix_sums(lengths - common), whole, trace(lengths, common).rows)
+
+
+def make_states(heads=4, kv_heads=2, size=8, value_size=None, share=False):
+    tokens = sum(LENGTHS) - share * sum(COMMON)
     sizes = ((heads, size), (kv_heads, size), (kv_heads, value_size or size))
-    return [torch.randn(25, *each, dtype=torch.float64, requires_grad=True) for each in sizes]
+    return [torch.randn(tokens, *each, dtype=torch.float64, requires_grad=True) for each in sizes]
 
 
-def check_equals_groups(choice, states, window, **options):
+def call_kernel(kernel, states, packing, window, **options):
+    query, key, value = states
+    taken = query, packing.take(key), packing.take(value)
+    return varlen.call(kernel, *taken, packing.cu, packing.longest, 0.3, window, **options)
+
+
+def check_equals_groups(choice, window, *, share=False, size=8, **options):
     """A kernel's result and gradients against those of torch's operations."""
-    cu = prefix_sums(LENGTHS)
-    out = varlen.call(choice.kernel, *states, cu, 12, 0.3, window, **options)
-    expected = attention.attend_in_groups(
-        *states, attention.group_lengths(cu), 0.3, window, **options
-    )
+    packing, states = make_packing(share), make_states(size=size, share=share)
+    out = call_kernel(choice.kernel, states, packing, window, **options)
+    expected = attention.attend_in_groups(*states, packing.groups, 0.3, window, **options)
     torch.testing.assert_close(out, expected)
     direction = torch.randn_like(expected)
     for mine, other in zip(
@@ -107,12 +126,14 @@ def check_equals_groups(choice, states, window, **options):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_flash_attn_is_called_by_its_rules(flash, window, softcap):
+def test_flash_attn_is_called_by_its_rules(flash, window, softcap, share):
     choice = varlen.choose_kernel("cuda", HALF, 8, softcap is not None)
     assert (choice.name, choice.why, str(choice)) == ("flash_attn", "", "flash_attn")
-    check_equals_groups(choice, make_states(), window, **({"softcap": softcap} if softcap else {}))
+    capped = {"softcap": softcap} if softcap else {}
+    check_equals_groups(choice, window, share=share, **capped)
     assert flash.calls == [{"kv_heads": 2, "deterministic": False, "softcap": softcap or 0.0}]
 
 
@@ -121,7 +142,7 @@ def test_flash_attn_is_told_to_be_deterministic(flash, warn_only):
     kernel = varlen.choose_kernel("cuda", HALF, 8).kernel
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
-        varlen.call(kernel, *make_states(), prefix_sums(LENGTHS), 12, 0.3, None)
+        call_kernel(kernel, make_states(), make_packing(), None)
     finally:
         torch.use_deterministic_algorithms(False)
     assert flash.calls[0]["deterministic"]
@@ -151,7 +172,7 @@ def torch_2_11(
 ):
     check_states(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
     assert window_size[1] == 0 and query.shape[-1] % 8 == 0 and key.shape[1] < query.shape[1]
-    return attend_by_hand(query, key, value, cu_seq_q, scale, window_size[0])
+    return attend_by_hand(query, key, value, cu_seq_q, cu_seq_k, scale, window_size[0])
 
 
 def torch_2_13(*args, scale=None, window_size=(-1, -1), enable_gqa=False):
@@ -162,23 +183,24 @@ def torch_2_13(*args, scale=None, window_size=(-1, -1), enable_gqa=False):
 def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False): ...
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("sizes", [(8, 8), (20, 20), (12, 8)])
 @pytest.mark.parametrize("function", [torch_2_11, torch_2_13])
 def test_torchs_kernel_is_called_by_its_versions_rules(
-    no_flash, monkeypatch, function, sizes, window
+    no_flash, monkeypatch, function, sizes, window, share
 ):
     """Fewer heads of keys go in as they are, heads of sizes that it refuses padded."""
     monkeypatch.setattr(torch_varlen, "varlen_attn", function)
     choice = varlen.choose_kernel("cuda", HALF, max(sizes))
     assert str(choice) == f"torch's varlen_attn: {varlen.MISSING}"
-    states = make_states(size=sizes[0], value_size=sizes[1])
     if sizes[0] == sizes[1]:
-        return check_equals_groups(choice, states, window)
-    cu = prefix_sums(LENGTHS)
-    out = varlen.call(choice.kernel, *states, cu, 12, 0.3, window)
-    reach = window - 1 if window else -1
-    torch.testing.assert_close(out, attend_by_hand(*states, cu, 0.3, reach))
+        return check_equals_groups(choice, window, share=share, size=sizes[0])
+    packing = make_packing(share)
+    query, key, value = make_states(size=sizes[0], value_size=sizes[1], share=share)
+    out = call_kernel(choice.kernel, (query, key, value), packing, window)
+    reach, taken = window - 1 if window else -1, (packing.take(key), packing.take(value))
+    torch.testing.assert_close(out, attend_by_hand(query, *taken, *packing.cu, 0.3, reach))
 
 
 def test_torchs_kernel_is_called_as_installed(no_flash):

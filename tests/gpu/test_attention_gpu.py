@@ -19,7 +19,8 @@ SIZES = dict(
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize("window", [None, 5])
-def test_packed_equals_unpacked(device, interpreted, dtype, tolerance, window):
+@pytest.mark.parametrize("share", [False, True])
+def test_packed_equals_unpacked(device, interpreted, dtype, tolerance, window, share):
     if interpreted:
         pytest.skip("no kernel of ours: nothing to interpret")
     torch.manual_seed(0)
@@ -31,10 +32,14 @@ def test_packed_equals_unpacked(device, interpreted, dtype, tolerance, window):
     attention.use(model)
     lengths = [7, 1, 12, 5, 1, 30, 2, 11]
     ids, cu = torch.randint(2, 60, (sum(lengths),)), prefix_sums(lengths)
-    (batch,) = microbatches(ids, cu, 1000)
+    ids[cu[5] : cu[5] + 12] = ids[cu[2] : cu[3]]  # one begins as a whole other one
+    ids[cu[7] : cu[7] + 5] = ids[cu[2] : cu[2] + 5]
+    (batch,) = microbatches(ids, cu, 1000, share=share)
+    assert (batch.spared > 10) == share
     batch = batch.to(device)
-    hidden = run_trunk(model.base_model, batch)
-    parts = hidden.split(batch.cu_seqlens.diff().tolist())
+    rows = batch.find_rows(torch.arange(int(batch.cu_whole[-1]), device=device))
+    hidden = run_trunk(model.base_model, batch)[rows]
+    parts = hidden.split(batch.cu_whole.diff().tolist())
     total = torch.zeros((), device=device)
     for i, rows in zip(batch.index.tolist(), parts, strict=True):
         alone = plain.base_model(

@@ -45,13 +45,15 @@ SCRIPTS = [  # (responses, terminated)
 ]
 
 
-def build(agent, scripts=SCRIPTS, seed=0):
-    """Episodes with random prompts, rewards and the policy's own log-probs, packed."""
+def build(agent, scripts=SCRIPTS, seed=0, nested=False):
+    """Episodes with random prompts, rewards and the policy's own log-probs, packed; nested: one prompt's beginnings."""
     generator = torch.Generator().manual_seed(seed)
+    longest = torch.randint(2, 700, (40,), generator=generator).tolist()
 
     def prompt():
         length = int(torch.randint(3, 40, (1,), generator=generator))
-        return torch.randint(2, 700, (length,), generator=generator).tolist()
+        other = torch.randint(2, 700, (length,), generator=generator).tolist()
+        return longest[:length] if nested else other
 
     episodes = []
     for texts, terminated in scripts:
@@ -494,6 +496,26 @@ def test_microbatches_add_up_to_one_big_batch(agent, budget):
         assert split[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.parametrize("budget", [90, 200, 100_000])
+def test_what_prompts_begin_with_is_read_once(agent, budget):
+    """Scores and steps are those of whole sequences."""
+    t = build(agent, nested=True)
+    found = []
+    for share in (False, True):
+        config = settings(
+            microbatch_tokens=budget, share_prefixes=share, minibatches=2, old_logprobs="recomputed"
+        )
+        scores = score(agent, copy.copy(t), config)
+        losses, after, _ = trained(agent, t, give(t, scores, config), config)
+        spared = scores.metrics.pop("scoring/shared_tokens"), losses.pop("update/shared_tokens")
+        found.append((scores.values.turns, scores.values.bootstrap, scores.ref_logprobs, after))
+        assert (min(spared) > 0.05) if share else spared == (0, 0)
+        found[-1] += (torch.tensor([*losses.values()]),)
+    for whole, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-5)
+    assert (found[0][3] - flat(agent)).abs().max() > 1e-4, "a step was taken"
+
+
 @pytest.mark.parametrize("budget", [1, 90, 100_000])
 @pytest.mark.parametrize("minibatches", [1, 4])
 def test_the_policy_gradient_is_that_of_plain_loops_in_float64(fresh, budget, minibatches):
@@ -613,13 +635,13 @@ def test_each_turn_is_used_exactly_once(fresh, monkeypatch, minibatches):
     t, scores = scored(fresh, config)
     used = []
 
-    def recorded(ids, cu_seqlens, budget, index=None):
-        for batch in whole(ids, cu_seqlens, budget, index):
+    def recorded(*args):
+        for batch in whole(*args):
             used.append(batch.index.tolist())
             yield batch
 
-    whole = update_module.microbatches
-    monkeypatch.setattr(update_module, "microbatches", recorded)
+    whole = update_module.divide
+    monkeypatch.setattr(update_module, "divide", recorded)
     targets = give(t, scores, config)
     update(fresh, sgd(fresh), t, targets, config, torch.Generator().manual_seed(3))
     assert sorted(i for batch in used for i in batch) == list(range(t.turns))
