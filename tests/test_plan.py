@@ -597,6 +597,9 @@ def test_rates_are_measured_where_there_is_a_device():
         ("plan.utilisation", 0.2, "scoring", 2),
         ("model.critic", "shared", "scoring", 0.5),
         ("eval.every", 20, "evaluation, a share", 0.5),
+        ("plan.shared_scoring", 0.5, "scoring", 0.5),
+        ("plan.shared_scoring", 0.5, "rollout: prompts", 0.5),
+        ("plan.shared_update", 0.5, "critic update", 0.5),
     ],
 )
 def test_times_follow_their_causes(option, value, stage, factor):
