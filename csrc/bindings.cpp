@@ -216,6 +216,8 @@ void def_all(py::module_& module) {
   def(module, "rms_norm_float64", &rms_norm<Isa, double>);
   def(module, "rms_norm_backward_float32", &rms_norm_backward<Isa, float>);
   def(module, "rms_norm_backward_float64", &rms_norm_backward<Isa, double>);
+  def(module, "sample_float32", &sample<Isa, float>);
+  def(module, "sample_float64", &sample<Isa, double>);
   def(module, "swiglu_float32", &swiglu<Isa, float>);
   def(module, "swiglu_float64", &swiglu<Isa, double>);
   def(module, "swiglu_backward_float32", &swiglu_backward<Isa, float>);

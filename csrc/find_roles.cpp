@@ -93,15 +93,9 @@ struct Response {
   }
 };
 
-// Ids are fetched so far ahead, since a processor by itself looks no further than a page: 512 of them.
+// Ids are fetched so far ahead: a page, past which a processor by itself does not look, holds 512 of them.
 constexpr int64_t kAhead = 1024;
 constexpr int64_t kEight = 8;  // flags that are written at a time
-
-void prefetch([[maybe_unused]] const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#endif
-}
 
 // The flags of kCount tokens to `flags`; returns all of them together.
 template <int64_t kCount, class Id>

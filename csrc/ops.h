@@ -109,6 +109,12 @@ struct PagedAttention {
 
 template <class Isa, class Stored>
 void paged_attention(const PagedAttention<Stored>& call, int threads);
+
+// logits: [rows, vocabulary], rows `stride` apart; uniform, temperature, tokens, logprobs: [rows].
+template <class Isa, class T>
+void sample(const T* logits, const double* uniform, const float* temperature, int64_t rows,
+            int64_t vocabulary, int64_t stride, int64_t* tokens, float* logprobs, int threads);
+
 // x, out: [rows, width].
 template <class Isa, class T>
 void rms_norm(const T* x, const T* weight, int64_t rows, int64_t width, double eps, T* out, int threads);
@@ -145,6 +151,13 @@ int64_t bm25_search(const int32_t* documents, const uint16_t* counts, const floa
                     const uint8_t* norms, const float* inverse, const int64_t* begins, const int64_t* ends,
                     const int64_t* block_begins, const float* weights, int32_t* out_documents,
                     float* out_scores, int64_t terms, int64_t total, int64_t k, int64_t block);
+
+// For what will be read soon, where a processor by itself looks no further than a page.
+inline void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
 
 // cu must be an exclusive prefix sum: 0, then never falling, `total` at its end.
 void check_prefix_sum(const char* name, const int32_t* cu, int64_t segments, int64_t total);

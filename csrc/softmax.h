@@ -16,6 +16,19 @@ template <class T>
 constexpr T kNothing = std::is_same_v<T, float> ? T(-104) : T(-746);
 
 template <class T>
+T largest(const T* x, int64_t count) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  Vec<T> most = Vec<T>{} + kNone;
+  each_vector<T>(count, [&](int64_t i, int64_t left) {
+    const Vec<T> next = load(x + i, left, kNone);
+    most = select(next > most, next, most);
+  });
+  T lanes[size_t(kLanes<T>)];
+  store(lanes, kLanes<T>, most);
+  return *std::max_element(lanes, lanes + kLanes<T>);
+}
+
+template <class T>
 class Softmax {
  public:
   explicit Softmax(double temperature) : scale_(T(1 / temperature)) {}
@@ -97,17 +110,6 @@ class Softmax {
   Vec<T> shifted(Vec<T> logit) const {
     const Vec<T> d = (logit - top_) * scale_;
     return select(d < kNothing<T>, Vec<T>{} + kNothing<T>, d);
-  }
-
-  static T largest(const T* x, int64_t count) {
-    Vec<T> most = Vec<T>{} + kLowest;
-    each_vector<T>(count, [&](int64_t i, int64_t left) {
-      const Vec<T> next = load(x + i, left, kLowest);
-      most = select(next > most, next, most);
-    });
-    T lanes[size_t(kLanes<T>)];
-    store(lanes, kLanes<T>, most);
-    return *std::max_element(lanes, lanes + kLanes<T>);
   }
 
   T scale_, top_ = kLowest;

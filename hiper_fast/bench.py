@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 SIZES = {"full": Size(128, 50, 290, 1024, 128, 4096), "tiny": Size(4, 5, 40, 16, 8, 50)}
 OF_TOKENS = "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss"
-OF_ROWS = "linear_logprobs", "linear_ppo", "rms_norm", "swiglu", "rope"
+OF_ROWS = "linear_logprobs", "linear_ppo", "sample", "rms_norm", "swiglu", "rope"
 HEADS, HEAD_SIZE, BLOCK = 2, 64, 16  # of the attention, whose sequences are one to a trajectory
 USUAL_HEAD = 128  # of a pretrained model
 COUNTED = dict.fromkeys(OF_TOKENS, "tokens") | dict.fromkeys(OF_ROWS, "rows")  # the others: turns
@@ -111,6 +111,9 @@ def make_inputs(size: Size, device: str = "cpu") -> SimpleNamespace:
     chosen = ops.linear_logprobs(x.hidden, x.weight, x.targets).detach()  # [rows]
     x.row_old, x.row_ref = (chosen + draw(rows, scale=NEAR) for _ in range(2))
     x.row_advantages = draw(rows)
+    x.logits = draw(rows, size.vocabulary, scale=2.0)
+    x.uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
+    x.temperature = (torch.arange(rows) % 3 / 2).to(device)  # a third is greedy
     per_sequence = math.ceil(size.tokens / BLOCK)
     pool = size.trajectories * per_sequence
     x.asked = draw(size.trajectories, HEADS, HEAD_SIZE)
@@ -178,6 +181,7 @@ def make_calls(x: SimpleNamespace) -> dict[str, Callable[[ModuleType], object]]:
         "value_loss": run_value_loss,
         "linear_ppo": run_linear_ppo,
         "paged_attention": lambda which: which.paged_attention(*paged),
+        "sample": lambda which: which.sample(x.logits, x.uniform, x.temperature),
         "rms_norm": run_rms_norm,
         "rope": run_rope,
         "swiglu": run_swiglu,

@@ -23,6 +23,7 @@ CONTRACT = {
     "bias=None softcap=None clip_low=0.2 clip_high=0.2 dual_clip=3.0 kl_coef=0.01 entropy_coef=0.001 "
     "denominator=None",
     "paged_attention": "query keys values blocks cu_query lengths * scale=None window=None softcap=None sinks=None",
+    "sample": "logits uniform temperature",
     "rms_norm": "x weight eps=1e-06",
     "swiglu": "gate up",
     "rope": "query key cos sin",

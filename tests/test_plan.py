@@ -366,8 +366,8 @@ LARGE = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "plan.gpu": "a100", "agent.
 CASES = [  # options that leave only this change, or this one first, to be the smallest; the change
     ({"model.dtype": "bfloat16"}, ("model.gradient_checkpointing", True)),
     ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True}, ("train.microbatch_tokens", 32768)),
-    ({"model.dtype": "float32", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048},
-     ("model.dtype", "bfloat16")),
+    ({"model.dtype": "float32", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048,
+      "agent.batch_tokens": 98304}, ("model.dtype", "bfloat16")),
     ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048},
      ("train.optimizer", "adamw8bit")),
     ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True, "train.microbatch_tokens": 2048},

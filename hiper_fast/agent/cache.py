@@ -47,7 +47,7 @@ class PagedCache:
         self.call = 0  # attention's in a pass
 
     def read(self, model: PreTrainedModel, head: Head, what: Pass) -> Tensor:
-        """The logits float32 [sequences, vocabulary] behind each sequence's last token; a sharded model is whole."""
+        """The logits [sequences, vocabulary] behind each sequence's last token; a sharded model is whole."""
         self.present, self.call = what, 0
         with attention.through(self):
             return call_whole(model, lambda: self.read_inside(model, head, what))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hiper_fast import ops
 from hiper_fast.agent.agent import Agent
 from hiper_fast.agent.cache import PagedCache, Pass
-from hiper_fast.agent.sampling import sample
 from hiper_fast.packing import prefix_sums
 
 SIZES = (1, 2, 4, 8, *range(16, 513, 16))  # of the batches whose step is captured as a CUDA graph
@@ -131,7 +131,7 @@ class Decoder:
         """A token for each row, of its logits [n, v]."""
         going, drawn = ~self.ended[rows], self.drawn[rows]
         uniform = self.uniforms[rows, drawn]
-        tokens, logprobs = sample(logits, uniform, self.temperature[rows])
+        tokens, logprobs = ops.sample(logits, uniform, self.temperature[rows])
         column = torch.where(going, drawn, self.limit)
         self.ids[rows, column], self.logprobs[rows, column] = tokens, logprobs
         self.token[rows] = tokens

@@ -43,10 +43,11 @@ class Head:
         return hidden, {"weight": weight, "bias": bias}
 
     def finish(self, product: Tensor) -> Tensor:
-        """The product [n, v] as logits, float32 [n, vocabulary]."""
-        logits = product[:, : self.vocabulary].float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
+        """The product [n, v] as logits [n, vocabulary], float32 unless they are the product's own."""
+        logits = product[:, : self.vocabulary]
+        if self.scale == 1.0 and self.softcap is None:
+            return logits
+        logits = logits.float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def temper(self, temperature: float) -> dict:

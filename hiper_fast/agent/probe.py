@@ -122,7 +122,7 @@ class Probe:
             cache.read(agent.model, agent.head, self.make_pass(part, blocks).to(agent.device))
             for part in parts
         ]
-        return torch.stack(found[-STEPS - 1 :], 1).log_softmax(-1)
+        return torch.stack(found[-STEPS - 1 :], 1).float().log_softmax(-1)
 
     def make_pass(self, part: list[tuple[int, int]], blocks: Tensor) -> Pass:
         """One that reads the tokens from begin to end of each sequence."""

@@ -16,6 +16,7 @@ from hiper_fast.ops.paged_attention import paged_attention
 from hiper_fast.ops.ppo_loss import ppo_loss
 from hiper_fast.ops.rms_norm import rms_norm
 from hiper_fast.ops.rope import rope
+from hiper_fast.ops.sample import sample
 from hiper_fast.ops.scatter_advantages import scatter_advantages
 from hiper_fast.ops.swiglu import swiglu
 from hiper_fast.ops.value_loss import value_loss
@@ -37,6 +38,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "rope",
+    "sample",
     "scatter_advantages",
     "swiglu",
     "value_loss",
@@ -63,7 +65,7 @@ def implementations() -> dict[str, dict[str, Implementation]]:
 _OPS = (
     "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter",
     "linear_logprobs", "ppo_loss", "value_loss", "linear_ppo",
-    "paged_attention",
+    "paged_attention", "sample",
     "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 

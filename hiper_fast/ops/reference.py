@@ -279,6 +279,18 @@ def _read_blocks(pool, blocks, length) -> Tensor:
     return pool[used].flatten(0, 1)[:length]
 
 
+def sample(logits, uniform, temperature) -> tuple[Tensor, Tensor]:
+    greedy = temperature == 0
+    divisor = temperature.double().masked_fill(greedy, 1.0)[:, None]
+    log_p = torch.log_softmax(logits.double() / divisor, dim=-1)
+    sums = log_p.exp().cumsum(dim=-1)
+    total = sums[:, -1:]
+    drawn = torch.searchsorted(sums, uniform[:, None] * total, right=True)[:, 0]
+    tokens = torch.where(greedy, log_p.argmax(dim=-1), drawn)
+    tokens = torch.where(total[:, 0] > 0, tokens, 0)  # else there is no distribution
+    return tokens, log_p.gather(1, tokens[:, None])[:, 0].float()
+
+
 def ppo_loss(
     logprobs,
     old_logprobs,

@@ -13,6 +13,7 @@ import torch
 
 HAE_TURNS, GAE_TURNS, SCATTER_TOKENS, ROLES_TOKENS, ROLES_IDS, TARGETS = range(6)
 ATTENTION_QUERIES, ATTENTION_LENGTHS, ATTENTION_BLOCKS = range(6, 9)
+SAMPLE_UNIFORM, SAMPLE_TEMPERATURE = range(9, 11)
 _PREFIX_SUM = "must begin with 0, never fall and end with the number of {}"
 _MESSAGES = {
     HAE_TURNS: "hae: cu_turns " + _PREFIX_SUM.format("turns"),
@@ -23,6 +24,8 @@ _MESSAGES = {
     ATTENTION_QUERIES: "paged_attention: cu_query " + _PREFIX_SUM.format("tokens"),
     ATTENTION_LENGTHS: "paged_attention: lengths must lie between a sequence's queries and what its blocks hold",
     ATTENTION_BLOCKS: "paged_attention: blocks must be in the pool",
+    SAMPLE_UNIFORM: "sample: uniform must lie in [0, 1)",
+    SAMPLE_TEMPERATURE: "sample: temperature must be at least 0 and finite",
     TARGETS: "linear_logprobs or linear_ppo: targets must lie in [0, v)",
 }
 

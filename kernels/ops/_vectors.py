@@ -15,12 +15,12 @@ def are_aligned(*vectors: Tensor | None) -> int:
 
 
 @triton.jit
-def read(vector, t, size, whole):
-    """vector[t], 0 past its size; `whole`: all of the block lies in the vector, which is aligned."""
+def read(vector, t, size, whole, other: tl.constexpr = 0):
+    """vector[t], `other` past its size; `whole`: all of the block lies in the vector, which is aligned."""
     if whole:
         x = tl.load(tl.multiple_of(vector + t, 16))
     else:
-        x = tl.load(vector + t, mask=t < size, other=0)
+        x = tl.load(vector + t, mask=t < size, other=other)
     return x
 
 

@@ -41,6 +41,7 @@ from hiper_fast.kernels.paged_attention import paged_attention
 from hiper_fast.kernels.ppo_loss import ppo_loss
 from hiper_fast.kernels.rms_norm import rms_norm, rms_norm_backward
 from hiper_fast.kernels.rope import rope
+from hiper_fast.kernels.sample import sample
 from hiper_fast.kernels.scale_gradients import scale_gradients
 from hiper_fast.kernels.scatter_advantages import normalize_and_scatter, scatter_advantages
 from hiper_fast.kernels.swiglu import swiglu, swiglu_backward
@@ -176,6 +177,9 @@ def launch_all() -> None:
         )
         byte = torch.tensor([60], dtype=torch.uint8)
         find_roles(torch.zeros(3, dtype=ids), cu_tokens, byte, offsets, byte)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits, uniform = torch.zeros(3, 5, dtype=dtype), torch.zeros(3, dtype=torch.float64)
+        sample(logits, uniform, torch.zeros(3))
     launch_attention()
 
 

@@ -144,6 +144,7 @@ def test_opcheck(inputs):
         registered.gae: (x.rewards, x.values_low, x.terminated, x.cu_turns, None, 1.0, 1.0),
         registered.normalize: (x.rewards, x.switch, 1e-8),
         registered.find_roles: (x.token_ids, x.cu_tokens, *pieces),
+        registered.sample: (x.logits, x.uniform, x.temperature),
         registered.linear_logprobs: (*rows, 1.0, 2.0, True),
         registered.linear_ppo: (
             *rows,

@@ -52,13 +52,16 @@ def constants(x):
             lambda v: ops.normalize_and_scatter(levels(v), *responses)[0].sum(),
             low,
         ),
+        "sample": (lambda v: ops.sample(v, x.uniform, x.temperature)[1].sum(), x.logits),
     }
 
 
 LAYERS = ("rms_norm", "swiglu", "rope")
 LOSSES = ("linear_logprobs", "linear_ppo", "ppo_loss", "value_loss", *LAYERS)
 MADE_WITH_THE_LOSS = ("linear_ppo", "ppo_loss", "value_loss")
-CONSTANTS = ("hae", "gae", "normalize", "scatter_advantages", "normalize_and_scatter")
+CONSTANTS = (
+    "hae", "gae", "normalize", "scatter_advantages", "normalize_and_scatter", "sample",
+)  # fmt: skip
 for_every_loss = pytest.mark.parametrize("op", LOSSES)
 for_every_constant = pytest.mark.parametrize("op", CONSTANTS)
 

@@ -85,6 +85,7 @@ def test_exp_at_the_edges(instructions):
         "value_loss",
         "linear_ppo",
         "paged_attention",
+        "sample",
         "rms_norm",
         "swiglu",
         "rope",

@@ -59,6 +59,7 @@ def raw_calls(x, softcap=None):
         "paged_attention": (
             x.asked, x.key_pool, x.value_pool, x.blocks, x.cu_query, x.lengths, None, 7, softcap, torch.zeros(2),
         ),
+        "sample": (x.logits, x.uniform, x.temperature),
         "rms_norm": (hidden, detached["scale"], 1e-6),
         "rms_norm_backward": (torch.randn_like(hidden), hidden, detached["scale"], 1e-6, True, True),
         "swiglu": (detached["gate"], detached["up"]),
@@ -74,7 +75,7 @@ HEADS = ["linear_logprobs", "linear_logprobs_backward", "linear_ppo"]
     "op, softcap",
     [(op, None) for op in [
         "hae", "gae", "normalize", "find_roles", "scatter_advantages", "normalize_and_scatter", "ppo_loss",
-        "value_loss", "paged_attention", *HEADS, *LAYERS, "rms_norm_backward", "swiglu_backward",
+        "value_loss", "paged_attention", "sample", *HEADS, *LAYERS, "rms_norm_backward", "swiglu_backward",
     ]] + [(op, 2.0) for op in HEADS],
 )  # fmt: skip
 def test_opcheck(x, op, softcap):

@@ -27,6 +27,8 @@ CEILINGS = {
     "scale_gradients._kernel": 84,  # where a gradient is not aligned; else 32
     "paged_attention._kernel": 255,  # as much where a pool is not aligned; else 193
     "paged_attention._merge_kernel": 128,
+    "sample._parts_kernel": 32,
+    "sample._draw_kernel": 128,
     "_head._statistics_kernel": 128,
     "_head._gradient_kernel": 84,
     "_tiles._tile_kernel": 255,  # one program a processor: half of them hold the sums of its tile
@@ -52,6 +54,8 @@ VECTORS = {
     "normalize._moments_kernel": (0.4, 0.0),
     "normalize._normalize_kernel": (0.4, 0.4),
     "scale_gradients._kernel": (0.8, 0.9),
+    "sample._parts_kernel": (0.45, 0.0),
+    "sample._draw_kernel": (0.4, 0.0),
     "paged_attention._kernel": (0.8, 0.6),
     "rms_norm._forward_kernel": (0.9, 0.9),
     "rms_norm._backward_kernel": (0.9, 0.0),

@@ -18,6 +18,7 @@ FILES = (
     "test_head_kernels",
     "test_roles_kernel",
     "test_attention_kernel",
+    "test_sample_kernel",
     "test_layer_kernels",
     "test_tuning_kernels",
 )

@@ -16,6 +16,7 @@ from hiper_fast.kernels.gae import gae
 from hiper_fast.kernels.hae import hae
 from hiper_fast.kernels.normalize import normalize
 from hiper_fast.kernels.ppo_loss import ppo_loss
+from hiper_fast.kernels.sample import sample
 from hiper_fast.kernels.scatter_advantages import normalize_and_scatter, scatter_advantages
 from hiper_fast.kernels.value_loss import value_loss
 
@@ -62,6 +63,8 @@ def launch_all(turns, unaligned):
     normalize_and_scatter(x, x, x, mask, roles, cu_tokens)
     ppo_loss(x, x, x, mask, x, x, 0.2, 0.2, 3.0, 0.01, 0.01, 2.0, True)
     value_loss(x, x, x, mask, 0.5, 2.0, True)
+    logits = put(torch.zeros(turns * 37)).view(turns, 37)
+    sample(logits, put(torch.zeros(turns, dtype=torch.float64)), x)
     byte, ids = put(torch.full((3,), 60, dtype=torch.uint8)), put(torch.zeros(turns).int())
     find_roles(ids, cu_tokens, byte, put(torch.tensor([0, 1, 2, 3], dtype=torch.int32)), byte)
 
@@ -69,7 +72,7 @@ def launch_all(turns, unaligned):
 def test_sizes_and_places_make_no_variants(variants):
     launch_all(48, unaligned=False)
     once = {kernel: set(found) for kernel, found in variants.items()}
-    assert len(once) == 10
+    assert len(once) == 12
     for turns, unaligned in ((48, True), (37, False), (1, False), (16, True)):
         launch_all(turns, unaligned)
     again = {kernel for kernel, found in variants.items() if found != once[kernel]}

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from hiper_fast.agent import attention, decoding
 from hiper_fast.agent.head import measure
-from hiper_fast.agent.sampling import sample
 from hiper_fast.config import Config
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout.draws import mix, uniforms
@@ -377,28 +376,7 @@ def test_what_torch_keeps_of_an_update_is_free_for_the_cache(monkeypatch):
     assert count_free(torch.device("cuda")) == 65
 
 
-# Drawing one token.
-
-
-def draw(logits, temperature, seed=0):
-    n = len(logits)
-    return sample(logits, torch.from_numpy(uniforms(seed, n)), torch.full((n,), temperature))
-
-
-def test_sampling_follows_the_tempered_distribution():
-    logits = torch.tensor([2.0, 1.0, 0.0, -30.0]).expand(20_000, 4)
-    tokens, logprobs = draw(logits, 0.5)
-    expected = torch.softmax(logits[0] / 0.5, -1)
-    share = tokens.bincount(minlength=4) / len(tokens)
-    torch.testing.assert_close(share, expected, atol=0.012, rtol=0)
-    torch.testing.assert_close(logprobs, expected.log()[tokens])
-
-
-def test_impossible_tokens_are_never_drawn():
-    logits = torch.full((1000, 5), float("-inf"))
-    logits[:, 2] = 0.0
-    tokens, logprobs = draw(logits, 1.0)
-    assert (tokens == 2).all() and (logprobs == 0).all()
+# The draws' numbers.
 
 
 def test_numbers_of_a_seed():
