@@ -127,6 +127,9 @@ class Session:
         yield Stage("update", 40, lambda: gpu_update.run(self.name, device, self.ceiling))
         if on_gpu:
             yield Stage("linear_ppo, memory and parts", 15, self.inspect_head)
+        yield self.figures(
+            "sample", 10, lambda: gpu_ops.sample_cases(size.trajectories, size.vocabulary, device)
+        )
         yield self.figures("layers", 20, lambda: gpu_ops.layer_cases(size.rows, size.width, device))
         yield self.figures(
             "attention", 10, lambda: gpu_ops.attention_cases(*size.packed, device=device)

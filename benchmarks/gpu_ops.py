@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import token_draws
 import torch
 from gpu_timing import Case, assert_near, assert_near_in_norm, differentiate
 from torch import Tensor
@@ -120,6 +121,28 @@ def torch_ppo(x: SimpleNamespace, terms: Callable) -> tuple[Tensor, ...]:
         0.2, 0.2, 3.0, 0.01, 0.001, None, False,
     )[0]  # fmt: skip
     return loss, *torch.autograd.grad(loss, (x.logprobs, x.entropy))
+
+
+def sample_cases(rows: int, vocabulary: int, device: str) -> list[Case]:
+    """A token of each running response, of the head's logits as it makes them."""
+    g, dtype = torch.Generator(device).manual_seed(0), half_on_gpu(device)
+    logits = (3 * torch.randn(rows, vocabulary, generator=g, device=device)).to(dtype)
+    uniform = torch.rand(rows, generator=g, device=device, dtype=torch.float64)
+    given = logits, uniform, torch.ones(rows, device=device)
+    compiled = torch.compile(token_draws.invert)
+    calls = {
+        "ours": lambda: ops.sample(*given),
+        "torch": lambda: token_draws.invert(*given),
+        "torch.compile": lambda: compiled(*given),
+        "torch.multinomial": lambda: token_draws.multinomial(given[0], given[2]),
+    }
+    return [
+        Case(
+            "sample", which, call, lambda call=call: token_draws.check(call(), given[0], given[2]),
+            logits.nbytes, graph=True, compared_with="" if which == "ours" else "sample",
+        )
+        for which, call in calls.items()
+    ]  # fmt: skip
 
 
 def layer_cases(tokens: int, width: int, device: str) -> list[Case]:

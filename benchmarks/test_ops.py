@@ -22,8 +22,9 @@ import torch
 
 from hiper_fast import bench, ops
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the functions of peak_memory.py
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one
 import peak_memory
+import token_draws
 from peak_memory import torch_ppo_loss
 
 TINY = bench.choose_size() == "tiny"
@@ -51,6 +52,8 @@ ATTENTION = ATTENTION if not TINY else {"tiny": (3, 2, 5, 4, 2, 8)}
 
 TOKENS = {"8,192 x 128": (8192, 128), "2,048 x 1,536": (2048, 1536)}
 TOKENS = TOKENS if not TINY else {"5 x 64": (5, 64)}
+LOGITS = {"64 x 4,096": (64, 4096), "256 x 1,000": (256, 1000), "32 x 151,936": (32, 151_936)}
+LOGITS = LOGITS if not TINY else {"5 x 50": (5, 50)}
 HEAD = 64  # dimensions of an attention head
 
 
@@ -61,6 +64,7 @@ class Case:
     operations: int = 0
     rounds: int = 20
     rtol: float = 1e-4
+    check: Callable[[object], None] | None = None  # of results that need not be the op's
 
 
 def step_inputs(size: str):
@@ -351,6 +355,23 @@ def paged_attention(size: str) -> Case:
     return Case(calls, bytes=read, operations=0 if read else 4 * seen * heads * d)
 
 
+def sample(size: str) -> Case:
+    """Logits at temperature 1, as most rollouts have it."""
+    n, v = LOGITS[size]
+    g = torch.Generator().manual_seed(0)
+    logits, temperature = 3 * torch.randn(n, v, generator=g), torch.ones(n)
+    uniform = torch.rand(n, generator=g, dtype=torch.float64)
+    usual = functools.partial(token_draws.invert, logits, uniform, temperature)
+    calls = {
+        "hiper_fast": lambda: ops.sample(logits, uniform, temperature),
+        "torch": usual,
+        "torch.compile": compiled(usual),
+        "torch.multinomial": lambda: token_draws.multinomial(logits, temperature),
+    }
+    check = functools.partial(token_draws.check, logits=logits, temperature=temperature)
+    return Case(calls, bytes=logits.nbytes + n * (8 + 4 + 8 + 4), check=check)
+
+
 def layer(op: Callable, usual: Callable, inputs: list[torch.Tensor], moved: int) -> Case:
     """A layer's op with the gradients of `inputs`, beside the same in torch; `moved`: floats read and written."""
     op, usual = functools.partial(op, *inputs), functools.partial(usual, *inputs)
@@ -461,6 +482,7 @@ SIZES |= {
     linear_logprobs: HEADS,
     linear_ppo: HEADS,
     paged_attention: ATTENTION,
+    sample: LOGITS,
     rms_norm: TOKENS,
     rope: TOKENS,
     swiglu: TOKENS,
@@ -477,6 +499,7 @@ PEERS |= {
     linear_ppo: ["torch", "torch.compile", "liger-kernel"],
 }
 PEERS |= {paged_attention: ["torch", "torch, gathered before", "torch, padded before"]}
+PEERS |= {sample: ["torch", "torch.compile", "torch.multinomial"]}
 PEERS |= {linear_logprobs: ["torch", "torch.compile", "liger-kernel", "cut-cross-entropy"]}
 RUNS = [
     pytest.param(make, size, by, id=f"{make.__name__}-{size}-{by}".replace(", ", ""))
@@ -563,7 +586,10 @@ def test_op(benchmark, roofline, best_times, make, size, by):
     if by not in made.calls:
         pytest.skip("takes many seconds at this size")
     run = made.calls[by]
-    assert_agree(run(), expected, made.rtol)
+    if made.check:
+        made.check(run())
+    else:
+        assert_agree(run(), expected, made.rtol)
     benchmark.group = f"{make.__name__} {size}"
     benchmark.extra_info |= {
         "op": make.__name__,

@@ -52,7 +52,7 @@ def test_it_says_where_it_ran(whole):
 @pytest.mark.parametrize(
     "stage, names",
     [("ops", OPS | {"hae + normalise + scatter"}), ("layers", {"rms_norm", "swiglu", "rope"}),
-     ("linear_ppo", {"linear_ppo"})],
+     ("linear_ppo", {"linear_ppo"}), ("sample", {"sample"})],
 )  # fmt: skip
 def test_figures(whole, stage, names):
     ours = [row for row in whole[stage] if row["implementation"] == "ours"]
