@@ -55,7 +55,7 @@ VECTORS = {
     "normalize._normalize_kernel": (0.4, 0.4),
     "scale_gradients._kernel": (0.8, 0.9),
     "sample._parts_kernel": (0.45, 0.0),
-    "sample._draw_kernel": (0.4, 0.0),
+    "sample._draw_kernel": (0.35, 0.0),
     "paged_attention._kernel": (0.8, 0.6),
     "rms_norm._forward_kernel": (0.9, 0.9),
     "rms_norm._backward_kernel": (0.9, 0.0),
