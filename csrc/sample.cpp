@@ -23,8 +23,8 @@ struct Place {
   double before;  // the weights' sum up to it
 };
 
-// Where the weights' sum first exceeds `target`, which is at least 0; where rounding keeps it below, the last place of
-// any weight.
+// Where the weights' sum first exceeds `target`, which is at least 0; where rounding keeps it below, the last
+// place of any weight.
 template <class Weight>
 Place find(const Weight* weights, int64_t count, double target) {
   Place found{0, 0};
@@ -131,14 +131,15 @@ class Sampler {
   std::vector<double> weights_;
 };
 
+[[noreturn]] void refuse(const char* rule, double number, int64_t row) {
+  throw std::invalid_argument(std::string(rule) + ", got " + std::to_string(number) + " at index " +
+                              std::to_string(row));
+}
+
 void check(double uniform, float temperature, int64_t row) {
-  const std::string at = " at index " + std::to_string(row);
-  if (!(uniform >= 0 && uniform < 1)) {
-    throw std::invalid_argument("uniform must lie in [0, 1), got " + std::to_string(uniform) + at);
-  }
+  if (!(uniform >= 0 && uniform < 1)) refuse("uniform must lie in [0, 1)", uniform, row);
   if (!(temperature >= 0 && temperature < kInfinity<float>)) {
-    throw std::invalid_argument("temperature must be at least 0 and finite, got " +
-                                std::to_string(temperature) + at);
+    refuse("temperature must be at least 0 and finite", temperature, row);
   }
 }
 

@@ -45,10 +45,11 @@ class Head:
     def finish(self, product: Tensor) -> Tensor:
         """The product [n, v] as logits [n, vocabulary], float32 unless they are the product's own."""
         logits = product[:, : self.vocabulary]
-        if self.scale == 1.0 and self.softcap is None:
-            return logits
-        logits = logits.float() * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.scale != 1.0:
+            logits = logits.float() * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
+        return logits
 
     def temper(self, temperature: float) -> dict:
         """The options temperature and softcap of the linear ops, for logits over `temperature`."""
