@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_sample import assert_drawn, draws
 
 from hiper_fast import bench, ops
 from hiper_fast.ops import _head, _library
@@ -37,6 +38,13 @@ def instructions(request, monkeypatch):
         _library, "find_kernel", _library.find_kernel.__wrapped__
     )  # it remembers those it has given
     return kernels
+
+
+@pytest.mark.parametrize("n, v", [(9, 1), (40, 17), (60, 1000), (9, 4097)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_of_every_size(instructions, n, v, dtype):
+    given = draws(n, v, dtype=dtype)
+    assert_drawn(ops.sample(*given), *given)
 
 
 def vectors(count, dtype, seed=0, scale=1.0):
