@@ -48,7 +48,7 @@ class Sampler {
   void draw(const T* logits, double uniform, double temperature, int64_t& token, float& logprob) {
     logits_ = logits;
     const bool greedy = temperature == 0;
-    sharpness_ = T(greedy ? 1 : std::min(1 / temperature, double(std::numeric_limits<T>::max())));
+    sharpness_ = T(greedy ? 1 : std::clamp(1 / temperature, kLeast, kMost));
     const double total = weigh_blocks();
     token = 0;
     logprob = std::numeric_limits<float>::quiet_NaN();
@@ -123,6 +123,9 @@ class Sampler {
   }
 
   int64_t size_of(size_t block) const { return std::min(kBlock, vocabulary_ - int64_t(block) * kBlock); }
+
+  // Of the sharpness: no infinity is multiplied by 0, nor 0 by infinity.
+  static constexpr double kLeast = std::numeric_limits<T>::min(), kMost = std::numeric_limits<T>::max();
 
   int64_t vocabulary_;
   const T* logits_ = nullptr;

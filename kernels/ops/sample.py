@@ -19,6 +19,7 @@ from hiper_fast.kernels._vectors import are_aligned, read
 _BLOCK = 4096  # logits
 _LEAST_PARTS = 128  # that the second kernel is built for: vocabularies up to 524,288
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)  # above 0
 
 
 @triton.jit
@@ -37,7 +38,8 @@ def _sharpness(temperatures, row, flags, SLOT: tl.constexpr):
     fits = (temperature >= 0) & (temperature < float("inf"))
     tl.store(flags + SLOT, 1, mask=fits == 0)
     divisor = tl.where(fits & (temperature > 0), temperature, 1.0)
-    return tl.minimum(1.0 / divisor, -_LOWEST), temperature == 0
+    # No infinity is multiplied by 0, nor 0 by infinity.
+    return tl.minimum(tl.maximum(1.0 / divisor, _LEAST), -_LOWEST), temperature == 0
 
 
 @triton.jit(

@@ -89,6 +89,13 @@ def test_extreme_logits(run, temperature):
     torch.testing.assert_close(logprobs, expected)
 
 
+def test_the_highest_temperature_makes_all_that_is_possible_alike(run):
+    logits = torch.tensor([[-math.inf, 0.0, 5.0, -math.inf]])
+    uniform = torch.tensor([0.6], dtype=torch.float64)
+    token, logprob = run(logits, uniform, torch.tensor([3e38]))
+    assert token.item() == 2 and logprob.item() == pytest.approx(-math.log(2))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_rows_without_a_distribution(run, temperature):
     logits = torch.zeros(4, 5000)

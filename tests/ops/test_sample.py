@@ -117,13 +117,21 @@ def test_extreme_logits(run):
     logits[2], logits[2, 1500] = lowest, -3.0
     logits[3], logits[3, :1100] = lowest, -math.inf
     uniform = torch.full((4,), 0.5, dtype=torch.float64)
-    for temperature in (1.0, 0.0, 1e-42):
+    for temperature in (1.0, 0.0, 1.2e-38):
         given = logits, uniform, torch.full((4,), temperature)
         tokens, logprobs = run(*given)
         drawn = temperature > 0
         assert tokens.tolist() == [2099, 1050 * drawn, 1500, 1100 + 500 * drawn]
         expected = torch.tensor([0.0, -math.log(2100), 0.0, -math.log(1000)])
         torch.testing.assert_close(logprobs, expected)
+
+
+@pytest.mark.parametrize("run", [ops.sample, _run_reference], ids=["op", "reference"])
+def test_the_highest_temperature_makes_all_that_is_possible_alike(run):
+    logits = torch.tensor([[-math.inf, 0.0, 5.0, -math.inf]])
+    uniform = torch.tensor([0.6], dtype=torch.float64)
+    token, logprob = run(logits, uniform, torch.tensor([3e38]))
+    assert token.item() == 2 and logprob.item() == pytest.approx(-math.log(2))
 
 
 @pytest.mark.parametrize("run", [ops.sample, _run_reference], ids=["op", "reference"])
