@@ -26,11 +26,10 @@ class Pass:
     blocks: Tensor  # int32 [sequences, most], of each sequence in order; behind its last any
     cu_query: Tensor  # int32 [sequences + 1]
     lengths: Tensor  # int32 [sequences], these tokens among them
-    longest: int  # at most so many tokens of a sequence
 
     def to(self, device: torch.device) -> Pass:
-        tensors = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "longest")
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors})
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return replace(self, **tensors)
 
 
 class PagedCache:
@@ -53,7 +52,7 @@ class PagedCache:
             return call_whole(model, lambda: self.read_inside(model, head, what))
 
     def read_inside(self, model: PreTrainedModel, head: Head, what: Pass) -> Tensor:
-        hidden = read_tokens(model, what.ids, what.positions, what.cu_query, what.longest)
+        hidden = read_tokens(model, what.ids, what.positions, what.cu_query)
         last = hidden.index_select(0, what.cu_query[1:] - 1)
         return head.finish(model.get_output_embeddings()(last))
 
@@ -67,16 +66,13 @@ class PagedCache:
         return ops.paged_attention(query, keys, values, *paged, **options)
 
 
-def read_tokens(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, cu_query: Tensor, longest: int
-) -> Tensor:
+def read_tokens(model: PreTrainedModel, ids: Tensor, positions: Tensor, cu_query: Tensor) -> Tensor:
     """What the model's head reads [tokens, h] of packed tokens, within `attention.through` a cache."""
     return read_hidden(
         model,
         ids[None],
         position_ids=positions[None],
         attention_mask=cu_query.view(1, 1, 1, -1),  # as of packed sequences
-        longest=longest,
         use_cache=False,
     )[0]
 
@@ -98,7 +94,7 @@ def measure_shapes(model: PreTrainedModel) -> list[Shape]:
     recorder, zero = _Recorder(), torch.zeros(1, dtype=torch.int64, device=model.device)
     cu_query = torch.tensor([0, 1], dtype=torch.int32, device=model.device)
     with attention.through(recorder):
-        call_inside(model, lambda: read_tokens(model, zero, zero, cu_query, longest=1))
+        call_inside(model, lambda: read_tokens(model, zero, zero, cu_query))
     return recorder.shapes
 
 

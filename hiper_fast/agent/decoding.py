@@ -81,7 +81,6 @@ class Decoder:
             blocks=self.blocks[rows],
             cu_query=prefix_sums(unread + [1] * len(going)).to(device),
             lengths=self.length[rows].int(),
-            longest=max(unread),
         )
         self.draw(rows, self.cache.read(self.agent.model, self.agent.head, what))
 
@@ -120,7 +119,6 @@ class Decoder:
             blocks=self.blocks[rows],
             cu_query=torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device),
             lengths=(before + 1).int(),
-            longest=1,
         )
         self.draw(rows, self.cache.read(self.agent.model, self.agent.head, what))
 

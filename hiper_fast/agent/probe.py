@@ -143,7 +143,6 @@ class Probe:
             blocks=blocks,
             cu_query=prefix_sums([len(place) for place in places]),
             lengths=torch.tensor([end for _, end in part], dtype=torch.int32),
-            longest=max(len(place) for place in places),
         )
 
 
