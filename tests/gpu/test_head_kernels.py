@@ -22,9 +22,7 @@ def scratch(request, monkeypatch):
 
 
 @pytest.fixture(params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request, interpreted):
-    if interpreted and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+def dtype(request):
     return request.param
 
 
@@ -340,9 +338,7 @@ def tiles(device, interpreted, monkeypatch):
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
-def half(request, interpreted):
-    if interpreted and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+def half(request, bfloat16_products):
     return request.param
 
 
