@@ -379,6 +379,54 @@ def test_linear_ppo_by_tiles_is_that_by_rows(device, tiles, half, entropy_coef, 
         assert (x - y).abs().max() <= HALF_FLOORS[half] * y.abs().max()
 
 
+def test_the_tiled_head_reads_rows_that_lie_apart(device, tiles, half):
+    hidden, weight, _, targets = (x.to(device) for x in random_case(37, 24, 70, half))
+    grads = torch.randn(2, 37, device=device)
+    wide_hidden, wide_weight = (
+        hidden.new_full((74, 24), torch.nan),
+        weight.new_full((70, 48), torch.nan),
+    )
+    wide_hidden[::2], wide_weight[:, 8:32] = hidden, weight
+    apart = wide_hidden[::2], wide_weight[:, 8:32]
+    rest = None, targets, 1.0, None
+    assert isinstance(_tiles.make_head(*apart, *rest), _tiles.TiledHead)
+    expected, found = (
+        (*linear_logprobs(*given, *rest, True), *linear_logprobs_backward(*grads, *given, *rest, True, True, False))
+        for given in ((hidden, weight), apart)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+
+
+def test_the_tiled_head_in_a_cuda_graph(device, interpreted, tiles, half):
+    if interpreted:
+        pytest.skip("there are no CUDA graphs")
+    hidden, weight, _, targets = (x.to(device) for x in random_case(300, 64, 1500, half))
+    old, advantages = torch.randn(2, 300, device=device).unbind(0)
+    arguments = (
+        hidden,
+        weight,
+        None,
+        targets,
+        old,
+        advantages,
+        old - 0.3,
+        1.0,
+        None,
+        *PPO.values(),
+        0.25,
+        0.125,
+        None,
+    )
+    expected = [x.clone() for x in linear_ppo(*arguments, True, True, False)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = linear_ppo(*arguments, True, True, False)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(list(result), expected)
+
+
 def test_the_tiled_heads_gradient_of_a_sure_token_is_not_that_of_a_rounded_share(
     device, tiles, half
 ):
