@@ -280,6 +280,43 @@ def test_a_cap_far_above_the_logits_changes_nothing(device):
     torch.testing.assert_close(capped, free, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "of_hidden, of_weight",
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_results_are_of_the_hidden_states_dtype(device, of_hidden, of_weight):
+    """As the ops' fakes say: else a compiled caller would be given another dtype than it was compiled for."""
+    hidden, weight, _, targets = (x.to(device) for x in random_case(5, 4, 7, torch.float64))
+    wide = torch.promote_types(of_hidden, torch.float32)
+    given = hidden.to(of_hidden), weight.to(of_weight), None, targets
+    zeros = torch.zeros(5, dtype=wide, device=device)
+    loss, metrics, logprobs, *gradients = linear_ppo(
+        *given,
+        zeros,
+        zeros + 1,
+        None,
+        1.0,
+        None,
+        *PPO.values(),
+        0.0,
+        0.125,
+        None,
+        True,
+        True,
+        False,
+    )
+    back = linear_logprobs_backward(zeros + 1, zeros, *given, 1.0, None, True, True, False)
+    results = loss, metrics, logprobs, *linear_logprobs(*given, 1.0, None, True)
+    assert {x.dtype for x in results} == {wide}
+    assert [x.dtype for x in (*gradients, *back)] == 2 * [of_hidden, wide, wide]
+    expected = reference.linear_logprobs(given[0].double(), given[1].double(), targets)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_nan_and_minus_infinity(device):
     hidden, weight, bias, targets = (x.to(device) for x in random_case(3, 4, 6, torch.float32))
     bias[5] = -torch.inf  # a token that is forbidden
