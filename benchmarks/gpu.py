@@ -5,8 +5,8 @@
 writes benchmarks/results/gpu-<name of the GPU>.json. Peers that are not installed (liger-kernel, cut-cross-entropy) are
 taken from the wheels in --wheels, if there are any, else left out with the reason, as flash-attn is. A figure comes
 only after its results agree with the reference's; what fails is told in its place, and what there was no time for is
-named. Times are medians in milliseconds, of CUDA graph replays where a whole call fits in one.
-`--device cpu --size tiny` tries the script itself.
+named. Times are medians in milliseconds, of CUDA graph replays where a whole call fits in one; a call that
+refuses to be in one is timed without, and its row says so. `--device cpu --size tiny` tries the script itself.
 """
 
 from __future__ import annotations
@@ -175,10 +175,11 @@ class Session:
                 if self.left() < seconds:
                     self.left_out.append(f"{case.name}, {case.implementation}")
                     continue
-                rows.append((case, self.measure(case)))
-                self.show(json.dumps(rows[-1][1]))
-            gpu_timing.add_ratios([row for _, row in rows], [case for case, _ in rows])
-            return [row for _, row in rows]
+                row = self.measure(case)
+                gpu_timing.compare(row, case, rows)
+                rows.append(row)
+                self.show(json.dumps(row))
+            return rows
 
         return Stage(name, seconds, run)
 
@@ -199,7 +200,7 @@ class Session:
             spent = time.monotonic() - began
             self.show(f"{stage.name}: {spent:.0f} s, {self.left():.0f} s left")
             if self.device == "cuda":
-                torch.cuda.empty_cache()
+                attempt(torch.cuda.empty_cache)  # refused after a capture that failed
         return result | {"left_out": self.left_out}
 
 

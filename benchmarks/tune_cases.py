@@ -13,22 +13,28 @@ import torch
 from gpu_timing import differentiate_exactly
 from torch import Tensor
 
+from hiper_fast import bench
 from hiper_fast.kernels._head import Head
 from hiper_fast.kernels._tiles import TiledHead
+from hiper_fast.kernels.find_roles import find_roles
 from hiper_fast.kernels.gae import gae
 from hiper_fast.kernels.hae import hae
 from hiper_fast.kernels.linear_ppo import linear_ppo
+from hiper_fast.kernels.normalize import normalize
 from hiper_fast.kernels.paged_attention import paged_attention
 from hiper_fast.kernels.ppo_loss import ppo_loss
 from hiper_fast.kernels.rms_norm import rms_norm, rms_norm_backward
 from hiper_fast.kernels.rope import rope
+from hiper_fast.kernels.scale_gradients import scale_gradients
 from hiper_fast.kernels.scatter_advantages import normalize_and_scatter
 from hiper_fast.kernels.swiglu import swiglu, swiglu_backward
+from hiper_fast.kernels.value_loss import value_loss
 from hiper_fast.ops import HAE, reference
 
 HIDDEN, INNER, VOCABULARY = 1536, 8960, 151_936  # of Qwen2.5-1.5B
 HEADS, KV_HEADS, HEAD_SIZE = 12, 2, 128
 TOKENS, CONTEXT, BLOCK = 8192, 768, 16  # of a microbatch; of a sequence; of a block of the pool
+TURNS = 6400  # of a step
 EPS, CAP, GAMMA = 2.0**-10, 32.0, 0.75
 
 
@@ -216,7 +222,8 @@ def prepare_attention(sequences: int, own: int) -> Callable[..., Launch]:
     """Of sequences of one length, `own` of whose tokens ask."""
 
     def prepare(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
-        draw, count, length = Draw(device, dtype), 2 if few else sequences, 48 if few else CONTEXT
+        draw, count = Draw(device, dtype), 2 if few else sequences
+        length = (288 if own == 1 else 48) if few else CONTEXT  # one token's keys are split
         asking, blocks = min(own, length), length // BLOCK
         query = draw.normal(count * asking, HEADS, HEAD_SIZE)
         pool = [draw.normal(count * blocks, BLOCK, KV_HEADS, HEAD_SIZE) for _ in range(2)]
@@ -240,7 +247,7 @@ def prepare_scan(which: str, turns: int) -> Callable[..., Launch]:
     """Of trajectories of so many turns."""
 
     def prepare(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
-        draw, trajectories = Draw(device, torch.float32), 2 if few else 6400 // turns
+        draw, trajectories = Draw(device, torch.float32), 2 if few else TURNS // turns
         rewards, low, high, of_switch = draw.normal(4, trajectories * turns).unbind(0)
         switch, ended = draw.normal(trajectories * turns) > 1, draw.normal(trajectories) > 0
         cu_turns = draw.prefix_sum(trajectories, turns)
@@ -267,7 +274,7 @@ def prepare_scan(which: str, turns: int) -> Callable[..., Launch]:
 
 
 def prepare_scatter(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
-    draw, turns, tokens = Draw(device, torch.float32), 20 if few else 6400, 150 if few else 281
+    draw, turns, tokens = Draw(device, torch.float32), 20 if few else TURNS, 150 if few else 281
     levels, opens = draw.normal(3, turns), draw.normal(turns) > 1
     roles = 2 ** draw.below(3, turns * tokens).to(torch.uint8)
     rest = opens, roles, draw.prefix_sum(turns, tokens)
@@ -308,6 +315,61 @@ def prepare_loss(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
     return Launch(call, expected)
 
 
+def prepare_value_loss(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
+    draw, turns = Draw(device, torch.float32), 50 if few else TURNS
+    values, old, returns = draw.normal(3, turns).unbind(0)
+    mask = draw.normal(turns) > 0
+
+    def call():
+        loss, _, gradient = value_loss(values, old, returns, mask, 0.5, 32.0, True)
+        return loss, gradient
+
+    def expected():
+        leaf, *given = (x.double() for x in (values, old, returns))
+        leaf.requires_grad_()
+        loss = reference.value_loss(leaf, *given, mask, clip=0.5, denominator=32.0)
+        return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+    return Launch(call, expected)
+
+
+def prepare_normalize(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
+    draw, turns = Draw(device, torch.float32), 50 if few else TURNS
+    values, mask = draw.normal(turns), draw.normal(turns) > 0
+    return Launch(
+        lambda: (normalize(values, mask, EPS),),
+        lambda: (reference.normalize(values.double(), mask, EPS),),
+    )
+
+
+def prepare_roles(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
+    size = bench.SIZES["full"]._replace(
+        **{"trajectories": 1, "turns": 1, "tokens": 40} if few else {}
+    )
+    ids, cu_tokens, pieces = bench.make_responses(size)
+    given = ids.to(device), cu_tokens.to(device)
+    return Launch(
+        lambda: find_roles(*given, *pieces.on(device)),
+        lambda: tuple(x.double() for x in reference.find_roles(*given, pieces)),
+    )
+
+
+def prepare_scaling(few: bool, device: torch.device, dtype: torch.dtype) -> Launch:
+    """The head's gradient times -1, in place: any number of times."""
+    draw = Draw(device, dtype)
+    gradient, factor = (
+        draw.normal(9008 if few else VOCABULARY * HIDDEN),
+        -torch.ones((), device=device),
+    )
+    before = gradient[:9008].double()
+
+    def call():
+        scale_gradients([gradient], factor)
+        return (gradient,)
+
+    return Launch(call, lambda: (-before,))
+
+
 TILES = {"BLOCK": (1024, 512, 2048, 4096), "num_warps": (4, 2, 8)}
 ROWS = {"TILE": (2048, 4096, 8192), "OF_WARP": (512, 256, 1024)}
 SCANS = {"1 x 64": 50, "1 x 256": 200, "1 x 1024": 800}  # turns of a trajectory
@@ -317,6 +379,7 @@ CASES = [
     Case("swiglu._backward_kernel", TILES, prepare_swiglu_backward),
     Case("rms_norm._forward_kernel", ROWS, prepare_norm),
     Case("rms_norm._backward_kernel", ROWS, prepare_norm_backward),
+    Case("rms_norm.programs", {"PROGRAMS": (512, 256, 1024)}, prepare_norm_backward),
     Case("rope._kernel", {"HEADS": (16, 8, 4), "num_warps": (4, 1, 2, 8)}, prepare_rope),
     Case(
         "_head._statistics_kernel",
@@ -334,19 +397,21 @@ CASES = [
         {"COLUMNS": (256, 128), "num_stages": (4, 2), "num_warps": (8, 4)},
         prepare_tiles,
     ),
+    Case("_tiles._merge_kernel", {"num_warps": (4, 2, 8)}, prepare_tiles),
     Case("_tiles._gradient_kernel", {"TILES": (32, 16, 64), "num_warps": (8, 4)}, prepare_tiles),
     Case("_tiles.head", {"TMA": (False, True)}, prepare_scratch),
     Case(
         "paged_attention._kernel prompts",
-        {"ROWS": (64, 32, 128), "KEYS": (64, 32, 128), "num_warps": (8, 4)},
+        {"ROWS": (64, 32, 128), "KEYS": (64, 32, 128), "num_warps": (8, 4), "num_stages": (3, 2)},
         prepare_attention(8, CONTEXT),
     ),
     Case(
         "paged_attention._kernel steps",
-        {"KEYS": (64, 32, 128), "num_warps": (4, 2, 8)},
+        {"KEYS": (64, 32, 128), "num_warps": (4, 2, 8), "num_stages": (3, 2, 4)},
         prepare_attention(128, 1),
     ),
     Case("paged_attention.splits", {"LEAST_KEYS": (256, 128, 512)}, prepare_attention(8, 1)),
+    Case("paged_attention._merge_kernel", {"num_warps": (4, 1, 2)}, prepare_attention(8, 1)),
     Case(
         "scatter_advantages._moments_kernel",
         {"TURNS": (32, 16, 64), "TOKENS": (128, 64, 256), "num_warps": (4, 2, 8)},
@@ -357,7 +422,17 @@ CASES = [
         {"TURNS": (8, 4, 16), "TOKENS": (128, 64, 256), "num_warps": (4, 2, 8)},
         prepare_scatter,
     ),
+    Case("find_roles._kernel", {"BLOCK": (64, 32, 128), "num_warps": (1, 2)}, prepare_roles),
+    Case("normalize._moments_kernel", TILES, prepare_normalize),
+    Case("normalize._normalize_kernel", TILES, prepare_normalize),
     Case("_policy._terms_kernel", {"num_warps": (4, 2, 8)}, prepare_loss),
+    Case("_total._finish_kernel", {"ROWS": (128, 64, 256, 512), "num_warps": (4, 8)}, prepare_loss),
+    Case("value_loss._kernel", {"num_warps": (4, 2, 8)}, prepare_value_loss),
+    Case(
+        "scale_gradients._kernel",
+        {"BLOCK": (4096, 2048, 8192), "PROGRAMS": (1024, 512, 2048), "num_warps": (8, 4)},
+        prepare_scaling,
+    ),
     *(
         Case(f"{which}._kernel {tile}", {"num_warps": warps}, prepare_scan(which, turns))
         for which in ("hae", "gae")

@@ -189,6 +189,7 @@ class Head:
             weight.to(dtype),
             targets.contiguous(),
         )
+        self.given = hidden.dtype  # results are of it, whatever the weight's
         self.needs, self.scale, self.sharpness = needs, scale, 1.0 / temperature
         self.softcap = softcap
         self.compact = compact and not is_capturing(hidden)
@@ -277,10 +278,13 @@ class Head:
         """Of hidden, weight and bias; empty where not needed."""
         self.pending = self._pending()
         self._multiply()
+        grad_weight, of_sums = self.grad_weight, wide(self.given)
+        if not self.begun:
+            grad_weight.zero_()
         return (
-            self.grad_hidden,
-            self.grad_weight if self.begun else self.grad_weight.zero_(),
-            self.grad_bias,
+            self.grad_hidden.to(self.given),
+            grad_weight.to(of_sums),
+            self.grad_bias.to(of_sums),
         )
 
     def _tile(self, kernel: str, **defaults: int) -> dict[str, int]:

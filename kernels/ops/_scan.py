@@ -8,8 +8,13 @@ over the columns is the recurrence, and what the last column holds is carried in
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from hiper_fast.kernels._launch import on_device
 from hiper_fast.kernels._tuning import constants
+
+SHAPES = (1, 64), (1, 256), (1, 1024), (4, 64)  # of tiles: ROWS, BLOCK
+_compiled: set[tuple[str, torch.device, torch.dtype]] = set()  # kernels all of whose shapes are
 
 
 @triton.jit
@@ -64,11 +69,34 @@ def block_of_turns(begin, end, start, column):
     return t, t >= begin[:, None], t == end[:, None] - 1
 
 
-def tile(kernel: str, device: torch.device, turns: int, trajectories: int) -> dict[str, int]:
-    """The tile's shape, from what the host knows: the mean length, and whether there are more rows than processors."""
+def choose_shape(turns: int, trajectories: int) -> tuple[int, int]:
+    """A tile's (ROWS, BLOCK), by what the host knows: the mean length, and whether rows outnumber processors."""
     mean = turns / trajectories
     block = 64 if mean <= 64 else 256 if mean <= 256 else 1024
-    rows = 4 if trajectories > 1024 and block == 64 else 1
+    return 4 if trajectories > 1024 and block == 64 else 1, block
+
+
+def launch(
+    kernel, name: str, floats: Tensor, trajectories: int, arguments: tuple, **options
+) -> None:
+    """A program for each tile of trajectories, on the device of `floats` [turns] and compiled for their dtype."""
+    rows, block = choose_shape(floats.shape[0], trajectories)
+    with on_device(floats):
+        _compile_shapes(kernel, name, floats, arguments, options)
+        tile = _tile(name, floats.device, rows, block)
+        kernel[(triton.cdiv(trajectories, rows),)](*arguments, **tile, **options)
+
+
+def _compile_shapes(kernel, name: str, floats: Tensor, arguments: tuple, options: dict) -> None:
+    """All shapes at the first launch, running none: later ones would compile theirs in the middle of a run."""
+    key = name, floats.device, floats.dtype
+    if key not in _compiled:
+        for shape in SHAPES:
+            kernel.warmup(*arguments, grid=(1,), **_tile(name, floats.device, *shape), **options)
+        _compiled.add(key)
+
+
+def _tile(name: str, device: torch.device, rows: int, block: int) -> dict[str, int]:
     warps = max(1, rows * block // 128)
-    shape = constants(f"{kernel} {rows} x {block}", device, num_warps=warps)
-    return {"ROWS": rows, "BLOCK": block, **shape}
+    measured = constants(f"{name} {rows} x {block}", device, num_warps=warps)
+    return {"ROWS": rows, "BLOCK": block, **measured}

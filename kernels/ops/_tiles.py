@@ -186,6 +186,7 @@ class TiledHead(Head):
         """Writes logprobs[part] and entropy[part]."""
         rows, wanted = part.stop - part.start, {"ENTROPY": entropy is not None}
         count = triton.cdiv(rows, self.tile["ROWS"]) * self.tiles // 2
+        of_merge = constants("_tiles._merge_kernel", self.hidden.device, num_warps=4)
         with on_device(self.peaks):
             _tile_kernel[(min(count, count_processors(self.hidden.device, _PROCESSORS)),)](
                 *self._describe(), *self.parts,
@@ -196,7 +197,8 @@ class TiledHead(Head):
                 self.hidden, self.weight, *self.parts, self.targets, self.peaks, self.log_sums,
                 logprobs, entropy, _errors.flags(), part.start, self.vocabulary, self.tiles,
                 self.hidden.shape[1], self.hidden.stride(0), self.weight.stride(0), self.sharpness,
-                SLOT=_errors.TARGETS, BLOCK=triton.next_power_of_2(self.tiles), **wanted, enable_fp_fusion=True,
+                SLOT=_errors.TARGETS, BLOCK=triton.next_power_of_2(self.tiles), **wanted, **of_merge,
+                enable_fp_fusion=True,
             )  # fmt: skip
 
     def _describe(self) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]:

@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device
+from hiper_fast.kernels._tuning import constants
 
 _COLUMNS = tl.constexpr(8)  # of the sums: loss, metrics, and in the last the count
-_ROWS = 128
 BLOCK = 1024  # tokens of a block
 
 
@@ -65,7 +65,8 @@ def finish(
     with on_device(parts):
         _finish_kernel[(1,)](
             parts, loss, metrics, divisor, parts.shape[0], metric_count, 1.0 if by_count else denominator,
-            BY_COUNT=by_count, ROWS=_ROWS, enable_fp_fusion=True,
+            BY_COUNT=by_count, **constants("_total._finish_kernel", parts.device, ROWS=128, num_warps=4),
+            enable_fp_fusion=True,
         )  # fmt: skip
     if by_count:
         for gradient in gradients:

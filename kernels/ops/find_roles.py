@@ -16,8 +16,8 @@ from torch import Tensor
 from hiper_fast.kernels import _errors
 from hiper_fast.kernels._launch import on_device
 from hiper_fast.kernels._scan import bounds
+from hiper_fast.kernels._tuning import constants
 
-_BLOCK = 64
 _ACTION, _SUBGOAL, _SWITCH = (tl.constexpr(bit) for bit in (1, 2, 4))
 _ANGLE_OR_HIGH, _EMPTY = tl.constexpr(1 | 2), tl.constexpr(4)  # flags of a piece
 _NOWHERE = tl.constexpr(2**62)
@@ -293,7 +293,8 @@ def find_roles(
             _kernel[(turns,)](
                 token_ids, cu_tokens, piece_bytes, piece_offsets, piece_flags, roles, switch, value_index, valid,
                 _errors.flags(), tokens, turns, piece_flags.shape[0],
-                TOKENS_SLOT=_errors.ROLES_TOKENS, IDS_SLOT=_errors.ROLES_IDS, BLOCK=_BLOCK,
-                num_warps=1, maxnreg=96, enable_fp_fusion=True,
+                TOKENS_SLOT=_errors.ROLES_TOKENS, IDS_SLOT=_errors.ROLES_IDS,
+                **constants("find_roles._kernel", token_ids.device, BLOCK=64, num_warps=1),
+                maxnreg=96, enable_fp_fusion=True,
             )  # fmt: skip
     return roles, switch, value_index, valid

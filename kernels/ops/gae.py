@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels import _errors
-from hiper_fast.kernels._launch import buffer, on_device
+from hiper_fast.kernels._launch import buffer
 from hiper_fast.kernels._scan import (
     block_of_turns,
     final_value,
     last_column,
+    launch,
     scan,
-    tile,
     trajectory,
 )
 
@@ -62,12 +62,11 @@ def gae(
     terminated, cu_turns = terminated.contiguous(), cu_turns.contiguous()
     out = rewards.new_empty(2, turns)
     if trajectories:
-        shape = tile("gae._kernel", rewards.device, turns, trajectories)
+        arguments = (
+            rewards, values, terminated, cu_turns, values if bootstrap is None else bootstrap, out, _errors.flags(),
+            turns, trajectories, 0 if bootstrap is None else trajectories, gamma, gamma * lambda_,
+        )  # fmt: skip
         # With the limit named, ptxas does not spill a register or two to fit one program more.
-        with on_device(rewards):
-            _kernel[(triton.cdiv(trajectories, shape["ROWS"]),)](
-                rewards, values, terminated, cu_turns, values if bootstrap is None else bootstrap, out,
-                _errors.flags(), turns, trajectories, 0 if bootstrap is None else trajectories,
-                gamma, gamma * lambda_, SLOT=_errors.GAE_TURNS, **shape, maxnreg=128, enable_fp_fusion=True,
-            )  # fmt: skip
+        options = {"SLOT": _errors.GAE_TURNS, "maxnreg": 128, "enable_fp_fusion": True}
+        launch(_kernel, "gae._kernel", rewards, trajectories, arguments, **options)
     return out

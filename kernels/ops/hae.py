@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels import _errors
-from hiper_fast.kernels._launch import buffer, on_device
+from hiper_fast.kernels._launch import buffer
 from hiper_fast.kernels._scan import (
     block_of_turns,
     final_value,
     last_column,
+    launch,
     scan,
-    tile,
     trajectory,
 )
 
@@ -115,12 +115,11 @@ def hae(
     levels = rewards.new_empty(6, turns)
     boundary = torch.empty_like(switch)
     if trajectories:
-        shape = tile("hae._kernel", rewards.device, turns, trajectories)
-        with on_device(rewards):
-            _kernel[(triton.cdiv(trajectories, shape["ROWS"]),)](
-                rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
-                bootstrap_low, bootstrap_high, levels, boundary, _errors.flags(),
-                turns, trajectories, *sizes, gamma, lambda_turn, lambda_segment,
-                SLOT=_errors.HAE_TURNS, **shape, enable_fp_fusion=True,
-            )  # fmt: skip
+        arguments = (
+            rewards, values_low, values_high, values_switch, switch, terminated, cu_turns,
+            bootstrap_low, bootstrap_high, levels, boundary, _errors.flags(),
+            turns, trajectories, *sizes, gamma, lambda_turn, lambda_segment,
+        )  # fmt: skip
+        options = {"SLOT": _errors.HAE_TURNS, "enable_fp_fusion": True}
+        launch(_kernel, "hae._kernel", rewards, trajectories, arguments, **options)
     return levels, boundary

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hiper_fast.kernels._launch import wide
 from hiper_fast.kernels._tiles import make_head
 
 
@@ -21,7 +22,7 @@ def linear_logprobs(
     entropy = head.peaks.new_empty(len(targets) if want_entropy else 0)
     for part in head.chunks():
         head.statistics(part, logprobs, entropy if want_entropy else None)
-    return logprobs, entropy
+    return logprobs.to(wide(hidden.dtype)), entropy.to(wide(hidden.dtype))
 
 
 @torch.no_grad()

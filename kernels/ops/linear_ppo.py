@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from hiper_fast.kernels import _policy
-from hiper_fast.kernels._launch import buffer
+from hiper_fast.kernels._launch import buffer, wide
 from hiper_fast.kernels._tiles import make_head
 from hiper_fast.kernels._total import BLOCK, finish, part_sums
 
@@ -48,5 +48,5 @@ def linear_ppo(
         )  # fmt: skip
         if any(needs):
             head.gradient(part, entropy, slope, entropy_slope)
-    loss, metrics = finish(parts, _policy.METRICS, logprobs.dtype, denominator, [])
-    return loss, metrics, logprobs, *head.gradients()
+    loss, metrics = finish(parts, _policy.METRICS, wide(hidden.dtype), denominator, [])
+    return loss, metrics, logprobs.to(loss.dtype), *head.gradients()

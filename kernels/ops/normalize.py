@@ -7,9 +7,8 @@ from torch import Tensor
 
 from hiper_fast.kernels._launch import buffer, on_device
 from hiper_fast.kernels._moments import MOST_PARTS, merge, moments, new_parts, pooled, store_part
+from hiper_fast.kernels._tuning import constants
 from hiper_fast.kernels._vectors import are_aligned, read, write
-
-_BLOCK = 1024
 
 
 @triton.jit(
@@ -53,14 +52,18 @@ def normalize(values: Tensor, mask: Tensor, eps: float) -> Tensor:
     values, mask, turns = buffer(values), mask.contiguous(), values.shape[0]
     out, parts = torch.empty_like(values), new_parts(values, 1)
     if turns:
-        steps = triton.cdiv(turns, _BLOCK * MOST_PARTS.value)
-        number = triton.cdiv(turns, _BLOCK * steps)
+        of_parts, of_values = (
+            constants(f"normalize.{kernel}", values.device, BLOCK=1024, num_warps=4)
+            for kernel in ("_moments_kernel", "_normalize_kernel")
+        )
+        steps = triton.cdiv(turns, of_parts["BLOCK"] * MOST_PARTS.value)
+        number = triton.cdiv(turns, of_parts["BLOCK"] * steps)
         aligned = are_aligned(values, mask)
         with on_device(values):
             _moments_kernel[(number,)](
-                values, mask, parts, turns, aligned, steps, BLOCK=_BLOCK, enable_fp_fusion=True
+                values, mask, parts, turns, aligned, steps, **of_parts, enable_fp_fusion=True
             )
-            _normalize_kernel[(triton.cdiv(turns, _BLOCK),)](
-                values, mask, parts, out, turns, aligned, number, eps, BLOCK=_BLOCK, enable_fp_fusion=True
+            _normalize_kernel[(triton.cdiv(turns, of_values["BLOCK"]),)](
+                values, mask, parts, out, turns, aligned, number, eps, **of_values, enable_fp_fusion=True
             )  # fmt: skip
     return out

@@ -150,6 +150,7 @@ def _tile(query: Tensor, sequences: int, shared: int, wide: int) -> dict[str, in
         "ROWS": 64 if prompts else 16,
         "KEYS": 64 if half else 32 if wide < 128 else 16,
         "num_warps": 8 if prompts or half and wide > 128 else 4,
+        "num_stages": 3,
     }
     if half and wide <= 128:  # as most models, and as what is measured
         case = "prompts" if prompts else "steps"
@@ -192,6 +193,7 @@ def paged_attention(
         if splits > 1:
             _merge_kernel[(tokens * heads,)](
                 parts, tops, totals, out, tokens * heads, D_V=d_v, WIDE_V=wide_v,
-                SPLITS=splits, WIDE_SPLITS=triton.next_power_of_2(splits), enable_fp_fusion=True,
+                SPLITS=splits, WIDE_SPLITS=triton.next_power_of_2(splits),
+                **constants("paged_attention._merge_kernel", query.device, num_warps=4), enable_fp_fusion=True,
             )  # fmt: skip
     return out

@@ -92,7 +92,8 @@ def rms_norm_backward(
     if not x.numel():
         return grad_x, torch.zeros_like(weight) if need_weight else weight.new_empty(0)
     rows, options = _shape(x, "rms_norm._backward_kernel")
-    programs = min(triton.cdiv(rows, options["ROWS"]), _PROGRAMS)
+    most = constants("rms_norm.programs", x.device, PROGRAMS=_PROGRAMS)["PROGRAMS"]
+    programs = min(triton.cdiv(rows, options["ROWS"]), most)
     steps = triton.cdiv(rows, options["ROWS"] * programs)
     sums = x.new_empty((programs, x.shape[-1]) if need_weight else 0, dtype=wide(x.dtype))
     with on_device(x):

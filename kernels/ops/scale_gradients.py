@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hiper_fast.kernels._launch import on_device
+from hiper_fast.kernels._tuning import constants
 
-_BLOCK = 4096
 _PROGRAMS = 1024  # at most: each goes on to the block that comes so many later
 
 
@@ -23,9 +23,11 @@ def _kernel(gradient, factor, count, BLOCK: tl.constexpr):
 
 
 def scale_gradients(gradients: list[Tensor], factor: Tensor) -> None:
+    sizes = {"BLOCK": 4096, "PROGRAMS": _PROGRAMS, "num_warps": 8}
     for gradient in filter(Tensor.numel, gradients):
-        count = gradient.numel()
+        tile = dict(constants("scale_gradients._kernel", gradient.device, **sizes))
+        count, most = gradient.numel(), tile.pop("PROGRAMS")
         with on_device(gradient):
-            _kernel[(min(triton.cdiv(count, _BLOCK), _PROGRAMS),)](
-                gradient, factor, count, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True
+            _kernel[(min(triton.cdiv(count, tile["BLOCK"]), most),)](
+                gradient, factor, count, **tile, enable_fp_fusion=True
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hiper_fast.kernels._launch import buffer, on_device
 from hiper_fast.kernels._total import BLOCK, finish, part_sums, store_part
+from hiper_fast.kernels._tuning import constants
 from hiper_fast.kernels._vectors import are_aligned, read, write
 
 
@@ -62,7 +63,8 @@ def value_loss(
             _kernel[(triton.cdiv(turns, BLOCK),)](
                 values, old_values, returns, mask, parts, gradient, turns,
                 are_aligned(values, old_values, returns, mask),
-                clip, 1.0 if denominator is None else 1.0 / denominator, BLOCK=BLOCK, enable_fp_fusion=True,
+                clip, 1.0 if denominator is None else 1.0 / denominator, BLOCK=BLOCK,
+                **constants("value_loss._kernel", values.device, num_warps=4), enable_fp_fusion=True,
             )  # fmt: skip
     gradient = gradient if want_gradient else values.new_empty(0)
     return *finish(parts, 2, values.dtype, denominator, [gradient]), gradient

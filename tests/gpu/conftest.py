@@ -38,6 +38,26 @@ def no_pending_error(device):
 
 
 @pytest.fixture
+def bfloat16_products(interpreted, monkeypatch):
+    """Triton's interpreter holds bfloat16 as its 16 bits: it converts them rightly, but multiplies them as integers."""
+    if not interpreted:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(builder, *factors_and_rest):
+        a, b, *rest = factors_and_rest
+        wide = (
+            builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
+        return create_dot(builder, *wide, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+
+
+@pytest.fixture
 def product_on_the_cpu(interpreted, monkeypatch):
     """torch has no half-precision product with a float32 result on the CPU."""
     from hiper_fast.kernels import _head

@@ -39,9 +39,7 @@ def assert_exact(run, arguments, **options):
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request, interpreted):
-    if interpreted and request.param == torch.bfloat16:
-        pytest.skip("the interpreter computes bfloat16 wrongly")
+def dtype(request, bfloat16_products):
     return request.param
 
 

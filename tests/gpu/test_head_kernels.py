@@ -22,9 +22,7 @@ def scratch(request, monkeypatch):
 
 
 @pytest.fixture(params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request, interpreted):
-    if interpreted and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+def dtype(request):
     return request.param
 
 
@@ -282,6 +280,43 @@ def test_a_cap_far_above_the_logits_changes_nothing(device):
     torch.testing.assert_close(capped, free, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "of_hidden, of_weight",
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_results_are_of_the_hidden_states_dtype(device, of_hidden, of_weight):
+    """As the ops' fakes say: else a compiled caller would be given another dtype than it was compiled for."""
+    hidden, weight, _, targets = (x.to(device) for x in random_case(5, 4, 7, torch.float64))
+    wide = torch.promote_types(of_hidden, torch.float32)
+    given = hidden.to(of_hidden), weight.to(of_weight), None, targets
+    zeros = torch.zeros(5, dtype=wide, device=device)
+    loss, metrics, logprobs, *gradients = linear_ppo(
+        *given,
+        zeros,
+        zeros + 1,
+        None,
+        1.0,
+        None,
+        *PPO.values(),
+        0.0,
+        0.125,
+        None,
+        True,
+        True,
+        False,
+    )
+    back = linear_logprobs_backward(zeros + 1, zeros, *given, 1.0, None, True, True, False)
+    results = loss, metrics, logprobs, *linear_logprobs(*given, 1.0, None, True)
+    assert {x.dtype for x in results} == {wide}
+    assert [x.dtype for x in (*gradients, *back)] == 2 * [of_hidden, wide, wide]
+    expected = reference.linear_logprobs(given[0].double(), given[1].double(), targets)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_nan_and_minus_infinity(device):
     hidden, weight, bias, targets = (x.to(device) for x in random_case(3, 4, 6, torch.float32))
     bias[5] = -torch.inf  # a token that is forbidden
@@ -340,9 +375,7 @@ def tiles(device, interpreted, monkeypatch):
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
-def half(request, interpreted):
-    if interpreted and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+def half(request, bfloat16_products):
     return request.param
 
 
@@ -381,6 +414,54 @@ def test_linear_ppo_by_tiles_is_that_by_rows(device, tiles, half, entropy_coef, 
     torch.testing.assert_close(by_tiles[:3], by_rows[:3], rtol=1e-5, atol=1e-5)
     for x, y in zip(by_tiles[3:5], by_rows[3:5], strict=True):
         assert (x - y).abs().max() <= HALF_FLOORS[half] * y.abs().max()
+
+
+def test_the_tiled_head_reads_rows_that_lie_apart(device, tiles, half):
+    hidden, weight, _, targets = (x.to(device) for x in random_case(37, 24, 70, half))
+    grads = torch.randn(2, 37, device=device)
+    wide_hidden, wide_weight = (
+        hidden.new_full((74, 24), torch.nan),
+        weight.new_full((70, 48), torch.nan),
+    )
+    wide_hidden[::2], wide_weight[:, 8:32] = hidden, weight
+    apart = wide_hidden[::2], wide_weight[:, 8:32]
+    rest = None, targets, 1.0, None
+    assert isinstance(_tiles.make_head(*apart, *rest), _tiles.TiledHead)
+    expected, found = (
+        (*linear_logprobs(*given, *rest, True), *linear_logprobs_backward(*grads, *given, *rest, True, True, False))
+        for given in ((hidden, weight), apart)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+
+
+def test_the_tiled_head_in_a_cuda_graph(device, interpreted, tiles, half):
+    if interpreted:
+        pytest.skip("there are no CUDA graphs")
+    hidden, weight, _, targets = (x.to(device) for x in random_case(300, 64, 1500, half))
+    old, advantages = torch.randn(2, 300, device=device).unbind(0)
+    arguments = (
+        hidden,
+        weight,
+        None,
+        targets,
+        old,
+        advantages,
+        old - 0.3,
+        1.0,
+        None,
+        *PPO.values(),
+        0.25,
+        0.125,
+        None,
+    )
+    expected = [x.clone() for x in linear_ppo(*arguments, True, True, False)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = linear_ppo(*arguments, True, True, False)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(list(result), expected)
 
 
 def test_the_tiled_heads_gradient_of_a_sure_token_is_not_that_of_a_rounded_share(

@@ -21,9 +21,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, tor
 
 
 @pytest.fixture(params=DTYPES, ids=str)
-def dtype(request, interpreted):
-    if interpreted and request.param == torch.bfloat16:
-        pytest.skip("the interpreter computes bfloat16 wrongly")
+def dtype(request):
     return request.param
 
 

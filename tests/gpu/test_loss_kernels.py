@@ -149,7 +149,7 @@ def test_slices_may_begin_anywhere(device):
 def test_scale_gradients(device, dtype, factor, monkeypatch):
     """Two programs, of which one has two blocks; and what lies behind the last stays as it is."""
     monkeypatch.setattr(scale, "_PROGRAMS", 2)
-    kept = [torch.randn(n, dtype=dtype, device=device) for n in (0, 1, 2 * scale._BLOCK + 77)]
+    kept = [torch.randn(n, dtype=dtype, device=device) for n in (0, 1, 2 * 4096 + 77)]
     made = [x.clone() for x in kept]
     by = torch.tensor(factor, dtype=torch.promote_types(dtype, torch.float32), device=device)
     scale.scale_gradients([made[0], made[1], made[2][:-7]], by)

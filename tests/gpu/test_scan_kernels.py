@@ -112,12 +112,8 @@ def test_gae(device, lengths, dtype):
 
 def test_several_trajectories_in_a_tile(device, interpreted, monkeypatch):
     lengths = [1, 0, 2, 70, 3, 130] if interpreted else [1, 0, 2, 70, 3, 130] * 200
-    monkeypatch.setattr(
-        "hiper_fast.kernels.hae.tile", lambda *_: {"ROWS": 4, "BLOCK": 64, "num_warps": 2}
-    )
-    assert (
-        _scan.tile("hae._kernel", device, 1200, 1200)["ROWS"] == 4
-    )  # what is launched for so many
+    assert _scan.choose_shape(1200, 1200) == (4, 64)  # what is launched for so many
+    monkeypatch.setattr(_scan, "choose_shape", lambda *_: (4, 64))
     case = trajectories(lengths, torch.float32)
     rewards, low, high, values_switch, switch, ended, cu, boot_low, boot_high = double(case)
     levels, boundary = hae(*(x.to(device) for x in case), 0.75, 0.5, 0.25)

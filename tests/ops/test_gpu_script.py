@@ -1,10 +1,12 @@
 """benchmarks/gpu.py: what of it can be tried without a GPU."""
 
+import contextlib
 import importlib.util
 import json
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_checks
 import gpu_head
@@ -134,6 +136,67 @@ def test_without_ceilings_there_are_times_still():
     case = gpu_timing.Case("x", "ours", lambda: None, bytes=8, flops=8)
     row = gpu_timing.measure(case, "cpu", {})
     assert row["milliseconds"] > 0 and not [key for key in row if key.startswith("share")]
+
+
+class Card:
+    """Stands for torch.cuda: events 5 ms apart; after an error the stream of a capture stays, as with torch."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.mode, self.replays, self.capturing = "default", "default", 0, False
+        event = SimpleNamespace(record=int, synchronize=int, elapsed_time=lambda end: 5.0)
+        for name, stand_in in {
+            "Event": lambda enable_timing: event, "synchronize": lambda: None, "stream": self.on,
+            "current_stream": lambda: self.stream, "CUDAGraph": lambda: self, "graph": self.capture,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def replay(self):
+        self.replays += 1
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.stream, self.capturing = "of the capture", True
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError("the capture was invalidated") from error
+        finally:
+            self.capturing = False
+        self.stream = "default"
+
+    def wait(self):
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def refuse(self):
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_call_that_no_graph_takes_is_timed_without(monkeypatch):
+    card = Card(monkeypatch)
+    calls = {"ours": int, "waits": card.wait, "allocates": card.refuse, "takes part": int}
+    session = script.Session("tiny", "cuda", 1, lambda line: None)
+    cases = [
+        gpu_timing.Case("x", name, call, graph=True, compared_with="" if name == "ours" else "x")
+        for name, call in calls.items()
+    ]
+    ours, waits, allocates, part = session.figures("x", 0, lambda: cases).run()
+    assert ours["graph"] and part["graph"] and card.replays == 2 * 21
+    assert ours["milliseconds"] == 5 / gpu_timing.PER_GRAPH and part["times_ours"] == 1
+    for row, reason in ((waits, "a synchronizing"), (allocates, "the capture was invalidated")):
+        assert row["milliseconds"] == 5 and row["graph"] is False and reason in row["refused"]
+        assert row["times_ours"] == gpu_timing.PER_GRAPH and "without a graph" in row["unequal"]
+    assert "unequal" not in part and (card.stream, card.mode) == ("default", "default")
 
 
 def test_half_of_the_rows_are_clipped():

@@ -62,6 +62,14 @@ VECTORS = {
     "swiglu._forward_kernel": (0.9, 0.9),
     "swiglu._backward_kernel": (0.9, 0.9),
 }
+SPARED = {}  # kernel: bytes of spills a thread that are let be
+if tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
+    # By Triton 3.6 some take more: a processor holds three programs, of the two that it is given, and four, as by 3.9.
+    CEILINGS |= {"scatter_advantages._moments_kernel": 168, "_policy._terms_kernel": 128}
+    # Its ptxas lets four registers of float32 attention go to fit one program more, in whatever tiles and stages.
+    SPARED = {"paged_attention._kernel": 16}
+    VECTORS["paged_attention._kernel"] = 0.65, 0.6  # it reads its table of blocks more often
+
 SHARED = 227 * 1024  # bytes of shared memory that a program can have on Hopper
 SCRIPT = Path(__file__).parents[1] / "gpu" / "builds.py"
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -100,7 +108,7 @@ def test_all_kernels_are_built(request, builds):
 
 @pytest.mark.timeout(1600)
 def test_nothing_spills(builds):
-    assert not [build for build in builds if build["stack"]]
+    assert not [build for build in builds if build["stack"] > SPARED.get(build["kernel"], 0)]
 
 
 @pytest.mark.timeout(1600)

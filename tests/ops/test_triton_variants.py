@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from hiper_fast.kernels import _scan
 from hiper_fast.kernels.find_roles import find_roles
 from hiper_fast.kernels.gae import gae
 from hiper_fast.kernels.hae import hae
@@ -24,6 +25,7 @@ from hiper_fast.kernels.value_loss import value_loss
 @pytest.fixture
 def variants(monkeypatch):
     """kernel -> what Triton would compile for the launches so far."""
+    monkeypatch.setattr(_scan, "_compiled", set())
     backend = make_backend(GPUTarget("cuda", 90, 32))
     found = collections.defaultdict(set)
 
@@ -67,6 +69,22 @@ def launch_all(turns, unaligned):
     sample(logits, put(torch.zeros(turns, dtype=torch.float64)), x)
     byte, ids = put(torch.full((3,), 60, dtype=torch.uint8)), put(torch.zeros(turns).int())
     find_roles(ids, cu_tokens, byte, put(torch.tensor([0, 1, 2, 3], dtype=torch.int32)), byte)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_scan_compiles_the_tiles_of_all_later_ones(variants, dtype):
+    def scan(turns, trajectories):
+        x, ended = torch.zeros(turns, dtype=dtype), torch.zeros(trajectories).bool()
+        cu_turns = torch.zeros(trajectories + 1, dtype=torch.int32)
+        hae(x, x, x, None, x > 0, ended, cu_turns, None, None, 1.0, 1.0, 1.0)
+        gae(x, x, ended, cu_turns, None, 1.0, 1.0)
+
+    scan(100, 2)
+    once = {kernel: set(found) for kernel, found in variants.items()}
+    assert {len(found) for found in once.values()} == {4} and len(once) == 2
+    for turns, trajectories in ((200, 1), (5000, 2), (2000, 2000), (1, 1), (0, 3)):
+        scan(turns, trajectories)
+    assert variants == once
 
 
 def test_sizes_and_places_make_no_variants(variants):

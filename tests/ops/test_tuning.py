@@ -185,6 +185,18 @@ def test_spills_are_found_without_a_gpu(warps, reason):
         assert tune.find_misfit(case, 90) == reason
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kernel)
+def test_what_a_case_launches_can_be_built(case, monkeypatch):
+    """Here nothing is: what is launched is written down, as for a build, with the last of the candidates."""
+    judged = []
+    monkeypatch.setattr(tune, "judge", lambda build, launch, capability: judged.append(launch))
+    with _tuning.trying(case.kernel, **list(tune.list_candidates(case))[-1]):
+        assert tune.find_misfit(case, 90) == ""
+    of_a_kernel = case.kernel.split(".")[1].startswith("_")
+    assert bool(judged) == of_a_kernel
+
+
 def test_shared_memory_is_held_to_the_card(monkeypatch):
     built = {"stack": 0, "shared": 150_000}
     for capability, fits in ((80, True), (89, False), (90, True), (77, False)):
