@@ -183,8 +183,9 @@ class Graphs:
                     self.step(static)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Another thread may go on meanwhile, and take memory.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            # Another thread may go on meanwhile, and take memory. Where it fails, its stream stays the current one.
+            captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+            with torch.cuda.stream(torch.cuda.current_stream()), captured:
                 self.step(static)
             self.pool = graph.pool()
         except RuntimeError as error:
