@@ -180,12 +180,15 @@ class Tile {
 
   // Those that `heads` heads have in `slots`, of one head.
   void read(const int64_t* slots, int64_t count, int64_t heads, int64_t head, bool copies) {
-    copies = copies || !std::is_same_v<Stored, float> || size_ % kWidth != 0;
-    if (copies && copy_.empty()) copy_ = Buffer(kTile * pitch_);
+    if constexpr (std::is_same_v<Stored, float>) {
+      if (!copies && size_ % kWidth == 0) {
+        for (int64_t k = 0; k < count; ++k) vectors_[k] = pool_ + (slots[k] * heads + head) * size_;
+        return;
+      }
+    }
+    if (copy_.empty()) copy_ = Buffer(kTile * pitch_);
     for (int64_t k = 0; k < count; ++k) {
       const Stored* const from = pool_ + (slots[k] * heads + head) * size_;
-      if constexpr (std::is_same_v<Stored, float>) vectors_[k] = from;
-      if (!copies) continue;
       float* const to = copy_.data() + k * pitch_;
       for (int64_t i = 0; i < size_; ++i) to[i] = widen(from[i]);
       vectors_[k] = to;
@@ -285,9 +288,9 @@ class Worker {
 
   // Where in the pool the tile's keys lie; the last one stands also for those that fill up a group.
   void find_slots() {
-    const int32_t* const blocks = call_.blocks + unit_->sequence * call_.most;
-    for (int64_t k = 0, at = tile_; k < keys_seen_;) {
-      const int64_t block = blocks[at / call_.block], first = at % call_.block;
+    const int32_t* number = call_.blocks + unit_->sequence * call_.most + tile_ / call_.block;
+    for (int64_t k = 0, first = tile_ % call_.block; k < keys_seen_; ++number, first = 0) {
+      const int64_t block = *number;
       if (block < 0 || block >= call_.pool) {
         throw std::invalid_argument("blocks must lie in [0, " + std::to_string(call_.pool) + "), got " +
                                     std::to_string(block) + " at index " + std::to_string(unit_->sequence));
@@ -295,7 +298,6 @@ class Worker {
       const int64_t count = std::min(call_.block - first, keys_seen_ - k);
       for (int64_t i = 0; i < count; ++i) slots_[k + i] = block * call_.block + first + i;
       k += count;
-      at += count;
     }
     std::fill(slots_ + keys_seen_, slots_ + round_up(keys_seen_, kMostAcross), slots_[keys_seen_ - 1]);
   }
@@ -379,16 +381,14 @@ class Worker {
     for (int64_t i = 0; i < d_v_; ++i) out_.data()[row * d_v_ + i] *= factor;
   }
 
-  template <int kRows>
-  void add_all_values(Seen seen, const float* weights, float* out) const {
-    constexpr int kVectors = kAcross<kRows>;
-    int64_t column = 0;
+  // As many vectors at a time as there are: each pass over the keys takes as long as its multiply-adds, or as
+  // one of them takes by itself.
+  template <int kRows, int kVectors = kAcross<kRows>>
+  void add_all_values(Seen seen, const float* weights, float* out, int64_t column = 0) const {
     for (; column + kVectors * kWidth <= d_v_; column += kVectors * kWidth) {
       add_values<kRows, kVectors>(weights, values_.vectors(), seen.begin, seen.end, column, out, d_v_);
     }
-    for (; column < d_v_; column += kWidth) {
-      add_values<kRows, 1>(weights, values_.vectors(), seen.begin, seen.end, column, out, d_v_);
-    }
+    if constexpr (kVectors > 1) add_all_values<kRows, kVectors / 2>(seen, weights, out, column);
   }
 
   const PagedAttention<Stored>& call_;

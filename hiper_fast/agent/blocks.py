@@ -5,6 +5,7 @@ Paged memory after Kwon et al., arXiv 2309.06180; blocks are found by what they 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -27,13 +28,17 @@ class Blocks:
         self.names: dict[int, tuple[int, Key]] = {}  # block -> its number as one to follow, its key
         self.next_name = ROOT + 1
 
-    def take(self, ids: Sequence[int], room: int) -> tuple[list[int], int] | None:
+    def take(
+        self, ids: Sequence[int], room: int, most: float = math.inf
+    ) -> tuple[list[int], int] | None:
         """Blocks for a sequence of at most `room` tokens that begins with `ids`, and how many of these they hold.
 
-        Those that they do not hold count as held from now on: they are to be read at once. None if too few blocks
-        are free.
+        Those that they do not hold count as held from now on: they are to be read at once, the last one always. None
+        if they are more than `most`, or too few blocks are free.
         """
         shared = list(self.find(ids[:-1]))
+        if len(ids) - len(shared) * self.size > most:
+            return None
         kept = sum(block in self.free for block in shared)
         needed = -(-room // self.size) - len(shared)
         if needed > len(self.free) - kept:
@@ -45,10 +50,6 @@ class Blocks:
             self.holders[block] = self.holders.get(block, 0) + 1
         self.note(ids, blocks)
         return blocks, len(shared) * self.size
-
-    def count_held(self, ids: Sequence[int]) -> int:
-        """How many of the first `ids` are held; never the last one, which is to be read for what follows it."""
-        return sum(self.size for _ in self.find(ids[:-1]))
 
     def take_free(self) -> int:
         block, _ = self.free.popitem(last=False)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hiper_fast.ops.find_roles import byte_level_alphabet
 
@@ -47,14 +53,34 @@ def build_tokenizer(words: list[str], openings: list[str]) -> PreTrainedTokenize
     tokens = [PAD, END, *letters, *map(spell, [*TAGS, *openings, *pieces])]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.pre_tokenizer = make_pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def make_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def cuts_before_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the ids of a text are those of its parts, wherever it is cut before a space or a new line.
+
+    So they are where it is split by SPLIT, in which either can only be the first character of a piece, and where
+    nothing else looks beyond a piece.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.normalizer or backend.truncation or backend.padding:
+        return False
+    split = backend.pre_tokenizer and backend.pre_tokenizer.__getstate__()
+    return split == make_pre_tokenizer().__getstate__() and not any(
+        added.lstrip or added.rstrip or added.single_word or re.search("[ \n]", added.content)
+        for added in backend.get_added_tokens_decoder().values()
+    )
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
+from hiper_fast.agent.tiny import cuts_before_blanks
 from hiper_fast.config import AgentConfig
 from hiper_fast.envs.family import Family
 from hiper_fast.envs.prompts import State, Style
 from hiper_fast.options import ConfigError
 from hiper_fast.rollout import chat
+
+WORD = re.compile(r"[^ \n]+|[ \n][^ \n]*")
+MOST_WORDS = 2**15  # that are remembered
 
 
 class Prompter:
@@ -30,6 +35,7 @@ class Prompter:
         chat.check(tokenizer, config)
         self.tokenizer, self.config, self.style = tokenizer, config, style
         self.opening = find_opening(tokenizer)
+        self.words = Words(tokenizer) if cuts_before_blanks(tokenizer) else None
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def check_room(self) -> None:
@@ -91,7 +97,7 @@ class Prompter:
         return write(self.tokenizer, self.config.chat_template, text)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return self.words.tokenize(texts) if self.words else tokenize(self.tokenizer, texts)
 
     def shorten(self, state: State, limit: int) -> list[int]:
         bare = replace(state, history=[])
@@ -104,6 +110,26 @@ class Prompter:
             [ids] = self.encode([replace(bare, observation=text)])
         opening = list(takewhile(self.special.__contains__, ids))[:limit]
         return opening + ids[max(len(opening), len(ids) - limit + len(opening)) :]
+
+
+class Words:
+    """Texts by a tokenizer that `cuts_before_blanks`, which is asked for each word once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.known: dict[str, list[int]] = {}
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        split = [WORD.findall(text) for text in texts]
+        if len(self.known) > MOST_WORDS:
+            self.known.clear()
+        new = list({word for words in split for word in words} - self.known.keys())
+        self.known.update(zip(new, tokenize(self.tokenizer, new), strict=True))
+        return [[id for word in words for id in self.known[word]] for words in split]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def make_prompter(

@@ -18,8 +18,16 @@ def test_sequences_that_begin_alike_share_their_full_blocks():
 def test_the_last_token_is_always_read():
     blocks = Blocks(10, size=4)
     blocks.take([1, 2, 3, 4], room=4)
-    assert blocks.count_held([1, 2, 3, 4]) == 0
-    assert blocks.count_held([1, 2, 3, 4, 5]) == 4
+    assert blocks.take([1, 2, 3, 4], room=4)[1] == 0
+    assert blocks.take([1, 2, 3, 4, 5], room=5)[1] == 4
+
+
+def test_more_to_read_than_is_wanted_takes_nothing():
+    blocks = Blocks(10, size=4)
+    assert blocks.take([1, 2, 3, 4, 5], room=5, most=4) is None and len(blocks.free) == 10
+    blocks.take([1, 2, 3, 4, 5], room=5, most=5)
+    assert blocks.take([1, 2, 3, 4, 6], room=5, most=0) is None
+    assert blocks.take([1, 2, 3, 4, 6], room=5, most=1)[1] == 4
 
 
 def test_what_nobody_holds_is_found_until_its_room_is_needed():
@@ -30,7 +38,7 @@ def test_what_nobody_holds_is_found_until_its_room_is_needed():
     assert held == 2 and again[0] == one[0]
     blocks.give_back(again)
     blocks.take([7] * 6, room=6)
-    assert blocks.count_held([1, 2, 9]) == 0
+    assert list(blocks.find([1, 2])) == []
 
 
 def test_too_few_blocks():
@@ -46,7 +54,7 @@ def test_after_an_update_nothing_is_held():
     blocks = Blocks(4, size=2)
     blocks.give_back(blocks.take([1, 2, 3], room=4)[0])
     blocks.forget()
-    assert blocks.count_held([1, 2, 3]) == 0
+    assert list(blocks.find([1, 2])) == []
     assert blocks.take([1, 2, 3], room=8)[1] == 0
 
 

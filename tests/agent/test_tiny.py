@@ -1,10 +1,12 @@
 """The embedded model and its tokenizer."""
 
 import random
+import re
 
 import pytest
 import torch
 from helpers import HOUSEHOLD
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from hiper_fast.agent import tiny
 from hiper_fast.agent.loading import load_agent
@@ -74,6 +76,33 @@ def test_pieces_are_the_bytes_of_the_text(tokenizer):
     pieces = TokenPieces(tokenizer)
     for text in [*EDGES[:-1], *random_texts()]:
         assert b"".join(pieces[i] for i in ids_of(tokenizer, text)) == text.encode()
+
+
+def test_cut_before_a_space_or_a_new_line_a_text_has_the_same_ids(tokenizer):
+    assert tiny.cuts_before_blanks(tokenizer)
+    for text in [*EDGES, *random_texts(), "a \x1c\n  <|end|> b</a \r\n 12 \u2028 search[x] \n"]:
+        parts = re.split("(?=[ \n])", text)
+        assert [i for part in parts for i in ids_of(tokenizer, part)] == ids_of(tokenizer, text)
+
+
+def change_split(backend):
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_split,
+        lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
+        lambda backend: backend.add_tokens(["go to"]),
+        lambda backend: backend.add_tokens([AddedToken("mug", lstrip=True)]),
+        lambda backend: backend.enable_truncation(5),
+    ],
+)
+def test_a_tokenizer_that_may_look_beyond_a_blank_is_not_cut_there(change):
+    tokenizer = tiny.load_tokenizer(HOUSEHOLD.tokenizer)
+    change(tokenizer.backend_tokenizer)
+    assert not tiny.cuts_before_blanks(tokenizer)
 
 
 @pytest.mark.parametrize("before", ["", " "])

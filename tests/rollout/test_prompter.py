@@ -224,6 +224,18 @@ def test_ids_are_those_of_the_text_without_special_tokens():
     assert ids == p.tokenizer(render_compact(state()), add_special_tokens=False)["input_ids"]
 
 
+def test_words_are_remembered_with_the_ids_that_the_tokenizer_gives(monkeypatch):
+    monkeypatch.setattr("hiper_fast.rollout.prompter.MOST_WORDS", 3)
+    ours = prompter()
+    texts = [render_reference(state(task=task)) for task in ("find a mug", "open it\n<|end|> now")]
+    for few in (texts, texts[1:], [], ["", " "], texts):
+        whole = ours.tokenizer(few, add_special_tokens=False)["input_ids"] if few else []
+        assert ours.tokenize(few) == whole
+    ours.tokenize([" b"])
+    assert list(ours.words.known) == [" b"], "forgotten, as they had become too many"
+    assert ours.tokenize([" b"])[0] is not ours.words.known[" b"], "the caller's own list"
+
+
 def test_many_states_at_once_and_none():
     p = prompter("compact")
     states = [state(), state(task="look."), state(history=[])]

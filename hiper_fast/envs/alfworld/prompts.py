@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 
@@ -45,6 +46,13 @@ def drop_refused(state: State) -> State:
     return replace(state, history=history, observation=before, refused=refused)
 
 
+@functools.lru_cache(maxsize=2**14)
+def split_command(command: str) -> tuple[str, str, str, frozenset[str]] | None:
+    """Verb, thing, the rest, and all words; None for a command that is not listed."""
+    match = COMMAND.fullmatch(command)
+    return (*match.groups(default=""), frozenset(WORD.findall(command))) if match else None
+
+
 def render_compact(state: State) -> str:
     """Places visited, no past observations; lists without articles, commands grouped by verb.
 
@@ -56,10 +64,10 @@ def render_compact(state: State) -> str:
     groups: dict[tuple, list[str]] = {}
     fitting: list[tuple] = []
     for command in state.commands:
-        if not (match := COMMAND.fullmatch(command)):
+        if not (parts := split_command(command)):
             continue
-        again, shared = command in state.sent, len(task.intersection(WORD.findall(command)))
-        verb, thing, rest = match.groups(default="")
+        verb, thing, rest, words = parts
+        again, shared = command in state.sent, len(task & words)
         if shared:
             numbers = [-int(number) for number in NUMBER.findall(command)]
             fitting.append((not again, shared, VERBS.index(verb), numbers, command))

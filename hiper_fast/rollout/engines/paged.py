@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from dataclasses import dataclass
@@ -110,13 +111,12 @@ class Engine:
         entering, left = [], self.budget
         while self.waiting and self.free:
             key, request = self.waiting[0]
-            left -= len(request.ids) - self.blocks.count_held(request.ids)
-            if left < 0 and entering:
-                break
-            taken = self.blocks.take(request.ids, len(request.ids) + self.limit)
+            room, most = len(request.ids) + self.limit, left if entering else math.inf
+            taken = self.blocks.take(request.ids, room, most)
             if taken is None:
                 break
             blocks, held = taken
+            left -= len(request.ids) - held
             self.waiting.popleft()
             row = self.free.pop()
             self.running[row] = key, request, blocks
