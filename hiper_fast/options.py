@@ -141,6 +141,11 @@ def list_options(config: Any) -> dict[str, Option]:
     return table
 
 
+def list_local(config: Any) -> set[str]:
+    """The names of its options that belong to the machine, not to the run."""
+    return {option.name for option in list_options(config).values() if option.local}
+
+
 def check_declared(cls: type) -> None:
     """ConfigError, for whoever writes options of their own, where a class does not declare them."""
     where = f"{cls.__module__}.{cls.__qualname__}"

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hiper_fast.options import ConfigError
+from hiper_fast.configure import make_config, read_run
+from hiper_fast.options import ConfigError, list_local
 from hiper_fast.runs.report import build
 from hiper_fast.runs.several import build_several
 
@@ -32,13 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.folder and len(arguments.run) == 1:
             raise ConfigError("--folder: a single run's page lies in its own folder; leave it out")
-        several = len(arguments.run) > 1
-        page = build_several(arguments.run, arguments.folder) if several else build(*arguments.run)
-        print(page)
+        if len(arguments.run) == 1:
+            print(build(*arguments.run))
+        else:
+            local = set().union(*map(find_local, arguments.run))
+            print(build_several(arguments.run, arguments.folder, local))
     except (ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def find_local(folder: Path) -> set[str]:
+    """Of a run's options those of the machine; none where its environment or engine is not to be had."""
+    try:
+        return list_local(make_config(read_run(folder)))
+    except ConfigError:
+        return set()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import nn
 
 from hiper_fast import configure
 from hiper_fast.config import Config
-from hiper_fast.options import ConfigError, Setting, flatten, list_options
+from hiper_fast.options import ConfigError, Setting, flatten, list_local
 from hiper_fast.runs import checkpoint, report
 from hiper_fast.runs.checkpoint import CheckpointError
 from hiper_fast.runs.folder import CHECKPOINT_CONFIG, CONFIG, find_run_folder
@@ -108,7 +108,7 @@ def list_changes(config: Config, folder: Path, saved: Path | None) -> list[str]:
             f"{file} was cut short: copy {CHECKPOINT_CONFIG} of one of the run's checkpoints over it"
         )
     was, now = flatten(configure.resolve(own=before)), flatten(config)
-    local = {option.name for option in list_options(config).values() if option.local}
+    local = list_local(config)
     changed = [
         name
         for name in now

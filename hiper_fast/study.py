@@ -21,7 +21,15 @@ import yaml
 from hiper_fast import estimators
 from hiper_fast.config import Config
 from hiper_fast.configure import load_yaml, read_file, read_sections, settle
-from hiper_fast.options import ConfigError, Setting, flatten, list_options, show, suggest
+from hiper_fast.options import (
+    ConfigError,
+    Setting,
+    flatten,
+    list_local,
+    list_options,
+    show,
+    suggest,
+)
 from hiper_fast.runs import checkpoint
 from hiper_fast.runs.folder import replace_text
 
@@ -259,7 +267,7 @@ def check_growth(old: Study, new: Study) -> None:
 
 def list_compared(config: Config) -> dict[str, Any]:
     """Dotted option -> value, of all that make a difference to an arm's results."""
-    local = {option.name for option in list_options(config).values() if option.local}
+    local = list_local(config)
     return {
         name: value
         for name, value in flatten(config).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import yaml
 
 import hiper_fast
 from hiper_fast.config import Config
-from hiper_fast.options import ConfigError, list_options
+from hiper_fast.options import ConfigError, list_local
 from hiper_fast.runs.comparison import Question, compare
 from hiper_fast.runs.comparison_page import write_page
 from hiper_fast.runs.folder import CONFIG
@@ -27,22 +27,25 @@ SECTIONS_ASIDE = "run.", "plan."  # that make no difference to results
 Options = dict[str, Any]  # dotted option -> value
 
 
-def build_several(folders: Sequence[Path], target: Path | None = None) -> Path:
+def build_several(
+    folders: Sequence[Path], target: Path | None = None, local: Collection[str] = ()
+) -> Path:
     """Writes `target/report.html` and `results.md` of runs as they stand now; returns the page.
 
-    target: by default the folder `compared` beside the runs.
+    target: by default the folder `compared` beside the runs; local: options of engines and the like that are the
+    machine's, beside the common ones.
     """
     import_scipy_stats()
     runs = {Path(folder): read_options(Path(folder)) for folder in folders}
     check_panel(runs)
-    arms = group_runs(runs)
+    arms = group_runs(runs, local)
     first = runs[Path(folders[0])]
     results = {
         "study": ", ".join(arms),
         "seeds": sorted({seed for seeds in arms.values() for seed in seeds}),
         "unfinished": [],
         "panel": list_panel(first),
-        "options": {name: keep(runs[min(own.values())]) for name, own in arms.items()},
+        "options": {name: keep(runs[min(own.values())], local) for name, own in arms.items()},
         "made_with": {"hiper_fast": hiper_fast.__version__, "scipy": version("scipy")},
         **compare(arms, Question(next(iter(arms)))),
     }
@@ -81,9 +84,9 @@ def read_options(folder: Path) -> Options:
     return options
 
 
-def keep(options: Options) -> Options:
+def keep(options: Options, local: Collection[str]) -> Options:
     """What makes a difference to results; a warm start's folder is the same for all seeds."""
-    local = {option.name for option in list_options(Config()).values() if option.local}
+    local = list_local(Config()).union(local)
     seed = f"seed{options['run.seed']}(?!\\d)"
     return {
         name: re.sub(seed, "seed", value) if name == "model.path" else value
@@ -92,11 +95,13 @@ def keep(options: Options) -> Options:
     }
 
 
-def group_runs(runs: dict[Path, Options]) -> dict[str, dict[int, Path]]:
+def group_runs(
+    runs: dict[Path, Options], local: Collection[str] = ()
+) -> dict[str, dict[int, Path]]:
     """Arm -> seed -> folder, in the order given; ConfigError for two runs of one arm and seed."""
     groups: list[tuple[Options, dict[int, Path]]] = []
     for folder, options in runs.items():
-        kept, seed = keep(options), options["run.seed"]
+        kept, seed = keep(options, local), options["run.seed"]
         own = next((seeds for known, seeds in groups if known == kept), None)
         if own is None:
             groups.append((kept, own := {}))

@@ -57,6 +57,17 @@ def test_seeds_alone_are_one_arm(runs):
     assert "hae" in Page(build_several(runs[:2]).read_text()).text
 
 
+def test_engines_on_other_machines_are_one_arm(tmp_path, capsys):
+    """Their own options of the machine tell runs apart no more than the common ones do."""
+    paged, small = {"rollout__engine": "paged"}, {"rollout__cache_gb": 0.5, "model__device": "cuda"}
+    same = [make_run(tmp_path / "a", 0, **paged), make_run(tmp_path / "b", 1, **paged | small)]
+    assert main([*map(str, same), "--folder", str(tmp_path / "own")]) == 0
+    assert "seeds 0, 1" in Page((tmp_path / "own" / "report.html").read_text()).text
+    foreign = {"rollout__engine": "nowhere:Engine", "rollout__rooms": 2}
+    others = [make_run(tmp_path / f"c{seed}", seed, **foreign) for seed in (0, 1)]
+    assert main([*map(str, others), "--folder", str(tmp_path / "own")]) == 0, "not to be had here"
+
+
 def test_a_warm_starts_folder_is_the_same_for_all_seeds(tmp_path):
     paths = [f"runs/study/warm-start-abc-seed{seed}/checkpoints/step-000000" for seed in (1, 10)]
     own = [
