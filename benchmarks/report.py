@@ -15,6 +15,7 @@ from xml.sax.saxutils import escape
 from hiper_fast.bench import format_duration
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+BY_HAND = "\n## Measured by hand\n"  # this and what follows stays as it is
 INTRODUCTION = """# Performance
 
 Made by `python benchmarks/report.py {source}` from one run of `pytest benchmarks/test_ops.py --benchmark-only
@@ -71,7 +72,9 @@ def main() -> None:
     page += "".join(
         f"- {e['target']}: {'met' if e['met'] else 'missed'}.\n" for e in entries if "target" in e
     )
-    (DOCS / "performance.md").write_text(page)
+    file = DOCS / "performance.md"
+    _, heading, notes = file.read_text().partition(BY_HAND)
+    file.write_text(page + heading + notes)
     (DOCS / "performance.svg").write_text(plot(ratios))
 
 

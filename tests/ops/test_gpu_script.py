@@ -93,9 +93,12 @@ def test_a_rollout_that_would_take_too_long_is_left_out():
 
 
 def test_an_update_packed_and_padded(whole):
-    packed, padded = whole["update"]["packed"], whole["update"]["padded"]
+    packed, shared, padded = (whole["update"][name] for name in ("packed", "shared", "padded"))
     assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-4)
-    assert packed["computed_tokens"] < padded["computed_tokens"] == 5 * 160
+    assert shared["loss"] == pytest.approx(padded["loss"], rel=1e-4)
+    assert (
+        shared["computed_tokens"] < packed["computed_tokens"] < padded["computed_tokens"] == 5 * 160
+    )
     assert whole["update"]["launches_a_microbatch"]["operations"] > 50
 
 
