@@ -209,8 +209,7 @@ def read_packed(agent: Agent, sequences: list[list[int]]) -> list[Tensor]:
     ids = torch.tensor(sum(sequences, []))
     cu_seqlens = prefix_sums([len(s) for s in sequences])
     for batch in microbatches(ids, cu_seqlens, BATCH_TOKENS, share=agent.shares_prefixes):
-        rows = batch.find_rows(torch.arange(int(batch.cu_whole[-1])))
-        hidden, read = run_trunk(agent.model, batch)[rows], batch.input_ids[rows]
+        hidden, read = (x[batch.rows] for x in (run_trunk(agent.model, batch), batch.input_ids))
         logprobs = agent.logprobs(hidden, read.roll(-1), TEMPERATURE)
         sizes = batch.cu_whole.diff().tolist()
         for index, rows in zip(batch.index.tolist(), logprobs.split(sizes), strict=True):

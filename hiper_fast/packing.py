@@ -85,13 +85,16 @@ class Microbatch:
         return self.cu_seqlens if self.paths is None else self.paths.cu_seqlens
 
     @property
-    def spared(self) -> int:
-        """How many tokens of its sequences are not read, but seen where another one reads them."""
-        return 0 if self.paths is None else len(self.paths.rows) - len(self.input_ids)
+    def rows(self) -> Tensor:
+        """int64: which rows read the tokens of the whole sequences, concatenated."""
+        if self.paths is None:
+            return torch.arange(len(self.input_ids), device=self.input_ids.device)
+        return self.paths.rows
 
-    def find_rows(self, places: Tensor) -> Tensor:
-        """The rows that read the tokens at `places` of the whole sequences, concatenated."""
-        return places if self.paths is None else self.paths.rows[places]
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many tokens of its sequences are not read, but seen where another one reads them; how many are read."""
+        return len(self.rows) - len(self.input_ids), len(self.input_ids)
 
 
 # One token that belongs to no sequence: what passes through it changes nothing.
@@ -132,9 +135,15 @@ def microbatches(
         yield join(ids, cu_seqlens, index[places], torch.zeros(len(places), dtype=torch.int64))
 
 
+def locate(cu_seqlens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """int64: where the sequences `chosen` begin, and their lengths."""
+    starts = cu_seqlens[chosen].long()
+    return starts, cu_seqlens[chosen + 1] - starts
+
+
 def join(ids: Tensor, cu_seqlens: Tensor, chosen: Tensor, common: Tensor) -> Microbatch:
     """The sequences `chosen`, of which each begins with `common` tokens of the one before."""
-    starts, lengths = cu_seqlens[chosen].long(), cu_seqlens.diff()[chosen].long()
+    starts, lengths = locate(cu_seqlens, chosen)
     own = lengths - common
     return Microbatch(
         index=chosen,
@@ -168,7 +177,7 @@ def sort_by_tokens(ids: Tensor, cu_seqlens: Tensor, index: Tensor) -> Tensor:
 
 def measure_common(ids: Tensor, cu_seqlens: Tensor, index: Tensor) -> Tensor:
     """int64: with how many tokens of the sequence before in `index` each begins; never its last one."""
-    starts, lengths = cu_seqlens[index].long(), cu_seqlens.diff()[index].long()
+    starts, lengths = locate(cu_seqlens, index)
     most = torch.minimum(lengths[1:] - 1, lengths[:-1]).clamp_(min=0)
     ends = most.cumsum(0)
     differs = ids[ranges(starts[1:], most)] != ids[ranges(starts[:-1], most)]

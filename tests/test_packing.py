@@ -47,9 +47,8 @@ def test_every_sequence_once_whole_and_under_the_budget(lengths, budget):
 
 def unfold(batch):
     """The whole sequences of a microbatch, and the positions of their tokens."""
-    rows = batch.find_rows(torch.arange(int(batch.cu_whole[-1])))
     sizes = batch.cu_whole.diff().tolist()
-    return batch.input_ids[rows].split(sizes), batch.position_ids[rows].split(sizes)
+    return (x[batch.rows].split(sizes) for x in (batch.input_ids, batch.position_ids))
 
 
 @pytest.mark.parametrize("budget", [1, 8, 64, 10_000])
@@ -97,7 +96,8 @@ def test_what_is_seen_again_takes_room_too():
     words = [[1] * 160 + [word] for word in range(100)]
     ids, cu = torch.tensor(sum(words, [])), prefix_sums([161] * 100)
     for batch in microbatches(ids, cu, 200, share=True):
-        seen = int(batch.cu_whole[-1]) - len(batch.input_ids)
+        seen, read = batch.counts
+        assert seen + read == int(batch.cu_whole[-1]) and read == len(batch.input_ids)
         assert len(batch.input_ids) + seen * SEEN <= 200
 
 

@@ -22,9 +22,8 @@ def divide(
     return microbatches(ids, cu_seqlens, config.train.microbatch_tokens, index, share=share)
 
 
-def count_spared(world: World, batches: Iterable[Microbatch]) -> float:
-    """The share of the tokens of all processes' `batches` that their sequences see where another one reads them."""
-    counts = [(batch.spared, len(batch.input_ids)) for batch in batches]
+def measure_spared(world: World, counts: Iterable[tuple[int, int]]) -> float:
+    """The share of tokens that are seen and not read, by the `Microbatch.counts` of all processes."""
     spared, read = world.sum(torch.tensor([(0, 0), *counts]).sum(0)).tolist()
     return spared / max(1, spared + read)
 
@@ -40,13 +39,13 @@ class Rows:
         trained = loss_mask[tokens]
         self.tokens = tokens[trained]  # [rows], which response tokens
         places = (sequences.token_index[tokens] + shift)[trained]
-        self.token_rows = batch.find_rows(places - 1)  # [rows]
+        self.token_rows = batch.rows[places - 1]  # [rows]
         self.sequences = find_ranges(
             sequences.token_index[self.tokens], sequences.cu_seqlens
         )  # [rows], whose they are
         self.places, shift = find_within(sequences, batch, sequences.value_index[:, -1])
         places = sequences.value_index[self.places] + shift[:, None]
-        self.value_rows = batch.find_rows(places)  # [places, 3 or 1]
+        self.value_rows = batch.rows[places]  # [places, 3 or 1]
 
     @staticmethod
     def take_values(values: Tensor) -> Tensor:

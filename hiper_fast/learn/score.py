@@ -11,7 +11,7 @@ from hiper_fast import estimators
 from hiper_fast.agent.agent import Agent
 from hiper_fast.config import Config
 from hiper_fast.estimators import HIGH, Values
-from hiper_fast.learn.rows import Rows, count_spared, divide
+from hiper_fast.learn.rows import Rows, divide, measure_spared
 from hiper_fast.packing import BLANK, Microbatch
 from hiper_fast.rollout.trajectory import Trajectories
 
@@ -31,15 +31,16 @@ def score(agent: Agent, trajectories: Trajectories, config: Config) -> Scores:
     """One pass of each network. `train.old_logprobs: recomputed` writes trajectories.old_logprobs anew."""
     pass_ = ScoringPass(agent, trajectories, config)
     sequences = trajectories.sequences(final=pass_.bootstraps, token_values=pass_.per_token)
-    batches = [*agent.world.deal(divide(agent, config, sequences.ids, sequences.cu_seqlens), BLANK)]
-    for batch in batches:
+    counts, batches = [], divide(agent, config, sequences.ids, sequences.cu_seqlens)
+    for batch in agent.world.deal(batches, BLANK):
+        counts.append(batch.counts)
         pass_.read(batch, Rows(sequences, batch, trajectories.roles > 0))
     if pass_.bootstraps and not trajectories.continued:
         finals = divide(agent, config, trajectories.final_ids, trajectories.cu_final)
         for batch in agent.world.deal(finals, BLANK):
             pass_.read_end(batch)
     scores = pass_.finish()
-    scores.metrics["scoring/shared_tokens"] = count_spared(agent.world, batches)
+    scores.metrics["scoring/shared_tokens"] = measure_spared(agent.world, counts)
     return scores
 
 

@@ -18,7 +18,7 @@ from hiper_fast.learn.credit import Targets
 from hiper_fast.learn.fidelity import measure_fidelity
 from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
 from hiper_fast.learn.roles import measure_roles
-from hiper_fast.learn.rows import Rows, count_spared, divide
+from hiper_fast.learn.rows import Rows, divide, measure_spared
 from hiper_fast.packing import BLANK, Microbatch, find_ranges
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
 
@@ -116,7 +116,7 @@ class Step:
             for batch in world.deal(whole, BLANK)
         ]
         self.counts = self.count(index)
-        spared = count_spared(agent.world, [batch for batch, _ in self.batches])
+        spared = measure_spared(world, [batch.counts for batch, _ in self.batches])
         self.value_counts = [0, 0, 0]  # values that train each head
         if agent.critic is not None:
             counts = sum(targets.value_mask[rows.places].sum(0) for _, rows in self.batches)

@@ -44,6 +44,13 @@ def assert_drawn(result, logits, uniform, temperature, edge=EDGE):
     assert (logprobs <= 0).all()
 
 
+def impossible_but_in_the_middle(v):
+    """(logits [1, v], which tokens are possible, all alike)."""
+    logits, possible = torch.zeros(1, v), [v // 2, v // 2 + 1] if v > 3 else [1]
+    logits[0, : possible[0]] = logits[0, possible[-1] + 1 :] = -math.inf
+    return logits, possible
+
+
 SHAPES = [(0, 3), (1, 1), (5, 1), (40, 2), (1, 17), (60, 17), (30, 1000), (9, 4097), (3, 151_936)]
 
 
@@ -96,9 +103,7 @@ def test_random_numbers_draw_by_the_distribution():
 @pytest.mark.parametrize("number", [0.0, LAST])
 def test_the_first_and_the_last_number_draw_what_is_possible(v, number):
     """Impossible tokens at both ends, of whole blocks too."""
-    logits = torch.zeros(1, v)
-    possible = [v // 2, v // 2 + 1] if v > 3 else [1]
-    logits[0, : possible[0]] = logits[0, possible[-1] + 1 :] = -math.inf
+    logits, possible = impossible_but_in_the_middle(v)
     wanted = possible[0] if number == 0 else possible[-1]
     for temperature in (1.0, 1e-3, 50.0):
         uniform = torch.tensor([number], dtype=torch.float64)
