@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hiper_fast.agent import tiny
+from hiper_fast.agent import attention, tiny
 from hiper_fast.agent.agent import Agent, run_trunk
 from hiper_fast.agent.loading import prepare
 from hiper_fast.config import Config, ModelConfig
@@ -171,6 +171,7 @@ def build(model_type: str, **fields) -> PreTrainedModel:
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config).eval()
     scatter(model)
+    attention.heed_cap(model)
     return model
 
 

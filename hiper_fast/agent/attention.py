@@ -92,6 +92,12 @@ def check_mixing(model: PreTrainedModel) -> None:
         refuse(model, "scales attention by a token's place in the batch")
 
 
+def heed_cap(model: PreTrainedModel) -> None:
+    """Makes `model`, as it came, cap its scores as its configuration says: transformers 5.17's sdpa leaves that out."""
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+
+
 def refuse(model: PreTrainedModel, what: str) -> NoReturn:
     raise ConfigError(
         f"model.path: {type(model).__name__} {what}, which cannot read packed sequences; "

@@ -90,6 +90,7 @@ def prepare(
     """An agent of a model that passes the probe; ConfigError if it does not."""
     with refusing(model):
         attention.check_mixing(model)
+        attention.heed_cap(model)
         probe = Probe(model)
         agent = Agent(model, tokenizer, config, tiny=tiny, world=world)
         probe.check(agent)

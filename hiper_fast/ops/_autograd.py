@@ -88,13 +88,15 @@ def make_recomputing(
     *,
     tensors: int,
     wanted: int,
-    kept: slice = slice(None),
+    kept: Sequence[int] | None = None,
 ) -> Callable:
     """A call of `run`, of `tensors` tensors and then options, once differentiable in its first `wanted` arguments.
 
-    Kept for backward are the tensors at `kept`, and nothing of what is made of them: `run_backward` takes the results'
-    gradients, those tensors, the options, and which of the `wanted` gradients are needed; it gives all of those.
+    Saved for backward are the tensors at the places `kept`, by default all, and nothing of what is made of them:
+    `run_backward` takes the results' gradients, those tensors, the options, and which of the `wanted` gradients are
+    needed; it gives all of those.
     """
+    saved_places = tuple(range(tensors)) if kept is None else tuple(kept)
 
     class Recomputed(torch.autograd.Function):
         @staticmethod
@@ -104,7 +106,7 @@ def make_recomputing(
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[:tensors][kept])
+            ctx.save_for_backward(*(inputs[place] for place in saved_places))
             ctx.options = inputs[tensors:]
 
         @staticmethod

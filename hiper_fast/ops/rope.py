@@ -86,7 +86,7 @@ def _differentiate(grad_query, grad_key, cos, sin, *_):
     return _op(grad_query, grad_key, cos, sin, True)
 
 
-_call = make_recomputing("rope", _op, _differentiate, tensors=4, wanted=2, kept=slice(2, 4))
+_call = make_recomputing("rope", _op, _differentiate, tensors=4, wanted=2, kept=(2, 3))
 
 
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def test_what_is_sampled_is_what_is_trained(name):
         ("mamba", "layers of type linear_attention"),
         ("rwkv", "recurrent"),
         ("llama4_text", "layers of type chunked_attention"),
-        ("deepseek_v32", "layers of type indexed_attention"),
+        ("deepseek_v32", "layers of type "),
         ("minimax_m3_vl_text", "index"),
         ("gptj", "token mixing other than plain attention"),
         ("bart", "when its sequences are packed into one"),
