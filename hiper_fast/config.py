@@ -208,6 +208,11 @@ class TrainConfig:
         "(reference: 256)",
         least=0,
     )
+    shuffle: Literal["turns", "episodes"] = option(
+        "turns",
+        "what minibatches draw: turns, each by itself; or episodes, whose turns stay together, so that more of what "
+        "they begin with is read once (reference: episodes, as they were played)",
+    )
     critic_updates: int = option(2, "first updates that train the critic alone", least=0)
     final_lr: float = option(
         0.1,

@@ -19,7 +19,7 @@ from hiper_fast.learn.fidelity import measure_fidelity
 from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
 from hiper_fast.learn.roles import measure_roles
 from hiper_fast.learn.rows import Rows, divide, measure_spared
-from hiper_fast.packing import BLANK, Microbatch, find_ranges
+from hiper_fast.packing import BLANK, Microbatch, find_ranges, ranges
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
 
 HEADS = {LOW: "low", HIGH: "high", SWITCH: "switch"}
@@ -37,7 +37,7 @@ def update(
 ) -> dict[str, float]:
     """One pass over the sequences, turns or whole trajectories; returns means over the steps."""
     sequences = trajectories.sequences(token_values=targets.per_token)
-    order = torch.randperm(len(sequences), generator=generator)
+    order = shuffle(trajectories, sequences, config.train, generator)
     seen, steps, fidelity = Seen.nothing(trajectories, agent.device), [], {}
     for index in split_minibatches(order, config.train):
         if index.numel():
@@ -52,6 +52,20 @@ def update(
     means = {name: math.fsum(metrics[name] for metrics in taken) / len(taken) for name in names}
     means |= fidelity | measure_roles(trajectories, targets, seen.clipped.cpu(), agent.world)
     return means | measure_critic(targets) | {"optim/skipped_steps": len(steps) - len(taken)}
+
+
+def shuffle(
+    trajectories: Trajectories,
+    sequences: Sequences,
+    config: TrainConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """int64 [sequences]: the order in which minibatches take them, as `train.shuffle` says."""
+    if config.shuffle == "turns" or trajectories.continued:
+        return torch.randperm(len(sequences), generator=generator)
+    cu_turns = trajectories.cu_turns.long()
+    drawn = torch.randperm(len(cu_turns) - 1, generator=generator)
+    return ranges(cu_turns[drawn], cu_turns.diff()[drawn])
 
 
 def split_minibatches(order: Tensor, config: TrainConfig) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from hiper_fast.learn import update as update_module
 from hiper_fast.learn.credit import give_credit
 from hiper_fast.learn.score import Scores, score
 from hiper_fast.learn.shaping import shape_rewards, train_malformed
-from hiper_fast.learn.update import Step, measure_critic, split_minibatches, update
+from hiper_fast.learn.update import Step, measure_critic, shuffle, split_minibatches, update
 from hiper_fast.rollout.trajectory import Episode, pack
 
 K, S = "KEEP", "SWITCH"
@@ -655,6 +655,36 @@ def test_minibatches_of_a_size(size, sizes):
     parts = split_minibatches(order, settings(minibatch_size=size).train)
     assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), order)
     assert len(split_minibatches(order, settings(minibatches=4).train)) == 4
+
+
+def test_minibatches_of_episodes_keep_their_turns_in_order(agent):
+    t = build(agent, SCRIPTS)
+    config, generator = settings(shuffle="episodes").train, torch.Generator().manual_seed(2)
+    episodes = [list(range(begin, end)) for begin, end in bounds(t.cu_turns)]
+    orders = [shuffle(t, t.sequences(), config, generator).tolist() for _ in range(20)]
+    for order in orders:
+        starts = sorted(range(len(episodes)), key=lambda e: order.index(episodes[e][0]))
+        assert order == [turn for e in starts for turn in episodes[e]]
+    assert len({tuple(order) for order in orders}) > 1
+    drawn = [shuffle(t, t.sequences(), settings().train, generator).tolist() for _ in range(5)]
+    assert all(sorted(order) == list(range(t.turns)) for order in orders + drawn)
+    assert any(order not in orders for order in drawn)
+
+
+def test_an_update_takes_the_order_that_is_asked_for(fresh, monkeypatch):
+    config = settings(shuffle="episodes", minibatches=2)
+    t, scores = scored(fresh, config)
+    targets = give(t, scores, config)
+    used, whole = [], update_module.divide
+
+    def recorded(agent, config, ids, cu, index):
+        used.append(index.tolist())
+        return whole(agent, config, ids, cu, index)
+
+    monkeypatch.setattr(update_module, "divide", recorded)
+    update(fresh, sgd(fresh), t, targets, config, torch.Generator().manual_seed(3))
+    expected = shuffle(t, t.sequences(), config.train, torch.Generator().manual_seed(3))
+    assert [turn for index in used for turn in index] == expected.tolist()
 
 
 def test_a_size_of_minibatches_takes_the_place_of_their_number(fresh):
