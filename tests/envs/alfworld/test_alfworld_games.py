@@ -129,7 +129,7 @@ def test_official_games_all_count(data_dir, tmp_path, monkeypatch):
     if not archive.exists():
         pytest.skip(f"no {archive}")
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+        tar.extractall(tmp_path)
     (folder,) = tmp_path.rglob("valid_seen")
     monkeypatch.setenv("ALFWORLD_DATA", str(folder.parent))
     listing = list_games("valid_seen")
