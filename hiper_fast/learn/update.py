@@ -19,7 +19,7 @@ from hiper_fast.learn.fidelity import measure_fidelity
 from hiper_fast.learn.loss import Counts, LossTokens, policy_loss
 from hiper_fast.learn.roles import measure_roles
 from hiper_fast.learn.rows import Rows, divide, measure_spared
-from hiper_fast.packing import BLANK, Microbatch, find_ranges, ranges
+from hiper_fast.packing import BLANK, Microbatch, find_ranges, locate, ranges
 from hiper_fast.rollout.trajectory import Sequences, Trajectories
 
 HEADS = {LOW: "low", HIGH: "high", SWITCH: "switch"}
@@ -63,9 +63,8 @@ def shuffle(
     """int64 [sequences]: the order in which minibatches take them, as `train.shuffle` says."""
     if config.shuffle == "turns" or trajectories.continued:
         return torch.randperm(len(sequences), generator=generator)
-    cu_turns = trajectories.cu_turns.long()
-    drawn = torch.randperm(len(cu_turns) - 1, generator=generator)
-    return ranges(cu_turns[drawn], cu_turns.diff()[drawn])
+    cu_turns = trajectories.cu_turns
+    return ranges(*locate(cu_turns, torch.randperm(len(cu_turns) - 1, generator=generator)))
 
 
 def split_minibatches(order: Tensor, config: TrainConfig) -> tuple[Tensor, ...]:

@@ -231,7 +231,7 @@ def test_models_that_mix_tokens_otherwise_are_refused():
     )  # fmt: skip
     cases = (
         (bloom, "other than plain attention"),
-        (mamba, "layers of type "),
+        (mamba, "layers of type (linear_attention|mamba),"),
         (conv, "type conv"),
     )
     for config, match in cases:

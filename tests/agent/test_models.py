@@ -1,6 +1,7 @@
 """Whatever is sampled is what is trained, for every architecture; or it is refused at load, with the reason."""
 
 import copy
+import re
 
 import models
 import pytest
@@ -73,10 +74,10 @@ def test_what_is_sampled_is_what_is_trained(name):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("mamba", "layers of type "),
+        ("mamba", "layers of type (linear_attention|mamba),"),
         ("rwkv", "recurrent"),
         ("llama4_text", "layers of type chunked_attention"),
-        ("deepseek_v32", "layers of type "),
+        ("deepseek_v32", "layers of type (indexed_attention|deepseek_sparse_attention),"),
         ("minimax_m3_vl_text", "index"),
         ("gptj", "token mixing other than plain attention"),
         ("bart", "when its sequences are packed into one"),
@@ -85,7 +86,7 @@ def test_what_is_sampled_is_what_is_trained(name):
 def test_what_would_differ_is_refused_in_one_line(name, reason):
     need(name)
     outcome = models.check(name)
-    assert outcome.kind == "refused" and reason in outcome.reason
+    assert outcome.kind == "refused" and re.search(reason, outcome.reason)
     assert outcome.reason.startswith("model.path: ") and "\n" not in outcome.reason
 
 
